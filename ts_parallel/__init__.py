@@ -1,0 +1,1 @@
+"""Tensor-parallel serving of unmodified Hugging Face models behind TorchServe."""

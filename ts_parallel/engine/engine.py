@@ -1,0 +1,140 @@
+"""How a token is made: `step`, on one screen. And the thread that makes one after another.
+
+Two crossings between threads: requests and aborts enter through one queue, tokens leave through one router.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from ts_parallel.engine.request import Request
+from ts_parallel.engine.router import TokenRouter
+from ts_parallel.engine.scheduler import Scheduler, TokenOutput
+from ts_parallel.runtime.step import StepPlan
+
+logger = logging.getLogger(__name__)
+
+# A request may run this many tokens ahead of what its reader has taken: enough that a reader never waits for the engine,
+# few enough that a reader who left costs little.
+MAX_TOKENS_AHEAD = 64
+# A mailbox that nobody has emptied for so long belongs to a client that is gone.
+SECONDS_TO_FORGET = 60.0
+# Ranks that follow hear from rank 0 at least this often, well within their patience (runtime.channel.PATIENCE).
+SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0
+_SECONDS_BETWEEN_LOOKS_WHEN_PAUSED = 0.005
+
+
+class StepRunner(Protocol):
+    def run(self, plan: StepPlan) -> list[int]:
+        """Run one step; the token chosen for each sampled chunk, in the plan's order."""
+        ...
+
+
+class Engine:
+    """Owns the scheduler. Everything here runs in one thread."""
+
+    def __init__(self, runner: StepRunner, scheduler: Scheduler) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def add(self, request: Request) -> None:
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        self._scheduler.abort(request_id)
+
+    def step(self, paused: Collection[str] = (), deliver: Callable[[list[TokenOutput]], None] | None = None) -> bool:
+        """Run one step of all requests but the `paused` ones and deliver its tokens; False where nobody could run."""
+        plan = self._scheduler.schedule(paused)
+        if not plan.chunks:
+            return False
+        token_ids = self._runner.run(plan)
+        outputs = self._scheduler.update(plan, token_ids)
+        if deliver is not None:
+            deliver(outputs)
+        return True
+
+    def sign_of_life(self) -> None:
+        self._runner.run(StepPlan())
+
+    def generate(self, requests: list[Request]) -> list[list[int]]:
+        """Run `requests` to their ends, all at once; each one's output token ids."""
+        for request in requests:
+            self.add(request)
+        while self.has_requests:
+            self.step()
+        return [request.output_ids for request in requests]
+
+
+class EngineThread:
+    """Runs an engine freely in a thread of its own. Owns the queue in and the router out."""
+
+    def __init__(self, engine: Engine, on_failure: Callable[[], None]) -> None:
+        self.router = TokenRouter()
+        self._engine = engine
+        self._on_failure = on_failure
+        self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()
+        self._last_sign_of_life = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        self.router.open(request.request_id)
+        self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, finished or not; its mailbox is gone when this returns."""
+        self.router.close(request_id)
+        self._inbox.put(request_id)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except Exception as error:  # whatever it was, no stream may hang for it
+            logger.exception("the engine failed")
+            self.router.fail_all(f"the engine failed: {type(error).__name__}: {error}")
+            self._on_failure()
+
+    def _turn(self) -> None:
+        for request_id in self.router.forgotten(SECONDS_TO_FORGET):
+            self.abort(request_id)
+        if not self._engine.has_requests:
+            self._receive(SECONDS_BETWEEN_SIGNS_OF_LIFE / 2)
+        while self._receive(0):
+            pass
+        if self._engine.step(self.router.full(MAX_TOKENS_AHEAD), self.router.deliver):
+            self._last_sign_of_life = time.monotonic()
+            return
+        if self._engine.has_requests:
+            self._receive(_SECONDS_BETWEEN_LOOKS_WHEN_PAUSED)
+        if time.monotonic() - self._last_sign_of_life > SECONDS_BETWEEN_SIGNS_OF_LIFE:
+            self._engine.sign_of_life()
+            self._last_sign_of_life = time.monotonic()
+
+    def _receive(self, seconds: float) -> bool:
+        """Take one request or abort out of the inbox, waiting for it at most `seconds`."""
+        try:
+            message = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
+        except queue.Empty:
+            return False
+        if isinstance(message, Request):
+            self._engine.add(message)
+        else:
+            self._engine.abort(message)
+        return True

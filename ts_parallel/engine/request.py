@@ -1,0 +1,86 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ts_parallel.errors import RequestError
+from ts_parallel.runtime.step import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """What a client asks for. `max_tokens` None means as many as there is room for."""
+
+    max_tokens: int | None = None
+    sampling: SamplingParams = SamplingParams()
+    ignore_eos: bool = False
+
+
+@dataclass(eq=False)
+class Request:
+    """What the engine knows of a request. Owned by the scheduler from `add` to `finish`.
+
+    There are no phases: a request is behind by `num_tokens - num_computed`, and a step closes a part of that gap.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    eos_ids: frozenset[int] = frozenset()
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_behind(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    def token_ids(self, start: int, end: int) -> tuple[int, ...]:
+        """The tokens from `start` to before `end`, of prompt and output taken together."""
+        num_prompt = len(self.prompt_ids)
+        if end <= num_prompt:
+            return self.prompt_ids[start:end]
+        return (*self.prompt_ids[start:], *self.output_ids[max(0, start - num_prompt) : end - num_prompt])
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the last token was the last; None where it was not."""
+        if self.output_ids and self.output_ids[-1] in self.eos_ids:
+            return "stop"
+        return "length" if len(self.output_ids) >= self.max_tokens else None
+
+
+def make_request(
+    request_id: str, prompt_ids: list[int], params: GenerationParams, *, eos_ids: frozenset[int], max_model_len: int
+) -> Request:
+    """A request whose lengths are within the engine's.
+
+    Raises:
+        RequestError: the prompt is empty or fills `max_model_len`, or `max_tokens` is more than the room it leaves.
+    """
+    if not prompt_ids:
+        raise RequestError("the prompt is empty", "prompt")
+    room = max_model_len - len(prompt_ids)
+    if room < 1:
+        raise RequestError(
+            f"the prompt has {len(prompt_ids)} tokens, the model's limit (max_model_len) is {max_model_len} with at "
+            "least one for the answer",
+            "prompt",
+        )
+    max_tokens = room if params.max_tokens is None else params.max_tokens
+    if max_tokens > room:
+        raise RequestError(
+            f"max_tokens is {max_tokens}, but after a prompt of {len(prompt_ids)} tokens there is room for {room} "
+            f"(max_model_len {max_model_len})",
+            "max_tokens",
+        )
+    ends = frozenset() if params.ignore_eos else eos_ids
+    return Request(request_id, tuple(prompt_ids), max_tokens, params.sampling, ends)

@@ -1,0 +1,85 @@
+"""Tokens on their way out of the engine's thread: one mailbox a request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from ts_parallel.engine.request import FinishReason
+from ts_parallel.engine.scheduler import TokenOutput
+
+
+@dataclass
+class Delivery:
+    """What a request has got since its mailbox was last emptied. A stream ends with one `finish_reason` or `error`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+class TokenRouter:
+    """Owns the mailboxes. The engine's thread fills them, any other thread empties them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._mailboxes: dict[str, Delivery] = {}
+        self._emptied_at: dict[str, float] = {}
+
+    def open(self, request_id: str) -> None:
+        with self._changed:
+            self._mailboxes[request_id] = Delivery()
+            self._emptied_at[request_id] = time.monotonic()
+
+    def close(self, request_id: str) -> None:
+        with self._changed:
+            self._mailboxes.pop(request_id, None)
+            self._emptied_at.pop(request_id, None)
+
+    def deliver(self, outputs: list[TokenOutput]) -> None:
+        """Tokens for a mailbox that was closed are dropped."""
+        with self._changed:
+            for output in outputs:
+                if (mailbox := self._mailboxes.get(output.request_id)) is not None:
+                    mailbox.token_ids.append(output.token_id)
+                    mailbox.finish_reason = output.finish_reason
+            self._changed.notify_all()
+
+    def fail_all(self, error: str) -> None:
+        with self._changed:
+            for mailbox in self._mailboxes.values():
+                if not mailbox.is_last:
+                    mailbox.error = error
+            self._changed.notify_all()
+
+    def take(self, request_id: str) -> Delivery:
+        """Empty a mailbox."""
+        with self._changed:
+            mailbox = self._mailboxes[request_id]
+            self._mailboxes[request_id] = Delivery()
+            self._emptied_at[request_id] = time.monotonic()
+            return mailbox
+
+    def wait(self, seconds: float) -> bool:
+        """Whether any mailbox holds something, at the latest after `seconds`."""
+        with self._changed:
+            return self._changed.wait_for(self._has_mail, seconds)
+
+    def full(self, num_tokens: int) -> set[str]:
+        """The requests with at least `num_tokens` tokens waiting to be taken."""
+        with self._changed:
+            return {name for name, mailbox in self._mailboxes.items() if len(mailbox.token_ids) >= num_tokens}
+
+    def forgotten(self, seconds: float) -> list[str]:
+        """The requests whose mailbox nobody has emptied for `seconds`."""
+        with self._changed:
+            limit = time.monotonic() - seconds
+            return [name for name, emptied_at in self._emptied_at.items() if emptied_at < limit]
+
+    def _has_mail(self) -> bool:
+        return any(mailbox.token_ids or mailbox.is_last for mailbox in self._mailboxes.values())

@@ -1,0 +1,59 @@
+"""Every error this package raises for a caller's mistake, and the HTTP status each one becomes.
+
+    TSParallelError
+    ├── StartupError            the model cannot be served; one line says why, nothing is started
+    │   ├── ConfigError         a key of the `handler:` section, or a flag, is wrong
+    │   ├── TopologyError       the ranks that were started are not the ranks that were asked for
+    │   ├── CheckpointError     a file is missing, cut off, or does not fit the model
+    │   └── PlanError           the model cannot be split as asked, or cannot be run at all
+    └── RequestError      400   this request alone is refused
+        ├── NotFoundError 404   no such route
+        └── EngineError   500   the engine failed while it ran this request
+"""
+
+from __future__ import annotations
+
+
+class TSParallelError(Exception):
+    """Root of the tree above. Its text is one line, fit for a user's eyes."""
+
+
+class StartupError(TSParallelError):
+    pass
+
+
+class ConfigError(StartupError):
+    pass
+
+
+class TopologyError(StartupError):
+    pass
+
+
+class CheckpointError(StartupError):
+    pass
+
+
+class PlanError(StartupError):
+    pass
+
+
+class RequestError(TSParallelError):
+    """A request that is refused. `parameter` names the body's field at fault, where one is."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class NotFoundError(RequestError):
+    status = 404
+    kind = "not_found_error"
+
+
+class EngineError(RequestError):
+    status = 500
+    kind = "server_error"

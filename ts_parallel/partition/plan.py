@@ -1,0 +1,287 @@
+"""How each parameter of a model is laid over the ranks of a tensor-parallel group. A plan is data: no tensor is touched.
+
+Follows Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053): the first linear of a pair keeps columns of
+its output, the second keeps the matching rows of its input, one sum closes the pair. The embedding and the head keep
+rows of the vocabulary.
+
+Styles of modules (transformers' names, plus `embedding` and `head`):
+    colwise                 keeps a part of the output features
+    colwise_gather_output   … and gathers the whole output
+    rowwise                 keeps a part of the input features, sums the outputs
+    rowwise_split_input     … and cuts its part out of a whole input
+    experts                 its parameters are shards, sums the output
+    embedding, head         keep a part of the vocabulary
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ts_parallel.checkpoint.load import Slice
+from ts_parallel.errors import PlanError
+from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.derive import derive_styles
+
+_REPLICATED_STYLES = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"}
+_MODULE_STYLES = {"colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"}
+_OLD_NAMES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input", "moe_tp_experts": "experts"}
+
+_KEY_VALUE_NAME = re.compile(r"(^|_)(k|v|kv|key|value)(_|$)")
+# Fused query/key/value projections whose output is [all queries | all keys | all values]; in any other fused projection
+# each head has its query, key and value side by side, and cutting between heads is all that is needed.
+_CONCATENATED_QKV = {"c_attn", "qkv_proj", "Wqkv"}
+_FUSED_GATE_UP = {"gate_up_proj"}
+# Families whose own plan gathers what can stay split once the fused parts are cut one by one.
+_BETTER_STYLES = {
+    "phi3": {
+        "layers.*.self_attn.qkv_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+}
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter: what rank r keeps is `slices[r]`, all of it on every rank where `slices` is None."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tied parameter."""
+    slices: tuple[Slice, ...] | None = None
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        if self.slices is None:
+            return self.shape
+        kept = self.slices[rank]
+        return (*self.shape[: kept.dim], kept.length, *self.shape[kept.dim + 1 :])
+
+    def local_bytes(self, rank: int) -> int:
+        return torch.Size(self.local_shape(rank)).numel() * self.dtype.itemsize
+
+    def describe(self) -> str:
+        if self.slices is None:
+            return "replicated"
+        lengths = [kept.length for kept in self.slices]
+        pieces = len(self.slices[0].pieces)
+        return f"dim {self.slices[0].dim} in {'+'.join(map(str, lengths))}" + (f", {pieces} pieces" * (pieces > 1))
+
+
+@dataclass(frozen=True)
+class TensorParallelPlan:
+    size: int
+    styles: Mapping[str, str]
+    """Module name → style; modules not named run as they are."""
+    parameters: Mapping[str, ParameterPlan]
+    attention: Mapping[str, AttentionSite] = field(default_factory=dict)
+    """Attention modules whose heads are split, as they were before."""
+
+    def local_bytes(self, rank: int) -> int:
+        return sum(parameter.local_bytes(rank) for parameter in self.parameters.values())
+
+
+def plan_tensor_parallel(model: PreTrainedModel, sites: Iterable[AttentionSite], size: int) -> TensorParallelPlan:
+    """The plan for `size` ranks of a deferred, unsharded `model` whose attention calls are `sites`.
+
+    Raises:
+        PlanError: a parameter cannot be cut into `size` parts; the message names it and the sizes that would work.
+    """
+    attention = {site.module_name: site for site in sites}
+    styles = {} if size == 1 else _styles(model, attention)
+    cuts = _Cuts(size, attention)
+    slices: dict[str, tuple[Slice, ...]] = {}
+    modules = dict(model.named_modules())
+    for name, style in styles.items():
+        slices |= cuts.of_style(name, style, modules)
+    names = _names_of_parameters(model)
+    parameters = {}
+    for parameter, (name, *aliases) in names.items():
+        cut = next((slices[alias] for alias in (name, *aliases) if alias in slices), None)
+        parameters[name] = ParameterPlan(name, tuple(parameter.shape), parameter.dtype, tuple(aliases), cut)
+    split = {name: site for name, site in attention.items() if cuts.is_split(name)}
+    module_styles = {name: style for name, style in styles.items() if name in modules}
+    return TensorParallelPlan(size, module_styles, parameters, split)
+
+
+def _names_of_parameters(model: nn.Module) -> dict[torch.Tensor, list[str]]:
+    """Parameters and persistent buffers → all their names, first the one the model registered first."""
+    persistent = set(model.state_dict().keys())
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if name in persistent:
+            names.setdefault(tensor, []).append(name)
+    return names
+
+
+def _styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]) -> dict[str, str]:
+    """Name of a module, or of a parameter that belongs to no linear → style, for every part of the model."""
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    shipped: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
+    prefix = f"{model.base_model_prefix}."
+    better = _BETTER_STYLES.get(model.config.model_type, {})
+    shipped |= {prefix + pattern: style for pattern, style in better.items()}
+    inside = [pattern for pattern in shipped if not pattern.startswith("lm_head")]
+    styles = _match(shipped, names) if inside else derive_styles(model, attention)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is embedding:
+            styles[name] = "embedding"
+        elif module is head:
+            styles[name] = "head"
+    return styles
+
+
+def _match(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """transformers' plan (`layers.*.mlp.up_proj`) spelled out for each name that it matches."""
+    compiled = [(re.compile(re.escape(p).replace(r"\*", r"[^.]+") + "$"), s) for p, s in patterns.items()]
+    styles = {}
+    for name in names:
+        for pattern, style in compiled:
+            if pattern.match(name):
+                styles[name] = _OLD_NAMES.get(style, style)
+    return styles
+
+
+class _Cuts:
+    """Turns styles into slices. Knows which heads belong to which projection."""
+
+    def __init__(self, size: int, attention: Mapping[str, AttentionSite]) -> None:
+        self._size = size
+        self._attention = attention
+        self._split: set[str] = set()
+
+    def is_split(self, attention_module: str) -> bool:
+        return attention_module in self._split
+
+    def of_style(self, name: str, style: str, modules: Mapping[str, nn.Module]) -> dict[str, tuple[Slice, ...]]:
+        """Parameter name → slices, for one module or parameter of `style`."""
+        if style in _REPLICATED_STYLES or style == "experts":
+            return {}
+        if name not in modules:
+            return self._of_bare_parameter(name, style, modules)
+        module = modules[name]
+        if style in ("embedding", "head"):
+            cut = self._cut(f"{name}.weight", module.weight.shape[0], 0)  # type: ignore[union-attr,arg-type]
+            own = {f"{name}.weight": cut}
+            return own | ({f"{name}.bias": cut} if getattr(module, "bias", None) is not None else {})
+        if style not in _MODULE_STYLES or not isinstance(module, (nn.Linear, Conv1D)):
+            raise PlanError(f"tensor-parallel style {style!r} of {name!r} ({type(module).__name__}) is not known")
+        output_dim = 1 if isinstance(module, Conv1D) else 0
+        if style.startswith("rowwise"):
+            return {f"{name}.weight": self._rows(name, module, 1 - output_dim, splits_input=style != "rowwise")}
+        pieces = self._columns(name, module.weight.shape[output_dim], gathers=style == "colwise_gather_output")
+        cuts = {f"{name}.weight": tuple(Slice(output_dim, piece) for piece in pieces)}
+        if module.bias is not None:
+            cuts[f"{name}.bias"] = tuple(Slice(0, piece) for piece in pieces)
+        return cuts
+
+    def _of_bare_parameter(
+        self, name: str, style: str, modules: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[Slice, ...]]:
+        owner, _, leaf = name.rpartition(".")
+        parameter = getattr(modules[owner], leaf)
+        if style == "packed_colwise":  # [experts, 2 × features, hidden], or its bias [experts, 2 × features]
+            dim = parameter.ndim - 2 if parameter.ndim > 2 else parameter.ndim - 1
+            return {name: self._packed(name, parameter.shape[dim], 2, dim)}
+        if style == "rowwise":
+            return {name: self._cut(name, parameter.shape[-1], parameter.ndim - 1)}
+        if style == "colwise":
+            dim = max(0, parameter.ndim - 2)
+            return {name: self._cut(name, parameter.shape[dim], dim)}
+        raise PlanError(f"tensor-parallel style {style!r} of the parameter {name!r} is not known")
+
+    def _rows(self, name: str, module: nn.Linear | Conv1D, dim: int, splits_input: bool) -> tuple[Slice, ...]:
+        features, site = module.weight.shape[dim], self._site_of(name)
+        if site is not None and not splits_input and features == site.num_heads * site.value_dim:
+            self._require(site.num_heads % self._size == 0, f"{name}.weight", f"{site.num_heads} heads", site)
+        return self._cut(f"{name}.weight", features, dim)
+
+    def _columns(self, name: str, features: int, gathers: bool) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """What each rank keeps of the output features of a linear, cut between heads inside an attention module."""
+        leaf, site = name.rpartition(".")[2], self._site_of(name)
+        if gathers or site is None:
+            groups = 2 if leaf in _FUSED_GATE_UP and not gathers else 1
+            return tuple(kept.pieces for kept in self._packed(f"{name}.weight", features, groups, 0))
+        heads, kv_heads = site.num_heads, site.num_kv_heads
+        self._require(heads % self._size == 0, f"{name}.weight", f"{heads} query heads", site)
+        self._split.add(site.module_name)
+        if leaf in _CONCATENATED_QKV:
+            widths = (heads * site.head_dim, kv_heads * site.head_dim, kv_heads * site.value_dim)
+            if sum(widths) != features:
+                raise PlanError(f"{name!r} has {features} output features, not {sum(widths)} as its heads would need")
+            parts = [
+                self._heads(name, start, width, count, site)
+                for start, width, count in zip(
+                    (0, widths[0], widths[0] + widths[1]), widths, (heads, kv_heads, kv_heads), strict=True
+                )
+            ]
+            return tuple(tuple(part[rank] for part in parts) for rank in range(self._size))
+        count = kv_heads if _KEY_VALUE_NAME.search(leaf) else heads
+        return tuple((piece,) for piece in self._heads(name, 0, features, count, site))
+
+    def _heads(self, name: str, start: int, width: int, count: int, site: AttentionSite) -> list[tuple[int, int]]:
+        """`width` features from `start` that belong to `count` heads → `(start, length)` of each rank.
+
+        Where there are fewer heads than ranks, neighbouring ranks keep the same head.
+        """
+        self._require(
+            count % self._size == 0 or self._size % count == 0, f"{name}.weight", f"{count} key/value heads", site
+        )
+        one = width // count
+        kept = max(1, count // self._size)
+        return [(start + rank * count // self._size * one, kept * one) for rank in range(self._size)]
+
+    def _cut(self, name: str, length: int, dim: int) -> tuple[Slice, ...]:
+        return self._packed(name, length, 1, dim)
+
+    def _packed(self, name: str, length: int, groups: int, dim: int) -> tuple[Slice, ...]:
+        """Each of `groups` equal parts of a dim is cut among the ranks as `torch.chunk` does: the last may be shorter."""
+        part = length // groups
+        starts = _chunk_starts(part, self._size)
+        if starts[-2] >= part:
+            works = [size for size in range(1, 2 * self._size) if _chunk_starts(part, size)[-2] < part]
+            raise PlanError(
+                f"dim {dim} of {name!r} has {part} rows, which {self._size} ranks cannot share: tensor_parallel_size "
+                f"could be one of {works}"
+            )
+        return tuple(
+            Slice(dim, tuple((group * part + start, end - start) for group in range(groups)))
+            for start, end in pairwise(starts)
+        )
+
+    def _site_of(self, name: str) -> AttentionSite | None:
+        parts = name.split(".")
+        return next(
+            (self._attention[owner] for cut in range(len(parts), 0, -1) if (owner := ".".join(parts[:cut])) in self._attention),
+            None,
+        )
+
+    def _require(self, holds: bool, name: str, what: str, site: AttentionSite) -> None:
+        if not holds:
+            works = [size for size in range(1, site.num_heads + 1) if is_possible(site, size)]
+            raise PlanError(
+                f"{name!r} has {what}, which {self._size} ranks cannot share: tensor_parallel_size must be one of {works}"
+            )
+
+
+def is_possible(site: AttentionSite, size: int) -> bool:
+    """Whether `size` ranks can share the heads of one attention."""
+    kv_heads = site.num_kv_heads
+    return site.num_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+
+def _chunk_starts(length: int, size: int) -> list[int]:
+    """Where each rank's chunk of a dim begins, and the dim's end."""
+    chunk = -(-length // size)
+    return [min(length, rank * chunk) for rank in range(size)] + [length]

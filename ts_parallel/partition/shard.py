@@ -1,0 +1,138 @@
+"""A plan applied to a deferred model: parameters shrink to this rank's shapes, a few modules learn to add or gather.
+
+The model's own code stays as it is and knows one device: a sharded linear is still the linear it was, with fewer
+features; an attention module is told how many heads it has left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.plan import TensorParallelPlan
+from ts_parallel.topology import TensorParallelGroup
+
+Forward = Callable[..., torch.Tensor]
+
+_QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_QUERY_WIDTHS = ("hidden_size", "embed_dim", "split_size", "all_head_size")
+
+
+def apply_tensor_parallel(model: PreTrainedModel, plan: TensorParallelPlan, group: TensorParallelGroup) -> None:
+    """Turn the deferred `model` into rank `group.rank`'s part of it, in place, still deferred."""
+    _shrink_parameters(model, plan, group.rank)
+    for name, site in plan.attention.items():
+        _tell_heads(model.get_submodule(name), site, group.size)
+    for name, style in plan.styles.items():
+        module = model.get_submodule(name)
+        _tell_features(module)
+        forward = _forward_of(module, name, style, plan, group)
+        if forward is not None:
+            module.forward = forward  # type: ignore[method-assign]
+
+
+def _shrink_parameters(model: nn.Module, plan: TensorParallelPlan, rank: int) -> None:
+    for parameter_plan in plan.parameters.values():
+        if parameter_plan.slices is None:
+            continue
+        shape = parameter_plan.local_shape(rank)
+        local = nn.Parameter(torch.empty(shape, dtype=parameter_plan.dtype, device="meta"), requires_grad=False)
+        for name in (parameter_plan.name, *parameter_plan.aliases):  # one object under all names keeps it tied
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, local)
+
+
+def _tell_features(module: nn.Module) -> None:
+    """Keep the feature counts that a linear tells of itself true."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
+
+
+def _tell_heads(module: nn.Module, site: AttentionSite, size: int) -> None:
+    """Divide the head counts and widths that an attention module keeps, and those of its own copy of the config."""
+    heads, kv_heads = site.num_heads // size, max(1, site.num_kv_heads // size)
+    widths = {site.num_heads * site.head_dim: heads * site.head_dim}
+    for name in _QUERY_HEAD_COUNTS:
+        if getattr(module, name, None) == site.num_heads:
+            setattr(module, name, heads)
+    for name in _KEY_VALUE_HEAD_COUNTS:
+        if getattr(module, name, None) == site.num_kv_heads:
+            setattr(module, name, kv_heads)
+    for name in _QUERY_WIDTHS:
+        if getattr(module, name, None) in widths:
+            setattr(module, name, widths[getattr(module, name)])
+    if hasattr(module, "num_key_value_groups"):
+        module.num_key_value_groups = heads // kv_heads
+    if getattr(getattr(module, "config", None), "num_attention_heads", None) == site.num_heads:
+        module.config = copy.copy(module.config)
+        module.config.num_attention_heads = heads
+        if getattr(module.config, "num_key_value_heads", None) == site.num_kv_heads:
+            module.config.num_key_value_heads = kv_heads
+
+
+def _forward_of(
+    module: nn.Module, name: str, style: str, plan: TensorParallelPlan, group: TensorParallelGroup
+) -> Forward | None:
+    """The forward of a module that must talk to the other ranks; None where its own will do."""
+    whole = module.forward
+    if style == "embedding":
+        slices = plan.parameters[f"{name}.weight"].slices
+        assert slices is not None
+        return _vocabulary_parallel(module, whole, slices[group.rank].pieces[0], group)
+    if style == "rowwise":
+        return _row_parallel(module, group)
+    if style == "rowwise_split_input":
+        slices = plan.parameters[f"{name}.weight"].slices
+        assert slices is not None
+        start, length = slices[group.rank].pieces[0]
+        rows = _row_parallel(module, group)
+        return lambda hidden: rows(hidden[..., start : start + length])
+    if style == "colwise_gather_output":
+        slices = plan.parameters[f"{name}.weight"].slices
+        assert slices is not None
+        sizes = tuple(kept.length for kept in slices)
+        return lambda hidden: group.all_gather(whole(hidden), sizes)
+    if style == "experts":
+        return lambda *arguments, **options: group.all_reduce(whole(*arguments, **options))
+    return None
+
+
+def _row_parallel(module: nn.Module, group: TensorParallelGroup) -> Forward:
+    """Each rank multiplies its part of the input features; the bias is added once, to the sum."""
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+        total = group.all_reduce(F.linear(hidden, weight))  # type: ignore[arg-type]
+        return total if module.bias is None else total + module.bias
+
+    return forward
+
+
+def _vocabulary_parallel(
+    module: nn.Module, whole: Forward, kept: tuple[int, int], group: TensorParallelGroup
+) -> Forward:
+    """Each rank looks up the tokens of its part of the vocabulary; the others count as zero in the sum.
+
+    The module's own forward does the look-up, so that an embedding that scales still scales.
+    """
+    start, length = kept
+    if getattr(module, "padding_idx", None) is not None:
+        module.padding_idx = None  # type: ignore[assignment]  # of training alone, and it may lie outside this part
+
+    def forward(token_ids: torch.Tensor) -> torch.Tensor:
+        local = token_ids - start
+        is_elsewhere = (local < 0) | (local >= length)
+        found = whole(local.masked_fill(is_elsewhere, 0))
+        return group.all_reduce(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))
+
+    return forward

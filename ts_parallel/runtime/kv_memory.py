@@ -1,0 +1,57 @@
+"""The memory of keys and values: for every attention site one buffer of blocks, each of `block_size` token slots.
+
+Which block belongs to whom is the block manager's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ts_parallel.errors import ConfigError
+from ts_parallel.partition.attention_sites import AttentionSite
+
+
+def bytes_per_token(sites: Sequence[AttentionSite], dtype: torch.dtype) -> int:
+    """Bytes of KV memory that one token takes on one rank, over all sites."""
+    return sum(site.kv_elements_per_token for site in sites) * dtype.itemsize
+
+
+def count_blocks(
+    sites: Sequence[AttentionSite], dtype: torch.dtype, block_size: int, num_bytes: int, max_model_len: int
+) -> int:
+    """How many blocks fit in `num_bytes`.
+
+    Raises:
+        ConfigError: not even one request of `max_model_len` tokens would fit.
+    """
+    per_token = bytes_per_token(sites, dtype)
+    num_blocks = num_bytes // (per_token * block_size)
+    if num_blocks * block_size < max_model_len:
+        raise ConfigError(
+            f"kv_cache_memory of {num_bytes} bytes holds {num_blocks * block_size} tokens of {per_token} bytes, fewer "
+            f"than max_model_len {max_model_len}: raise kv_cache_memory or lower max_model_len"
+        )
+    return num_blocks
+
+
+class KVMemory:
+    """Owns the key and value buffers of one rank: `keys[site]` is `[S, KV, D]`, `values[site]` is `[S, KV, E]`."""
+
+    def __init__(
+        self, sites: Sequence[AttentionSite], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        num_slots = num_blocks * block_size
+        # Zeros, not garbage: a padded slot is masked out of the softmax, yet 0 × NaN would still be NaN.
+        self.keys = [
+            torch.zeros(num_slots, site.num_kv_heads, site.head_dim, dtype=dtype, device=device) for site in sites
+        ]
+        self.values = [
+            torch.zeros(num_slots, site.num_kv_heads, site.value_dim, dtype=dtype, device=device) for site in sites
+        ]
+
+    def write(self, site: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store `key` `[T, KV, D]` and `value` `[T, KV, E]` in `slots` `[T]`."""
+        self.keys[site].index_copy_(0, slots, key)
+        self.values[site].index_copy_(0, slots, value)

@@ -1,0 +1,1 @@
+"""HTTP bodies in, engine requests through, texts out; and TorchServe's own protocol around it."""

@@ -1,0 +1,142 @@
+"""TorchServe's continuous batching as a drain: each `handle()` call takes what the engine has ready and comes back.
+
+The front end sends all open jobs, waits for one reply, forwards it and asks again. So a call registers the jobs that are
+new, drops those whose clients left, waits a moment for a token of any, and answers the jobs that have news. A job
+without news is taken out of the reply, which keeps it open and leaves its status and headers free for later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ts_parallel.engine.router import Delivery, TokenRouter
+from ts_parallel.errors import EngineError, RequestError
+from ts_parallel.serving.answers import JSON, Answer, Usage, error_body
+from ts_parallel.serving.bodies import RawRequest
+from ts_parallel.serving.detokenizer import Detokenizer
+
+# New requests join between two calls, so this bounds how long one of them waits while no token comes.
+SECONDS_PER_DRAIN = 0.02
+# A job that has ended may be named once more in the next call.
+_NUM_ENDED_REMEMBERED = 4096
+
+_PHRASES = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one job is sent now; `status` and `content_type` count only the first time."""
+
+    body: str
+    is_last: bool
+    status: int = 200
+    content_type: str = JSON
+
+    @staticmethod
+    def refusal(error: RequestError) -> Reply:
+        return Reply(error_body(error), is_last=True, status=error.status)
+
+
+@dataclass
+class Job:
+    """A request that the engine is running: its answer and how far it has come."""
+
+    answer: Answer
+    detokenizer: Detokenizer
+    num_prompt_tokens: int
+    num_completion_tokens: int = 0
+    has_begun: bool = False
+
+    def advance(self, delivery: Delivery) -> Reply | None:
+        """What to send for new tokens; None where there is nothing to send."""
+        if delivery.error is not None:
+            error = EngineError(delivery.error)
+            return Reply(self.answer.fail(error), True) if self.has_begun else Reply.refusal(error)
+        self.num_completion_tokens += len(delivery.token_ids)
+        text = self.detokenizer.add(delivery.token_ids, delivery.is_last)
+        usage = Usage(self.num_prompt_tokens, self.num_completion_tokens)
+        body = self.answer.advance(text, usage, delivery.finish_reason)
+        if body is None:
+            return None
+        self.has_begun = True
+        return Reply(body, delivery.is_last, content_type=self.answer.content_type)
+
+
+class EngineDoor(Protocol):
+    """What the drain needs of the engine's thread."""
+
+    router: TokenRouter
+
+    def abort(self, request_id: str) -> None: ...
+
+
+class ContinuousBatchingDrain:
+    """Owns the open jobs. `open_job` turns a raw request into a running job, or into a reply that is ready at once."""
+
+    def __init__(self, engine: EngineDoor, open_job: Callable[[str, RawRequest], Job | Reply]) -> None:
+        self._engine = engine
+        self._open_job = open_job
+        self._jobs: dict[str, Job] = {}
+        self._ready: dict[str, Reply] = {}
+        self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """One round trip. `context` is TorchServe's; it is told of each job's status, type and end."""
+        names: dict[int, str] = dict(context.request_ids)
+        for request_id in self._jobs.keys() - set(names.values()):
+            self._forget(request_id)
+        for index, request_id in names.items():
+            if request_id not in self._jobs and request_id not in self._ended:
+                self._register(request_id, raw_request(data[index], context, index))
+        if self._jobs and not self._ready:
+            self._engine.router.wait(SECONDS_PER_DRAIN)
+        context.stopping_criteria = {}
+        bodies = [""] * len(data)
+        for index, request_id in names.items():
+            reply = self._collect(request_id)
+            if reply is None:
+                del context.request_ids[index]
+                continue
+            bodies[index] = reply.body
+            context.set_response_status(reply.status, _PHRASES[reply.status], index)
+            context.set_response_content_type(index, reply.content_type)
+            context.stopping_criteria[index] = lambda _, is_last=reply.is_last: is_last
+        return bodies
+
+    def _register(self, request_id: str, request: RawRequest) -> None:
+        opened = self._open_job(request_id, request)
+        if isinstance(opened, Job):
+            self._jobs[request_id] = opened
+        else:
+            self._ready[request_id] = opened
+
+    def _collect(self, request_id: str) -> Reply | None:
+        if request_id in self._ready:
+            self._ended.append(request_id)
+            return self._ready.pop(request_id)
+        if request_id not in self._jobs:
+            return None
+        reply = self._jobs[request_id].advance(self._engine.router.take(request_id))
+        if reply is not None and reply.is_last:
+            self._forget(request_id)
+            self._ended.append(request_id)
+        return reply
+
+    def _forget(self, request_id: str) -> None:
+        del self._jobs[request_id]
+        self._engine.abort(request_id)
+
+
+def raw_request(data: dict[str, Any], context: Any, index: int) -> RawRequest:
+    """One element of TorchServe's `data`, with what its headers say."""
+    body = data.get("body", data.get("data"))
+    headers = {str(name).lower(): value for name, value in context.get_all_request_header(index).items()}
+    content_type = headers.get("content-type", "")
+    if body is None and data:
+        # A form: curl's default for -d. Netty has taken the text for the name of an empty field.
+        body = next(iter(data))
+    is_json = isinstance(body, dict) or "json" in str(content_type)
+    return RawRequest(str(headers.get("url_path") or "").strip("/"), body, is_json)

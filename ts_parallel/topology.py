@@ -1,0 +1,116 @@
+"""Which rank this process is, on which device, and how the ranks of a tensor-parallel group talk.
+
+Knows process groups and tensors, not models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ts_parallel.errors import TopologyError
+
+# Ranks wait for each other while the slowest of them loads; a rank that dies is noticed by torchrun, not by this.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class TensorParallelGroup:
+    """The ranks that share every layer. Tensors on the meta device pass through with the right shape and no traffic."""
+
+    rank: int
+    size: int
+    process_group: dist.ProcessGroup | None = None
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1 and not tensor.is_meta:
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+        """Concatenation over the ranks along the last dim, where rank r holds `sizes[r]` of it."""
+        if self.size == 1:
+            return tensor
+        whole = tensor.new_empty(*tensor.shape[:-1], sum(sizes))
+        if tensor.is_meta:
+            return whole
+        widest = max(sizes)  # ranks exchange tensors of one shape; the last may be padded
+        padded = torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.process_group)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1, out=whole)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among all ranks. `mesh` has the axes (pp, tp)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def tensor_parallel(self) -> TensorParallelGroup:
+        group = self.mesh.get_group("tp")
+        return TensorParallelGroup(self.mesh.get_local_rank("tp"), dist.get_world_size(group), group)
+
+    def close(self) -> None:
+        """Leave together: a rank that ends while another still talks to it brings that one down."""
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def gather_errors(self, error: str | None) -> list[str]:
+        """Every rank's error, in rank order, empty where all went well. Every rank must call it."""
+        errors: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error)
+        return [text for text in errors if text is not None]
+
+
+def open_topology(
+    tensor_parallel_size: int, device: str, environment: Mapping[str, str] = os.environ, num_threads: int | None = None
+) -> Topology:
+    """Join the ranks that torchrun started (or be the only one) and give this rank its device and threads.
+
+    Raises:
+        TopologyError: torchrun started another number of ranks than `tensor_parallel_size`, or there is no such device.
+    """
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    if world_size != tensor_parallel_size:
+        raise TopologyError(
+            f"tensor_parallel_size {tensor_parallel_size} needs {tensor_parallel_size} ranks, torchrun started "
+            f"{world_size}: set torchrun.nproc-per-node and handler.tensor_parallel_size to the same number"
+        )
+    chosen = _choose_device(device, int(environment.get("LOCAL_RANK", "0")))
+    if chosen.type == "cpu":
+        local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    if not dist.is_initialized():
+        _join(world_size, chosen)
+    mesh = init_device_mesh(chosen.type, (1, tensor_parallel_size), mesh_dim_names=("pp", "tp"))
+    return Topology(dist.get_rank(), world_size, chosen, mesh)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    num_gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise TopologyError(f"rank {local_rank} needs a GPU of its own, this machine shows {num_gpus}: set device: cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(world_size: int, device: torch.device) -> None:
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if world_size == 1:  # no torchrun, no port: a store in this process's own memory
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
