@@ -1,6 +1,6 @@
 """TorchServe entry file for causal language models: continuous batching, tensor parallel, streaming.
 
-    torch-model-archiver --handler handlers/text_generation.py --config-file model-configs/tp2-cpu.yaml …
+torch-model-archiver --handler handlers/text_generation.py --config-file model-configs/tp2-cpu.yaml …
 """
 
 from ts_parallel.serving.text_generation import TextGenerationService

@@ -64,7 +64,9 @@ def parse_config(section: Mapping[str, Any] | None) -> HandlerConfig:
         raise ConfigError("model-config.yaml has no `handler:` section; it needs at least `model_path`")
     for key in section:
         if key not in HandlerConfig.model_fields:
-            raise ConfigError(f"unknown key {key!r} in the handler section{did_you_mean(key, HandlerConfig.model_fields)}")
+            raise ConfigError(
+                f"unknown key {key!r} in the handler section{did_you_mean(key, HandlerConfig.model_fields)}"
+            )
     try:
         return HandlerConfig(**section)
     except ValidationError as error:

@@ -1,14 +1,14 @@
 """Every error this package raises for a caller's mistake, and the HTTP status each one becomes.
 
-    TSParallelError
-    ├── StartupError            the model cannot be served; one line says why, nothing is started
-    │   ├── ConfigError         a key of the `handler:` section, or a flag, is wrong
-    │   ├── TopologyError       the ranks that were started are not the ranks that were asked for
-    │   ├── CheckpointError     a file is missing, cut off, or does not fit the model
-    │   └── PlanError           the model cannot be split as asked, or cannot be run at all
-    └── RequestError      400   this request alone is refused
-        ├── NotFoundError 404   no such route
-        └── EngineError   500   the engine failed while it ran this request
+TSParallelError
+├── StartupError            the model cannot be served; one line says why, nothing is started
+│   ├── ConfigError         a key of the `handler:` section, or a flag, is wrong
+│   ├── TopologyError       the ranks that were started are not the ranks that were asked for
+│   ├── CheckpointError     a file is missing, cut off, or does not fit the model
+│   └── PlanError           the model cannot be split as asked, or cannot be run at all
+└── RequestError      400   this request alone is refused
+    ├── NotFoundError 404   no such route
+    └── EngineError   500   the engine failed while it ran this request
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ def _tensors_of_file(file: Path) -> Iterable[StoredTensor]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size or length > _LONGEST_HEADER:
-            raise CheckpointError(f"{file} is cut off or no safetensors file: {size} bytes, a header of {length} announced")
+            raise CheckpointError(
+                f"{file} is cut off or no safetensors file: {size} bytes, a header of {length} announced"
+            )
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
         except ValueError:

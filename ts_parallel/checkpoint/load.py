@@ -111,14 +111,14 @@ def _split_ranges(ranges: Iterator[tuple[int, int]], limit: int) -> Iterator[lis
         yield group
 
 
-def _read_ranges(
-    descriptor: int, source: StoredTensor, ranges: Iterator[tuple[int, int]], memory: memoryview
-) -> None:
+def _read_ranges(descriptor: int, source: StoredTensor, ranges: Iterator[tuple[int, int]], memory: memoryview) -> None:
     done = 0
     for start, total in ranges:
         offset, length = start, total
         while length:
             count = os.preadv(descriptor, [memory[done : done + length]], offset)
             if count == 0:
-                raise CheckpointError(f"{source.file} ends before {source.name!r} does; it was changed while it was read")
+                raise CheckpointError(
+                    f"{source.file} ends before {source.name!r} does; it was changed while it was read"
+                )
             offset, length, done = offset + count, length - count, done + count

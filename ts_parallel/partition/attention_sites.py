@@ -101,7 +101,9 @@ def _mask(mask_function: Callable[..., Any], local_size: int | None = None, **_:
     names = {part.__qualname__.split(".")[0] for part in parts}
     unknown = names - {"and_masks", "causal_mask_function", "sliding_window_overlay"}
     if unknown:
-        raise PlanError(f"the attention mask {sorted(unknown)} cannot be paged; only causal and sliding-window masks can")
+        raise PlanError(
+            f"the attention mask {sorted(unknown)} cannot be paged; only causal and sliding-window masks can"
+        )
     return AttentionPattern(local_size if "sliding_window_overlay" in names else None)
 
 
@@ -195,4 +197,6 @@ def _refuse_other_mixers(model: PreTrainedModel, config: PretrainedConfig) -> No
         raise PlanError(f"{type(model).__name__} has layers of type {sorted(layer_types)}; only attention can be paged")
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d):
-            raise PlanError(f"{type(model).__name__} mixes tokens by convolution in {name!r}; only attention can be paged")
+            raise PlanError(
+                f"{type(model).__name__} mixes tokens by convolution in {name!r}; only attention can be paged"
+            )

@@ -44,7 +44,8 @@ def _attention_styles(linears: Mapping[str, nn.Module], site: AttentionSite) -> 
     closing = [
         name
         for name, module in linears.items()
-        if name.rpartition(".")[2] in _OUTPUT_NAMES and in_and_out_features(module)[0] == site.num_heads * site.value_dim
+        if name.rpartition(".")[2] in _OUTPUT_NAMES
+        and in_and_out_features(module)[0] == site.num_heads * site.value_dim
     ]
     if len(closing) != 1 or len(linears) == 1:
         return {}

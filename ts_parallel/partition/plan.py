@@ -263,7 +263,11 @@ class _Cuts:
     def _site_of(self, name: str) -> AttentionSite | None:
         parts = name.split(".")
         return next(
-            (self._attention[owner] for cut in range(len(parts), 0, -1) if (owner := ".".join(parts[:cut])) in self._attention),
+            (
+                self._attention[owner]
+                for cut in range(len(parts), 0, -1)
+                if (owner := ".".join(parts[:cut])) in self._attention
+            ),
             None,
         )
 

@@ -85,11 +85,30 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class RawRequest:
-    """One request as TorchServe hands it over: a route (`v1/completions`, empty for the model's own URL) and a body."""
+    """One request as TorchServe hands it over: a route (`v1/completions`, empty for the model's own URL) and a body.
+
+    The body is parsed already where it was called JSON and is, else bytes or text, or None where there was none.
+    """
 
     route: str
     body: Any
-    is_json: bool
+    content_type: str
+
+    def text(self) -> str | None:
+        """The body as raw text; None where it is JSON.
+
+        Raises:
+            RequestError: it is a form, which TorchServe has taken apart, or no text.
+        """
+        if "x-www-form-urlencoded" in self.content_type:
+            raise RequestError("the body came as a form; send it with 'Content-Type: application/json' or 'text/plain'")
+        if "json" in self.content_type or not isinstance(self.body, (bytes, bytearray, str)):
+            return None
+        try:
+            text = self.body if isinstance(self.body, str) else bytes(self.body).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the body is neither JSON nor UTF-8 text: {error}") from None
+        return None if text.lstrip().startswith("{") else text
 
     def fields(self) -> dict[str, Any]:
         """The body as a JSON object.
@@ -104,20 +123,14 @@ class RawRequest:
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"the body is not JSON: {error}") from None
         if not isinstance(value, dict):
-            raise RequestError(f"the body must be a JSON object, not {type(value).__name__}")
+            raise RequestError(f"the body must be a JSON object, got {_echo(value)}")
         return value
 
 
 def parse_native(request: RawRequest) -> NativeBody:
     """A JSON object, or raw text that is the prompt."""
-    body = request.body
-    if isinstance(body, (bytes, bytearray)) and not request.is_json:
-        try:
-            body = bytes(body).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"the body is neither JSON nor UTF-8 text: {error}", "prompt") from None
-    if isinstance(body, str) and not request.is_json and not body.lstrip().startswith("{"):
-        return NativeBody(prompt=body)
+    if (text := request.text()) is not None:
+        return NativeBody(prompt=text)
     fields = request.fields()
     _refuse_unknown(fields, NativeBody)
     return _validated(NativeBody, fields)

@@ -31,13 +31,23 @@ class Reply:
     """What one job is sent now; `status` and `content_type` count only the first time."""
 
     body: str
+    is_first: bool
     is_last: bool
     status: int = 200
     content_type: str = JSON
 
+    @property
+    def stream_ends(self) -> bool | None:
+        """What TorchServe is told: an answer that is first and last is no stream at all, and says nothing of one."""
+        return None if self.is_first and self.is_last else self.is_last
+
+    @staticmethod
+    def whole(body: str) -> Reply:
+        return Reply(body, is_first=True, is_last=True)
+
     @staticmethod
     def refusal(error: RequestError) -> Reply:
-        return Reply(error_body(error), is_last=True, status=error.status)
+        return Reply(error_body(error), is_first=True, is_last=True, status=error.status)
 
 
 @dataclass
@@ -54,15 +64,15 @@ class Job:
         """What to send for new tokens; None where there is nothing to send."""
         if delivery.error is not None:
             error = EngineError(delivery.error)
-            return Reply(self.answer.fail(error), True) if self.has_begun else Reply.refusal(error)
+            return Reply(self.answer.fail(error), False, True) if self.has_begun else Reply.refusal(error)
         self.num_completion_tokens += len(delivery.token_ids)
         text = self.detokenizer.add(delivery.token_ids, delivery.is_last)
         usage = Usage(self.num_prompt_tokens, self.num_completion_tokens)
         body = self.answer.advance(text, usage, delivery.finish_reason)
         if body is None:
             return None
-        self.has_begun = True
-        return Reply(body, delivery.is_last, content_type=self.answer.content_type)
+        is_first, self.has_begun = not self.has_begun, True
+        return Reply(body, is_first, delivery.is_last, content_type=self.answer.content_type)
 
 
 class EngineDoor(Protocol):
@@ -103,7 +113,7 @@ class ContinuousBatchingDrain:
             bodies[index] = reply.body
             context.set_response_status(reply.status, _PHRASES[reply.status], index)
             context.set_response_content_type(index, reply.content_type)
-            context.stopping_criteria[index] = lambda _, is_last=reply.is_last: is_last
+            context.stopping_criteria[index] = lambda _, ends=reply.stream_ends: ends
         return bodies
 
     def _register(self, request_id: str, request: RawRequest) -> None:
@@ -132,11 +142,6 @@ class ContinuousBatchingDrain:
 
 def raw_request(data: dict[str, Any], context: Any, index: int) -> RawRequest:
     """One element of TorchServe's `data`, with what its headers say."""
-    body = data.get("body", data.get("data"))
-    headers = {str(name).lower(): value for name, value in context.get_all_request_header(index).items()}
-    content_type = headers.get("content-type", "")
-    if body is None and data:
-        # A form: curl's default for -d. Netty has taken the text for the name of an empty field.
-        body = next(iter(data))
-    is_json = isinstance(body, dict) or "json" in str(content_type)
-    return RawRequest(str(headers.get("url_path") or "").strip("/"), body, is_json)
+    headers = {str(name).lower(): str(value) for name, value in context.get_all_request_header(index).items()}
+    route = headers.get("url_path", "").strip("/")
+    return RawRequest(route, data.get("body", data.get("data")), headers.get("content-type", ""))

@@ -90,9 +90,9 @@ class GenerationService:
         """Route one request. What cannot be served becomes a reply of its own; nothing is raised."""
         try:
             if request.route == "health":
-                return Reply('{"status": "ok"}' if self.engine.is_alive else '{"status": "failed"}', is_last=True)
+                return Reply.whole('{"status": "ok"}' if self.engine.is_alive else '{"status": "failed"}')
             if request.route == "v1/models":
-                return Reply(model_list(self._name, self._started_at, self._max_model_len), is_last=True)
+                return Reply.whole(model_list(self._name, self._started_at, self._max_model_len))
             if request.route == "v1/completions":
                 return self._open_completion(request_id, request)
             if request.route == "":
@@ -123,9 +123,7 @@ class GenerationService:
 
     def _run(self, request_id: str, prompt: str | list[int], params: GenerationParams, answer: Answer) -> Job:
         prompt_ids = self._prompt_ids(prompt)
-        request = make_request(
-            request_id, prompt_ids, params, eos_ids=self._eos_ids, max_model_len=self._max_model_len
-        )
+        request = make_request(request_id, prompt_ids, params, eos_ids=self._eos_ids, max_model_len=self._max_model_len)
         self.engine.submit(request)
         return Job(answer, Detokenizer(self._tokenizer), len(prompt_ids))
 
@@ -158,9 +156,7 @@ def make_engine(runner: Runner, config: HandlerConfig) -> Engine:
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     return Engine(
         runner,
-        Scheduler(
-            blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
-        ),
+        Scheduler(blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens),
     )
 
 

@@ -1,0 +1,31 @@
+"""Where a checkpoint is: a folder, or a repository of the hub that is fetched once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ts_parallel.errors import CheckpointError
+
+# No pickled weights and no code: nothing that is fetched can run.
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def locate_checkpoint(path_or_hub_id: str) -> Path:
+    """The local folder of a checkpoint, absolute.
+
+    Raises:
+        CheckpointError: it is no folder here, and no repository that the hub can be asked for.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    try:
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=_FETCHED))
+    except HFValidationError:
+        raise CheckpointError(f"no folder {path_or_hub_id}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path_or_hub_id} is no folder, and the hub gave no such model: {reason}") from None

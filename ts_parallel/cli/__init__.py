@@ -1,0 +1,1 @@
+"""The `ts-parallel` command. Each file is one sub-command."""

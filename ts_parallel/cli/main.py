@@ -1,0 +1,27 @@
+"""`ts-parallel plan | verify | archive | serve`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ts_parallel.cli.archive import archive
+from ts_parallel.cli.plan import plan
+from ts_parallel.cli.serve import serve
+from ts_parallel.cli.verify import verify
+from ts_parallel.errors import TSParallelError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+for command in (plan, verify, archive, serve):
+    app.command()(command)
+
+
+def main() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except TSParallelError as error:
+        print(f"ts-parallel: {error}", file=sys.stderr)
+        sys.exit(1)

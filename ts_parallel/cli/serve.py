@@ -1,0 +1,113 @@
+"""`ts-parallel serve`: archive a checkpoint, start TorchServe on it, stay until told to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.cli.archive import Name, default_name, handler_config, write_archive
+from ts_parallel.cli.options import Device, Dtype, KVCacheMemory, MaxModelLen, Model, TensorParallelSize
+from ts_parallel.cli.torchserve import TorchServe, find_java
+from ts_parallel.config import HandlerConfig
+from ts_parallel.partition.build import match_checkpoint, shard_deferred
+from ts_parallel.partition.deferred import choose_dtype, read_model_config
+from ts_parallel.runtime.kv_memory import count_blocks
+from ts_parallel.serving.text_generation import read_eos_ids, read_tokenizer, resolve_max_model_len
+from ts_parallel.topology import TensorParallelGroup
+
+
+def serve(
+    model: Model,
+    tensor_parallel_size: TensorParallelSize = 1,
+    name: Name = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback asks clients for a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_memory: KVCacheMemory = "512MiB",
+    verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
+) -> None:
+    """Serve a checkpoint until Ctrl-C or SIGTERM."""
+    folder = locate_checkpoint(model)
+    config = handler_config(folder, tensor_parallel_size, dtype, device, max_model_len, kv_cache_memory)
+    name = name or default_name(folder)
+    with stopped_by_signals() as stop, running(config, folder, name, host, port, verbose, stop) as server:
+        print(f"ready: {server.url}", flush=True)
+        if server.key_file is not None:
+            print(f"clients need the inference key of {server.key_file}", flush=True)
+        server.wait(stop)
+
+
+@contextmanager
+def running(
+    config: HandlerConfig, folder: Path, name: str, host: str, port: int, verbose: bool, stop: threading.Event
+) -> Iterator[TorchServe]:
+    """A TorchServe that answers for `folder`, ended on leaving.
+
+    Raises:
+        StartupError: the model cannot be served, or TorchServe did not come up.
+    """
+    check(config, folder)
+    java_home = find_java()
+    with TemporaryDirectory(prefix="tsp-") as workspace:
+        store = Path(workspace) / "store"
+        write_archive(config, name, store)
+        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose)
+        try:
+            server.start()
+            server.wait_until_ready(stop)
+            yield server
+        finally:
+            server.stop()
+
+
+def check(config: HandlerConfig, folder: Path) -> None:
+    """Everything a worker would refuse, before TorchServe is started: a worker's refusal is a line in a log.
+
+    Raises:
+        StartupError: what is wrong.
+    """
+    model_config = read_model_config(folder)
+    max_model_len = resolve_max_model_len(config.max_model_len, model_config)
+    read_tokenizer(folder)
+    read_eos_ids(folder, model_config)
+    dtype = choose_dtype(config.dtype, model_config)
+    index = read_index(folder)
+    part = shard_deferred(model_config, dtype, TensorParallelGroup(0, config.tensor_parallel_size))
+    match_checkpoint(part.model, part.plan, index)
+    count_blocks(part.sites, dtype, config.block_size, config.kv_cache_memory, max_model_len)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, the first time; a second one kills as usual."""
+    stop = threading.Event()
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def handler(kind: int, _: object) -> None:
+        stop.set()
+        for each in kinds:
+            signal.signal(each, before[each])
+        print(f"stopping ({signal.Signals(kind).name})", file=sys.stderr, flush=True)
+
+    for kind in kinds:
+        signal.signal(kind, handler)
+    try:
+        yield stop
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])

@@ -1,0 +1,65 @@
+"""`ts-parallel verify`: the split model beside the plain one, token for token."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.cli.options import Device, Model, TensorParallelSize
+from ts_parallel.errors import StartupError
+
+
+def verify(
+    model: Model,
+    tensor_parallel_size: TensorParallelSize = 1,
+    dtype: Annotated[str, typer.Option(help="Element type of both; float32 is exact.")] = "float32",
+    device: Device = "cpu",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 32,
+) -> None:
+    """Run the model in local ranks and plainly with transformers; exit with 1 where the greedy tokens differ."""
+    folder = locate_checkpoint(model)
+    rows = run_verification(folder, tensor_parallel_size, dtype, device, max_tokens)
+    table = Table("prompt tokens", "equal tokens", "largest difference of logits", "their scale", box=box.SIMPLE)
+    for row in rows:
+        equal = f"{row['num_equal']} of {row['num_tokens']}"
+        table.add_row(str(row["num_prompt"]), equal, f"{row['difference']:.2e}", f"{row['scale']:.2f}")
+    Console().print(table)
+    is_same = all(row["num_equal"] == row["num_tokens"] for row in rows)
+    print(
+        f"tensor_parallel_size {tensor_parallel_size}, {dtype}: {'the same tokens' if is_same else 'DIFFERENT tokens'}"
+    )
+    raise typer.Exit(0 if is_same else 1)
+
+
+def run_verification(
+    folder: Path, tensor_parallel_size: int, dtype: str, device: str, max_tokens: int
+) -> list[dict[str, Any]]:
+    """Each prompt's comparison, made by `verify_ranks` in ranks of their own.
+
+    Raises:
+        StartupError: the ranks could not run.
+    """
+    with TemporaryDirectory(prefix="ts-parallel-") as scratch:
+        report = Path(scratch) / "report.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(tensor_parallel_size), "-m", "ts_parallel.cli.verify_ranks"]
+        command += [str(folder), str(report), str(tensor_parallel_size), dtype, device, str(max_tokens)]
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if not report.is_file():
+            raise StartupError("the ranks failed:\n" + result.stderr[-3000:])
+        outcome = json.loads(report.read_text())
+    if "error" in outcome:
+        raise StartupError(outcome["error"])
+    rows: list[dict[str, Any]] = outcome["rows"]
+    return rows

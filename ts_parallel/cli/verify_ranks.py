@@ -1,0 +1,98 @@
+"""What each rank of `ts-parallel verify` runs. Rank 0 compares with the plain model and writes the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ts_parallel.config import HandlerConfig, parse_config
+from ts_parallel.engine.request import Request
+from ts_parallel.errors import StartupError
+from ts_parallel.partition.deferred import read_model_config
+from ts_parallel.runtime.runner import Runner
+from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.serving.text_generation import make_engine, make_runner
+from ts_parallel.topology import open_topology
+
+NUM_PROMPTS = 8
+_LONGEST_PROMPT = 96
+
+
+def main(folder: Path, report: Path, size: int, dtype: str, device: str, max_tokens: int) -> None:
+    section = {"model_path": str(folder), "tensor_parallel_size": size, "dtype": dtype, "device": device}
+    config = parse_config(section)
+    topology = open_topology(size, device)
+    runner, error = None, None
+    try:
+        runner = make_runner(config, folder, topology)
+    except StartupError as refused:
+        error = str(refused)
+    errors = topology.gather_errors(error)
+    if runner is not None and not errors:
+        if topology.rank == 0:
+            report.write_text(json.dumps({"rows": compare(runner, config, folder, max_tokens)}))
+            runner.stop_followers()
+        else:
+            runner.follow()
+    elif topology.rank == 0:
+        report.write_text(json.dumps({"error": errors[0]}))
+    topology.close()
+
+
+def compare(runner: Runner, config: HandlerConfig, folder: Path, max_tokens: int) -> list[dict[str, Any]]:
+    """Greedy tokens of all prompts at once, and the logits after each prompt, beside the plain model's."""
+    prompts = make_prompts(read_model_config(folder), max_tokens)
+    requests = [Request(str(index), tuple(prompt), max_tokens) for index, prompt in enumerate(prompts)]
+    outputs = make_engine(runner, config).generate(requests)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype)).eval()
+    rows = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = generate_plainly(plain, prompt, max_tokens)
+        blocks = tuple(range(-(-len(prompt) // runner.block_size)))
+        ours = runner.logits(StepPlan((Chunk("logits", tuple(prompt), 0, blocks, is_sampled=True),))).float().cpu()
+        with torch.no_grad():
+            theirs = plain(torch.tensor([prompt])).logits[:, -1].float()
+        rows.append(
+            {
+                "num_prompt": len(prompt),
+                "num_tokens": len(expected),
+                "num_equal": sum(a == b for a, b in zip(expected, output, strict=True)),
+                "difference": float((ours - theirs).abs().max()),
+                "scale": float(theirs.abs().max()),
+            }
+        )
+    return rows
+
+
+def make_prompts(config: PretrainedConfig, max_tokens: int) -> list[list[int]]:
+    """Token ids of `NUM_PROMPTS` prompts, from one token to as long as there is room for; the same each time."""
+    text_config = config.get_text_config()
+    longest = min(_LONGEST_PROMPT, text_config.max_position_embeddings - max_tokens)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1 + (longest - 1) * index // (NUM_PROMPTS - 1) for index in range(NUM_PROMPTS)]
+    return [torch.randint(text_config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def generate_plainly(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
+    """transformers' own greedy answer, which does not end before `max_tokens`."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        min_new_tokens=max_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], int(sys.argv[6]))
