@@ -55,7 +55,9 @@ def run_verification(
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(tensor_parallel_size), "-m", "ts_parallel.cli.verify_ranks"]
         command += [str(folder), str(report), str(tensor_parallel_size), dtype, device, str(max_tokens)]
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        # torchrun leaves a log folder in the temporary directory: let it be one that goes.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": scratch}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if not report.is_file():
             raise StartupError("the ranks failed:\n" + result.stderr[-3000:])
         outcome = json.loads(report.read_text())
