@@ -1,8 +1,8 @@
 """Package a model with torch-model-archiver, start TorchServe on it in tensor-parallel ranks, stream one answer.
 
-    ./examples/quickstart                      the demo model in this folder, until Ctrl-C
-    ./examples/quickstart --once               … until the answer has ended
-    ./examples/quickstart --model PATH_OR_ID   a model of yours, from a folder or the hub
+./examples/quickstart                      the demo model in this folder, until Ctrl-C
+./examples/quickstart --once               … until the answer has ended
+./examples/quickstart --model PATH_OR_ID   a model of yours, from a folder or the hub
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> None:
         print(f"ready after {time.perf_counter() - started:.1f} s: {server.url}\n", flush=True)
         stream(server.url, arguments.prompt, arguments.max_tokens)
         body = json.dumps({"prompt": arguments.prompt, "max_tokens": arguments.max_tokens})
-        print(f"\nThe same by hand:\n  curl -N {server.url} -H 'Content-Type: application/json' -d '{body}'\n", flush=True)
+        print("\nThe same by hand:")
+        print(f"  curl -N {server.url} -H 'Content-Type: application/json' -d '{body}'\n", flush=True)
         if not arguments.once:
             print("Ctrl-C stops the server.", flush=True)
             server.wait(stop)

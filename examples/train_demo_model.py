@@ -3,7 +3,7 @@
     python examples/train_demo_model.py --output examples/demo_model --minutes 15
 
 Writes what a Hugging Face trainer would: config.json, generation_config.json, model.safetensors (bfloat16, below 4 MB)
-and a byte-level BPE tokenizer that is trained on the same text. One in fifty docstrings is held out; its loss is printed.
+and a byte-level BPE tokenizer trained on the same text. One in fifty docstrings is held out; its loss is printed.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
 def _join(world_size: int, device: torch.device) -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if world_size == 1:  # no torchrun, no port: a store in this process's own memory
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+        )
     else:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)

@@ -91,7 +91,7 @@ def _fill(item: LoadItem, descriptor: int) -> None:
 
 
 def _memory(flat: torch.Tensor) -> memoryview:
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _split_ranges(ranges: Iterator[tuple[int, int]], limit: int) -> Iterator[list[tuple[int, int]]]:

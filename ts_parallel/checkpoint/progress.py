@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ class Progress:
     def __init__(self, label: str, is_shown: bool = True) -> None:
         self._label = label
         self._is_shown = is_shown
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._done = self._total = 0
         self._start = self._last_line = 0.0
 

@@ -19,8 +19,8 @@ from ts_parallel.runtime.step import StepPlan
 
 logger = logging.getLogger(__name__)
 
-# A request may run this many tokens ahead of what its reader has taken: enough that a reader never waits for the engine,
-# few enough that a reader who left costs little.
+# A request may run this many tokens ahead of what its reader has taken: enough that a reader never waits for the
+# engine, few enough that a reader who left costs little.
 MAX_TOKENS_AHEAD = 64
 # A mailbox that nobody has emptied for so long belongs to a client that is gone.
 SECONDS_TO_FORGET = 60.0

@@ -1,4 +1,4 @@
-"""Which tokens of which requests run in the next step: first come, first served, within a number of tokens and blocks."""
+"""What runs in the next step: first come, first served, within a budget of tokens and blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scheduler:
                 self._blocks.release(request)
 
     def schedule(self, paused: Collection[str] = ()) -> StepPlan:
-        """The next step. Decoding requests come first, so that a long prompt does not hold them up; `paused` ones sit out.
+        """The next step. Decoding requests come first: a long prompt does not hold them up; `paused` ones sit out.
 
         A running request that finds no free block takes those of the one that was admitted last, which starts over
         later: its tokens are recomputed, so they stay the same.
@@ -98,7 +98,7 @@ class Scheduler:
         )
 
     def _make_room(self, request: Request, num_tokens: int, planned: set[Request]) -> bool:
-        """Whether `request` can hold `num_tokens`, after preempting requests admitted later that are not in this step."""
+        """Whether `request` can hold `num_tokens`, after preempting later requests that are not in this step."""
         while not self._blocks.can_hold(request, num_tokens):
             victims = [other for other in self.running if other is not request and other not in planned]
             if not victims or self.running.index(victims[-1]) < self.running.index(request):

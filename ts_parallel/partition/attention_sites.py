@@ -171,7 +171,7 @@ def find_attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
         raise PlanError(f"{type(model).__name__} cannot run without data: {type(error).__name__}: {error}") from error
     if len(notes.sites) < config.num_hidden_layers:
         raise PlanError(
-            f"{type(model).__name__} sends {len(notes.sites)} attention calls through transformers' attention interface, "
+            f"{type(model).__name__} sends {len(notes.sites)} attention calls through transformers' interface, "
             f"{config.num_hidden_layers} layers were expected: its own attention code cannot be paged"
         )
     return tuple(notes.sites)

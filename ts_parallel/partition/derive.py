@@ -36,7 +36,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def in_and_out_features(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 

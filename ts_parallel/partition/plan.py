@@ -1,4 +1,4 @@
-"""How each parameter of a model is laid over the ranks of a tensor-parallel group. A plan is data: no tensor is touched.
+"""How each parameter of a model is laid over the ranks of a tensor-parallel group. A plan is data: nothing is touched.
 
 Follows Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053): the first linear of a pair keeps columns of
 its output, the second keeps the matching rows of its input, one sum closes the pair. The embedding and the head keep
@@ -172,7 +172,7 @@ class _Cuts:
             return self._of_bare_parameter(name, style, modules)
         module = modules[name]
         if style in ("embedding", "head"):
-            cut = self._cut(f"{name}.weight", module.weight.shape[0], 0)  # type: ignore[union-attr,arg-type]
+            cut = self._cut(f"{name}.weight", module.get_parameter("weight").shape[0], 0)
             own = {f"{name}.weight": cut}
             return own | ({f"{name}.bias": cut} if getattr(module, "bias", None) is not None else {})
         if style not in _MODULE_STYLES or not isinstance(module, (nn.Linear, Conv1D)):
@@ -246,7 +246,7 @@ class _Cuts:
         return self._packed(name, length, 1, dim)
 
     def _packed(self, name: str, length: int, groups: int, dim: int) -> tuple[Slice, ...]:
-        """Each of `groups` equal parts of a dim is cut among the ranks as `torch.chunk` does: the last may be shorter."""
+        """Each of `groups` equal parts of a dim is cut as `torch.chunk` does: the last rank's may be shorter."""
         part = length // groups
         starts = _chunk_starts(part, self._size)
         if starts[-2] >= part:
@@ -275,7 +275,8 @@ class _Cuts:
         if not holds:
             works = [size for size in range(1, site.num_heads + 1) if is_possible(site, size)]
             raise PlanError(
-                f"{name!r} has {what}, which {self._size} ranks cannot share: tensor_parallel_size must be one of {works}"
+                f"{name!r} has {what}, which {self._size} ranks cannot share: "
+                f"tensor_parallel_size must be one of {works}"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def apply_tensor_parallel(model: PreTrainedModel, plan: TensorParallelPlan, grou
         _tell_features(module)
         forward = _forward_of(module, name, style, plan, group)
         if forward is not None:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
 
 
 def _shrink_parameters(model: nn.Module, plan: TensorParallelPlan, rank: int) -> None:
@@ -72,12 +73,13 @@ def _tell_heads(module: nn.Module, site: AttentionSite, size: int) -> None:
         if getattr(module, name, None) in widths:
             setattr(module, name, widths[getattr(module, name)])
     if hasattr(module, "num_key_value_groups"):
-        module.num_key_value_groups = heads // kv_heads
-    if getattr(getattr(module, "config", None), "num_attention_heads", None) == site.num_heads:
-        module.config = copy.copy(module.config)
-        module.config.num_attention_heads = heads
-        if getattr(module.config, "num_key_value_heads", None) == site.num_kv_heads:
-            module.config.num_key_value_heads = kv_heads
+        setattr(module, "num_key_value_groups", heads // kv_heads)  # noqa: B010 (a plain number, not a submodule)
+    config: Any = copy.copy(getattr(module, "config", None))
+    if getattr(config, "num_attention_heads", None) == site.num_heads:
+        config.num_attention_heads = heads
+        if getattr(config, "num_key_value_heads", None) == site.num_kv_heads:
+            config.num_key_value_heads = kv_heads
+        module.config = config
 
 
 def _forward_of(
@@ -111,9 +113,9 @@ def _row_parallel(module: nn.Module, group: TensorParallelGroup) -> Forward:
     """Each rank multiplies its part of the input features; the bias is added once, to the sum."""
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-        total = group.all_reduce(F.linear(hidden, weight))  # type: ignore[arg-type]
-        return total if module.bias is None else total + module.bias
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        total = group.all_reduce(F.linear(hidden, weight.t() if isinstance(module, Conv1D) else weight))
+        return total if bias is None else total + bias
 
     return forward
 

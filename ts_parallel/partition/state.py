@@ -31,7 +31,7 @@ def _dtensor(local: torch.Tensor, entry: ParameterPlan, mesh: DeviceMesh, rank: 
     if _is_chunked(entry, mesh.size()):
         return DTensor.from_local(local, mesh, [Shard(kept.dim)], run_check=False, shape=shape, stride=stride)
     # Several pieces, or a piece that neighbours keep too: each is one box of the whole, at its own offset.
-    boxes = list(local.split([length for _, length in kept.pieces], dim=kept.dim))
+    boxes = list(torch.split(local, [length for _, length in kept.pieces], dim=kept.dim))
     offsets = [tuple(start if dim == kept.dim else 0 for dim in range(len(shape))) for start, _ in kept.pieces]
     wrapper = LocalShardsWrapper(boxes, offsets)
     return DTensor.from_local(wrapper, mesh, [Shard(kept.dim)], run_check=False, shape=shape, stride=stride)

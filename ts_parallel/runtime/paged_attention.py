@@ -1,8 +1,8 @@
 """Attention over paged KV memory, for the packed tokens of one step.
 
-T tokens of the step, B decoding sequences, N new tokens of one sequence, L its length, G query heads per key/value head;
-H, KV, D, E as in `AttentionSite`. Sequences that add one token run together, padded to the longest; the others one by
-one. PagedAttention: Kwon et al. 2023, https://arxiv.org/abs/2309.06180.
+T tokens of the step, B decoding sequences, N new tokens of one sequence, L its length, G query heads of a key/value
+head; H, KV, D, E as in `AttentionSite`. Sequences that add one token run together, padded to the longest; the others
+one by one. PagedAttention: Kwon et al. 2023 (https://arxiv.org/abs/2309.06180).
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class StepLayout:
 
 def lay_out(plan: StepPlan, block_size: int, device: torch.device) -> StepLayout:
     """The tensors that every attention site of a step shares."""
-    token_ids, positions, slots, sampled = [], [], [], []
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sampled: list[int] = []
     decodes: list[tuple[int, list[int]]] = []
     prefills: list[_Prefill] = []
     for chunk in plan.chunks:
@@ -135,7 +138,9 @@ class PagedAttention:
             shape = (len(rows), -1, key.shape[1])
             keys = memory.keys[site].index_select(0, slots).view(*shape, key.shape[3]).transpose(1, 2)
             values = memory.values[site].index_select(0, slots).view(*shape, value.shape[3]).transpose(1, 2)
-            grouped = queries[:, rows].transpose(0, 1).unflatten(1, (key.shape[1], -1))  # [B, KV, G, D]
+            grouped = (
+                queries[:, rows].transpose(0, 1).reshape(len(rows), key.shape[1], -1, key.shape[3])
+            )  # [B, KV, G, D]
             mask = layout.decode.distance[:, None, None]  # [B, 1, 1, L]
             attended = _attend(grouped, keys, values, mask, *rest)  # [B, KV, G, E]
             output[rows] = attended.flatten(1, 2)
@@ -145,7 +150,7 @@ class PagedAttention:
             if prefill.slots is not None:
                 keys = memory.keys[site].index_select(0, prefill.slots).transpose(0, 1)  # [KV, L, D]
                 values = memory.values[site].index_select(0, prefill.slots).transpose(0, 1)
-            grouped = own.unflatten(0, (key.shape[1], -1))  # [KV, G, N, D]
+            grouped = own.reshape(key.shape[1], -1, *own.shape[1:])  # [KV, G, N, D]
             attended = _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1), prefill.distance, *rest)
             output[prefill.rows] = attended.flatten(0, 1).transpose(0, 1)
         return output.unsqueeze(0)
@@ -161,7 +166,7 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Softmax attention of each query over the keys at distance 0 … window − 1 behind it: `[X, Y, Q, E]`."""
+    """Softmax attention of each query over the keys less than `window` behind it: `[X, Y, Q, E]`."""
     is_seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     if softcap is None and sinks is None:
         key, value = key.expand(*query.shape[:2], -1, -1), value.expand(*query.shape[:2], -1, -1)

@@ -104,6 +104,6 @@ def refuse_unpageable(part: RankModel, max_model_len: int) -> None:
     trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and max_model_len > trained:
         raise ConfigError(
-            f"rope_type {rope['rope_type']!r} changes with the longest sequence of a batch beyond {trained} tokens: set "
-            f"max_model_len, now {max_model_len}, to at most {trained}"
+            f"rope_type {rope['rope_type']!r} changes with the longest sequence of a batch beyond {trained} tokens: "
+            f"set max_model_len, now {max_model_len}, to at most {trained}"
         )

@@ -26,7 +26,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that belongs to `seed` and `position`: Philox (Salmon et al. 2011) is a function, not a state."""
+    """A number in [0, 1) of `seed` and `position` alone: Philox (Salmon et al. 2011) is a function, not a state."""
     generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position))
     return float(generator.random())
 
@@ -36,7 +36,7 @@ def _sample_row(logits: torch.Tensor, params: SamplingParams, number: float) -> 
     probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
     ordered, token_ids = probabilities.sort(descending=True, stable=True)
     cumulated = ordered.cumsum(dim=0)
-    # The nucleus is the fewest most likely tokens that reach top_p together: those before which less than it is reached.
+    # The nucleus is the fewest most likely tokens that reach top_p together: those before which it is not reached.
     num_kept = max(1, int(((cumulated - ordered) < params.top_p).sum())) if params.top_p < 1 else len(ordered)
     target = torch.tensor(number * float(cumulated[num_kept - 1]), dtype=torch.float64, device=logits.device)
     chosen = int(torch.searchsorted(cumulated[:num_kept], target, right=True))

@@ -49,7 +49,7 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     def encode(self) -> torch.Tensor:
-        """int64 `[N]`, what a rank that does not sample needs: `is_last`, then for each chunk its counts and numbers."""
+        """int64 `[N]`, all that a rank needs which does not sample: `is_last`, then each chunk's counts and numbers."""
         numbers = [int(self.is_last)]
         for chunk in self.chunks:
             numbers += (len(chunk.token_ids), len(chunk.block_ids), chunk.start, int(chunk.is_sampled))

@@ -1,4 +1,4 @@
-"""How a request is answered: in which shape, in pieces or at once. Knows texts and counts, no engine and no transport."""
+"""How a request is answered: in which shape, in pieces or at once. Knows texts and counts, no engine, no transport."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class CompletionBody(_GenerationBody):
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
                 raise RequestError(f"{len(prompt)} prompts in one request; send one request a prompt", "prompt")
-            return prompt[0]  # type: ignore[return-value]
+            return prompt[0]
         return prompt  # type: ignore[return-value]
 
 

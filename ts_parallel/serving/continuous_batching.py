@@ -1,7 +1,7 @@
 """TorchServe's continuous batching as a drain: each `handle()` call takes what the engine has ready and comes back.
 
-The front end sends all open jobs, waits for one reply, forwards it and asks again. So a call registers the jobs that are
-new, drops those whose clients left, waits a moment for a token of any, and answers the jobs that have news. A job
+The front end sends all open jobs, waits for one reply, forwards it and asks again. So a call registers the jobs that
+are new, drops those whose clients left, waits a moment for a token of any, and answers the jobs that have news. A job
 without news is taken out of the reply, which keeps it open and leaves its status and headers free for later.
 """
 

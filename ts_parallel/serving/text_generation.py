@@ -56,13 +56,13 @@ class TextGenerationService:
             topology = open_topology(config.tensor_parallel_size, config.device, num_threads=config.num_threads)
         except StartupError as error:
             _give_up([str(error)], is_told=os.environ.get("RANK", "0") == "0")
-        error, runner, service = None, None, None
+        failure, runner, service = None, None, None
         try:
             runner = make_runner(config, folder, topology)
             service = GenerationService(folder, context.model_name, runner, config) if topology.rank == 0 else None
         except StartupError as refused:
-            error = str(refused)
-        errors = topology.gather_errors(error)  # TorchServe looks at one rank's answer only: they must agree
+            failure = str(refused)
+        errors = topology.gather_errors(failure)  # TorchServe looks at one rank's answer only: they must agree
         if errors:
             _give_up(errors, is_told=topology.rank == 0)
         assert runner is not None
