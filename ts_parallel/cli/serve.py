@@ -22,6 +22,7 @@ from ts_parallel.config import HandlerConfig
 from ts_parallel.partition.build import match_checkpoint, shard_deferred
 from ts_parallel.partition.deferred import choose_dtype, read_model_config
 from ts_parallel.runtime.kv_memory import count_blocks
+from ts_parallel.runtime.runner import refuse_unpageable
 from ts_parallel.serving.text_generation import read_eos_ids, read_tokenizer, resolve_max_model_len
 from ts_parallel.topology import TensorParallelGroup
 
@@ -81,14 +82,15 @@ def check(config: HandlerConfig, folder: Path) -> None:
         StartupError: what is wrong.
     """
     model_config = read_model_config(folder)
-    max_model_len = resolve_max_model_len(config.max_model_len, model_config)
-    read_tokenizer(folder)
-    read_eos_ids(folder, model_config)
-    dtype = choose_dtype(config.dtype, model_config)
     index = read_index(folder)
+    max_model_len = resolve_max_model_len(config.max_model_len, model_config)
+    dtype = choose_dtype(config.dtype, model_config)
     part = shard_deferred(model_config, dtype, TensorParallelGroup(0, config.tensor_parallel_size))
     match_checkpoint(part.model, part.plan, index)
+    refuse_unpageable(part, max_model_len)
     count_blocks(part.sites, dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    read_tokenizer(folder)
+    read_eos_ids(folder, model_config)
 
 
 @contextmanager

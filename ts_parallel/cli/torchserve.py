@@ -99,15 +99,16 @@ class TorchServe:
         command += ["--ts-config", str(properties)]
         if self.key_file is None:
             command.append("--disable-token-auth")
-        self._process = subprocess.Popen(
-            command,
-            cwd=self._workspace,
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log.open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self._workspace,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait_until_ready(self, stop: threading.Event) -> None:
         """Return once the model answers, or once `stop` is set.

@@ -203,7 +203,8 @@ def _give_up(errors: list[str], is_told: bool) -> NoReturn:
     if is_told:
         for error in dict.fromkeys(errors):
             print(f"{CANNOT_START} {error}", flush=True)
-    sys.exit(0)
+    sys.stdout.flush()
+    os._exit(0)  # at once: threads of half-built process groups would have the last word
 
 
 def _exit_soon() -> None:

@@ -1,0 +1,126 @@
+"""Bodies are accepted as they are meant, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from ts_parallel.errors import RequestError
+from ts_parallel.serving.bodies import RawRequest, parse_completion, parse_native
+
+
+def raw(body: object, content_type: str = "application/json") -> RawRequest:
+    return RawRequest("", body, content_type)
+
+
+def test_raw_text_is_a_prompt_whatever_its_type() -> None:
+    assert parse_native(raw(b"Return a list", "text/plain")).prompt == "Return a list"
+    assert parse_native(raw("Return a list", "text/plain")).prompt == "Return a list"
+    assert parse_native(raw(b"Return a list", "")).prompt == "Return a list"
+
+
+def test_text_that_looks_like_json_is_json_without_a_content_type() -> None:
+    assert parse_native(raw(b'{"prompt": "x", "max_tokens": 3}', "")).max_tokens == 3
+
+
+def test_all_native_fields_reach_the_generation_parameters() -> None:
+    body = parse_native(
+        raw({"prompt": "x", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stream": False})
+    )
+    params = body.generation_params(body.temperature, random_seed=1)
+    assert (params.max_tokens, params.sampling.temperature, params.sampling.top_p, params.sampling.seed) == (
+        3,
+        0.5,
+        0.9,
+        7,
+    )
+    assert body.stream is False
+
+
+def test_a_request_without_a_seed_gets_the_random_one() -> None:
+    assert parse_native(raw({"prompt": "x"})).generation_params(0.0, random_seed=99).sampling.seed == 99
+
+
+@pytest.mark.parametrize(
+    ("body", "parameter", "says"),
+    [
+        ({"prompt": 5}, "prompt", "string"),
+        ({}, "prompt", "required"),
+        ({"prompt": "x", "max_tokens": "5"}, "max_tokens", "integer"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"prompt": "x", "max_tokens": True}, "max_tokens", "integer"),
+        ({"prompt": "x", "temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature", "finite"),
+        ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p", "less than or equal to 1"),
+        ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
+        ({"prompt": "x", "stream": "yes"}, "stream", "boolean"),
+        ({"prompt": "x", "temprature": 1}, "temprature", "did you mean 'temperature'"),
+    ],
+)
+def test_bad_native_field_is_named(body: dict[str, object], parameter: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as refusal:
+        parse_native(raw(body))
+    assert refusal.value.parameter == parameter
+    assert parameter in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        raw(b'{"prompt": ', "application/json"),
+        raw(b"[1, 2]", "application/json"),
+        raw(None, "application/json"),
+        raw(b"\xff\xfe", "text/plain"),
+        raw({"prompt": ""}, "application/x-www-form-urlencoded"),
+    ],
+)
+def test_body_that_is_neither_json_nor_text_is_refused(request_: RawRequest) -> None:
+    with pytest.raises(RequestError, match="body"):
+        parse_native(request_)
+
+
+def test_long_bad_values_are_not_repeated_whole() -> None:
+    with pytest.raises(RequestError) as refusal:
+        parse_native(raw({"prompt": ["x" * 10_000]}))
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "single"), [("x", "x"), ([1, 2], [1, 2]), (["x"], "x"), ([[1, 2]], [1, 2]), ([], [])]
+)
+def test_completion_prompt_is_text_or_token_ids(prompt: object, single: object) -> None:
+    assert parse_completion(raw({"prompt": prompt})).single_prompt() == single
+
+
+def test_several_prompts_in_one_request_are_refused() -> None:
+    with pytest.raises(RequestError, match="2 prompts"):
+        parse_completion(raw({"prompt": ["x", "y"]})).single_prompt()
+
+
+def test_fields_that_benchmark_clients_send_are_accepted() -> None:
+    body = parse_completion(
+        raw(
+            {
+                "model": "m",
+                "prompt": [1],
+                "max_tokens": 4,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+                "stop": None,
+                "logprobs": None,
+                "best_of": 1,
+                "n": 1,
+            }
+        )
+    )
+    assert body.ignore_eos and body.stream and body.stream_options and body.stream_options.continuous_usage_stats
+
+
+@pytest.mark.parametrize(
+    "field", [{"n": 2}, {"stop": ["x"]}, {"logprobs": 3}, {"echo": True}, {"logit_bias": {"5": 1}}]
+)
+def test_openai_field_that_would_be_ignored_is_refused_instead(field: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=next(iter(field))):
+        parse_completion(raw({"prompt": "x", **field}))

@@ -1,0 +1,203 @@
+"""A real TorchServe with two ranks of the demo model, started as `ts-parallel serve` does, and real clients."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from http_client import events, get, post, stream
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ts_parallel.cli.archive import handler_config
+from ts_parallel.cli.serve import running
+from ts_parallel.cli.torchserve import TorchServe, free_ports
+
+pytestmark = pytest.mark.torchserve
+
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
+LONGEST = 256
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TorchServe]:
+    """float32, so that answers can be compared token for token; shorter than the model allows, to meet the limit."""
+    config = handler_config(DEMO_MODEL, 2, "float32", "cpu", LONGEST, "64MiB")
+    port = free_ports(1)[0]
+    with running(config, DEMO_MODEL, "demo", "127.0.0.1", port, False, threading.Event()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True)
+
+
+def expected(plain: tuple[Any, Any], prompt: str, max_tokens: int, ignore_eos: bool = False) -> str:
+    """transformers' own greedy answer."""
+    model, tokenizer = plain
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ends = {"eos_token_id": None} if ignore_eos else {}
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens, pad_token_id=1, **ends)
+    text: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def completions(server: TorchServe) -> str:
+    return f"{server.url}/1.0/v1/completions"
+
+
+def test_answer_streams_in_pieces_and_is_the_plain_models(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    body = {"prompt": "Return a list of", "max_tokens": 60}
+    pieces = [piece for _, piece in stream(server.url, body)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == expected(plain, "Return a list of", 60)
+
+
+def test_raw_text_is_answered_with_text(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    status, text = post(server.url, b"Open the file", {"Content-Type": "text/plain"})
+    room = LONGEST - len(plain[1]("Open the file").input_ids)
+    assert (status, text) == (200, expected(plain, "Open the file", room))
+
+
+def test_eight_prompts_at_once_each_get_their_own_answer(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    words = "Return the value of the first item in the list that was given to this function by its caller".split()
+    prompts = [" ".join(words[: 2 * count + 1]) for count in range(8)]
+    answers: dict[str, tuple[int, str]] = {}
+
+    def ask(prompt: str) -> None:
+        answers[prompt] = post(server.url, {"prompt": prompt, "max_tokens": 64, "stream": False})
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for prompt in prompts:
+        status, body = answers[prompt]
+        assert status == 200
+        assert json.loads(body)["text"] == expected(plain, prompt, 64)
+
+
+def test_request_that_arrives_while_another_runs_answers_before_the_other_ends(server: TorchServe) -> None:
+    ends: dict[str, float] = {}
+    has_begun = threading.Event()
+
+    def long_one() -> None:
+        body = {"prompt": "The", "max_tokens": LONGEST - 8, "ignore_eos": True, "temperature": 0, "stream": True}
+        for moment, _ in stream(completions(server), body):
+            has_begun.set()
+            ends["long"] = moment
+
+    thread = threading.Thread(target=long_one)
+    thread.start()
+    assert has_begun.wait(30)
+    moments = [moment for moment, _ in stream(server.url, {"prompt": "Open the", "max_tokens": 4})]
+    thread.join()
+    assert moments[0] < ends["long"]
+    assert moments[-1] < ends["long"]
+
+
+def test_completion_over_openais_route(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    body = {"model": "demo", "prompt": "Return a list of", "max_tokens": 20, "temperature": 0}
+    status, text = post(completions(server), body)
+    answer = json.loads(text)
+    assert status == 200
+    assert answer["choices"][0]["text"] == expected(plain, "Return a list of", 20)
+    assert answer["usage"]["prompt_tokens"] == len(plain[1]("Return a list of").input_ids)
+
+
+def test_completion_stream_has_events_usage_and_an_end(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    ids = plain[1]("Return a list of").input_ids
+    body = {
+        "prompt": ids,
+        "max_tokens": 20,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    *chunks, usage, done = events("".join(piece for _, piece in stream(completions(server), body)))
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert text == expected(plain, "Return a list of", 20, ignore_eos=True)
+    assert usage["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 20, "total_tokens": len(ids) + 20}
+    assert done == "[DONE]"
+
+
+def test_seed_decides_a_sampled_answer(server: TorchServe) -> None:
+    def sampled(seed: int) -> str:
+        body = {"prompt": "This module", "max_tokens": 24, "temperature": 1.0, "seed": seed, "stream": False}
+        text: str = json.loads(post(server.url, body)[1])["text"]
+        return text
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_models_and_health_answer(server: TorchServe) -> None:
+    status, text = get(f"{server.url}/1.0/v1/models")
+    assert status == 200
+    assert [(model["id"], model["max_model_len"]) for model in json.loads(text)["data"]] == [("demo", LONGEST)]
+    assert get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
+
+
+def test_unknown_route_is_404(server: TorchServe) -> None:
+    status, text = post(f"{server.url}/1.0/v1/nothing", {})
+    assert status == 404
+    assert "v1/completions" in json.loads(text)["error"]["message"]
+
+
+BAD_BODIES = [
+    ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
+    ({"prompt": "x", "max_tokenz": 5}, "max_tokens"),
+    ({"prompt": ""}, "empty"),
+    ({"prompt": "word " * 2 * LONGEST}, f"max_model_len) is {LONGEST}"),
+    ({"prompt": "x", "max_tokens": LONGEST}, f"room for {LONGEST - 2}"),
+    (b'{"prompt": "x", ', "not JSON"),
+    (b"\xff\xff{", "body"),
+]
+
+
+@pytest.mark.parametrize("route", ["native", "openai"])
+def test_bad_input_is_refused_alone(server: TorchServe, plain: tuple[Any, Any], route: str) -> None:
+    """While a stream runs: each bad body gets a 400 that says why, and the stream goes on as if alone."""
+    url = server.url if route == "native" else completions(server)
+    pieces: list[str] = []
+    has_begun = threading.Event()
+
+    def neighbour() -> None:
+        for _, piece in stream(server.url, {"prompt": "Return a new list", "max_tokens": 200}):
+            pieces.append(piece)
+            has_begun.set()
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    assert has_begun.wait(30)
+    for body, says in BAD_BODIES:
+        status, text = post(url, body)
+        assert status == 400, text
+        assert says in json.loads(text)["error"]["message"]
+    thread.join()
+    assert "".join(pieces) == expected(plain, "Return a new list", 200)
+
+
+def test_token_id_outside_the_vocabulary_is_refused(server: TorchServe) -> None:
+    status, text = post(completions(server), {"prompt": [1, 999_999]})
+    assert status == 400
+    assert "999999" in json.loads(text)["error"]["message"]
+
+
+def test_client_that_leaves_harms_nobody(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    body = {"prompt": "The", "max_tokens": LONGEST - 8, "ignore_eos": True, "stream": True}
+    leaving = stream(completions(server), body)
+    next(leaving)
+    leaving.close()  # type: ignore[attr-defined]
+    time.sleep(0.2)
+    pieces = [piece for _, piece in stream(server.url, {"prompt": "Return a list of", "max_tokens": 30})]
+    assert "".join(pieces) == expected(plain, "Return a list of", 30)
