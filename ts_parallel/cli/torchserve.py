@@ -72,6 +72,10 @@ class TorchServe:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}/predictions/{self._name}"
 
+    def log_text(self) -> str:
+        """All that TorchServe and its workers have printed so far."""
+        return self._log.read_text(errors="replace")
+
     def start(self) -> None:
         """
         Raises:
@@ -118,7 +122,7 @@ class TorchServe:
         """
         seen = 0
         while not stop.wait(_SECONDS_BETWEEN_LOOKS):
-            lines = self._log.read_text(errors="replace").splitlines()
+            lines = self.log_text().splitlines()
             for line in lines[seen:]:
                 if self._verbose:
                     print(line, file=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ class RankModel:
     model: PreTrainedModel
     plan: TensorParallelPlan
     sites: tuple[AttentionSite, ...]
+    seconds: float = 0.0
+    """What reading its weights took."""
 
 
 def build_rank_model(folder: Path, dtype: str, group: TensorParallelGroup, device: torch.device) -> RankModel:
@@ -51,8 +54,9 @@ def build_rank_model(folder: Path, dtype: str, group: TensorParallelGroup, devic
         for name, entry in part.plan.parameters.items()
         if (source := sources[name])
     ]
+    started = time.perf_counter()
     load_tensors(items, Progress(f"loading rank {group.rank} of {group.size}", is_shown=group.rank == 0))
-    return part
+    return replace(part, seconds=time.perf_counter() - started)
 
 
 def shard_deferred(config: PretrainedConfig, dtype: torch.dtype, group: TensorParallelGroup) -> RankModel:

@@ -37,6 +37,13 @@ class Runner:
         self._head = _head_plan(part)
         attach(part.model, self._attention)
 
+    @property
+    def weights(self) -> str:
+        """What this rank has loaded, for its log."""
+        return (
+            f"{self._part.plan.local_bytes(self._group.rank) / 2**20:.0f} MiB of weights in {self._part.seconds:.2f} s"
+        )
+
     def run(self, plan: StepPlan) -> list[int]:
         """Rank 0: run one step on all ranks; the token chosen for each sampled chunk, in the plan's order."""
         self._channel.send(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import sys
 import threading
 import time
@@ -66,6 +67,8 @@ class TextGenerationService:
         if errors:
             _give_up(errors, is_told=topology.rank == 0)
         assert runner is not None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        logger.info("ts_parallel rank %d: %s, peak memory %.0f MiB", topology.rank, runner.weights, peak)
         if service is None:
             threading.Thread(target=_follow, args=(runner,), name="follow", daemon=True).start()
             return
