@@ -17,16 +17,24 @@ from ts_parallel.errors import ConfigError
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+def _no_bool(value: Any) -> Any:
+    """YAML's `yes` is not a number, though Python's True is one."""
+    if isinstance(value, bool):
+        raise ValueError("Input should be a valid integer")
+    return value
+
+
 def parse_bytes(value: Any) -> Any:
     """`"1.5GiB"` → bytes. Numbers pass through, for pydantic to judge."""
     if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmg]?i?b?)\s*", value.lower())
+        return _no_bool(value)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?|\.\d+)\s*([kmg]?i?b?)\s*", value.lower())
     if not match or match[2] not in _UNITS:
         raise ValueError(f"{value!r} is not a size; write a number of bytes or something like '2GiB'")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+Count = Annotated[int, BeforeValidator(_no_bool)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
@@ -35,22 +43,22 @@ class HandlerConfig(BaseModel):
 
     model_path: str
     """Folder of the checkpoint: absolute, or relative to the unpacked archive ("." is the archive itself)."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: Count = Field(default=1, ge=1)
     """Ranks that share every layer; must equal torchrun's nproc-per-node."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Element type of weights and KV cache; `auto` is the one that config.json names."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=2)
+    max_model_len: Count | None = Field(default=None, ge=2)
     """Most tokens of a request, prompt and answer together; unset: the model's max_position_embeddings."""
-    max_num_seqs: int = Field(default=32, ge=1)
+    max_num_seqs: Count = Field(default=32, ge=1)
     """Most requests that run in one step; the others wait."""
-    max_num_batched_tokens: int = Field(default=512, ge=1)
+    max_num_batched_tokens: Count = Field(default=512, ge=1)
     """Most tokens of one step, over all its requests; longer prompts are prefilled in several steps."""
-    block_size: int = Field(default=16, ge=1)
+    block_size: Count = Field(default=16, ge=1)
     """Tokens of one KV block."""
     kv_cache_memory: Bytes = Field(default=512 * 2**20, ge=1)
     """Bytes of KV cache on each rank."""
-    num_threads: int | None = Field(default=None, ge=1)
+    num_threads: Count | None = Field(default=None, ge=1)
     """CPU threads of each rank; unset: the machine's cores divided among its ranks."""
 
 

@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors (eight bytes little-endian heade
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -59,10 +60,10 @@ def read_index(folder: Path) -> CheckpointIndex:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder {folder}")
-    if (folder / SHARD_INDEX).is_file():
-        files = _files_of_shard_index(folder)
-    elif (folder / SINGLE_FILE).is_file():
+    if (folder / SINGLE_FILE).is_file():  # as transformers, where a folder holds both
         files = [folder / SINGLE_FILE]
+    elif (folder / SHARD_INDEX).is_file():
+        files = _files_of_shard_index(folder)
     else:
         raise CheckpointError(f"neither {SINGLE_FILE} nor {SHARD_INDEX} in {folder}")
     return {tensor.name: tensor for file in files for tensor in _tensors_of_file(file)}
@@ -71,7 +72,9 @@ def read_index(folder: Path) -> CheckpointIndex:
 def _files_of_shard_index(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads((folder / SHARD_INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a file name that is no text")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / SHARD_INDEX} is not a shard index: {error!r}") from None
     for name in names:
         if Path(name).name != name:
@@ -92,8 +95,10 @@ def _tensors_of_file(file: Path) -> Iterable[StoredTensor]:
             )
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CheckpointError(f"{file} is no safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is no safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
     for name, entry in header.items():
         tensor = _stored_tensor(file, name, entry, data_start=8 + length)
@@ -106,8 +111,10 @@ def _tensors_of_file(file: Path) -> Iterable[StoredTensor]:
 def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: cannot read the entry of {name!r}: {entry!r}") from None
-    if torch.Size(shape).numel() * dtype.itemsize != end - begin:
+    if math.prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(f"{file}: {name!r} has shape {list(shape)} of {entry['dtype']} but {end - begin} bytes")
     return StoredTensor(name, file, dtype, shape, data_start + begin, end - begin)

@@ -53,10 +53,13 @@ def load_tensors(items: Iterable[LoadItem], progress: Progress) -> None:
         descriptors: dict[Path, int] = {}
         for item in ordered:
             file = item.source.file
-            if file not in descriptors:
-                descriptors[file] = os.open(file, os.O_RDONLY)
-                stack.callback(os.close, descriptors[file])
-            _fill(item, descriptors[file])
+            try:
+                if file not in descriptors:
+                    descriptors[file] = os.open(file, os.O_RDONLY)
+                    stack.callback(os.close, descriptors[file])
+                _fill(item, descriptors[file])
+            except OSError as error:
+                raise CheckpointError(f"cannot read {item.source.name!r} of {file}: {error.strerror}") from None
             progress.advance(item.target.nbytes)
 
 

@@ -19,9 +19,12 @@ def locate_checkpoint(path_or_hub_id: str) -> Path:
     Raises:
         CheckpointError: it is no folder here, and no repository that the hub can be asked for.
     """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+    try:
+        folder = Path(path_or_hub_id).expanduser()
+        if folder.is_dir():
+            return folder.resolve()
+    except (RuntimeError, OSError):  # no such user, a name too long
+        raise CheckpointError(f"no folder {path_or_hub_id}") from None
     try:
         return Path(snapshot_download(path_or_hub_id, allow_patterns=_FETCHED))
     except HFValidationError:

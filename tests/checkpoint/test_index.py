@@ -1,0 +1,226 @@
+"""The index of a folder is what its files hold, or one line that says which file is at fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import deserialize, safe_open
+from safetensors.torch import save_file
+
+from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, StoredTensor, read_index
+from ts_parallel.errors import CheckpointError
+
+TENSORS = {
+    "double": torch.rand(3, 2, dtype=torch.float64),
+    "single": torch.rand(2, 3, 4),
+    "half": torch.rand(5, 1).half(),
+    "brain": torch.rand(7).bfloat16(),
+    "e4m3": torch.rand(2, 2).to(torch.float8_e4m3fn),
+    "e5m2": torch.rand(3).to(torch.float8_e5m2),
+    "long": torch.randint(-99, 99, (2, 2)),
+    "int": torch.randint(-99, 99, (3,), dtype=torch.int32),
+    "short": torch.randint(-99, 99, (3,), dtype=torch.int16),
+    "byte": torch.randint(-99, 99, (5,), dtype=torch.int8),
+    "unsigned": torch.randint(0, 99, (5,), dtype=torch.uint8),
+    "flag": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(2.5),
+    "nothing": torch.empty(0, 4),
+}
+
+
+def write(file: Path, header: object, data: bytes = b"") -> None:
+    """A safetensors file as its header says, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def entry(**changes: object) -> dict[str, Any]:
+    return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+
+def write_shard_index(folder: Path, files: object) -> None:
+    (folder / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def bytes_of(stored: StoredTensor) -> bytes:
+    return stored.file.read_bytes()[stored.offset : stored.offset + stored.num_bytes]
+
+
+def test_index_says_what_the_safetensors_library_says(tmp_path: Path) -> None:
+    file = tmp_path / SINGLE_FILE
+    save_file(TENSORS, file, metadata={"format": "pt"})
+    index = read_index(tmp_path)
+    with safe_open(file, "pt") as library:
+        assert set(index) == set(library.keys()) == set(TENSORS)
+        for name, stored in index.items():
+            assert (stored.name, stored.file) == (name, file)
+            assert stored.shape == tuple(library.get_slice(name).get_shape())
+            assert stored.dtype == library.get_tensor(name).dtype
+    # The library tells no offsets, but the bytes that lie at ours must be the ones that it reads.
+    contents = {name: bytes(said["data"]) for name, said in deserialize(file.read_bytes())}  # type: ignore[no-untyped-call]
+    assert {name: bytes_of(stored) for name, stored in index.items()} == contents
+
+
+def test_tensor_without_dims_is_one_element_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    save_file({"scalar": torch.tensor(2.5), "nothing": torch.empty(3, 0)}, tmp_path / SINGLE_FILE)
+    index = read_index(tmp_path)
+    assert (index["scalar"].shape, index["scalar"].num_bytes) == ((), 4)
+    assert struct.unpack("<f", bytes_of(index["scalar"])) == (2.5,)
+    assert (index["nothing"].shape, index["nothing"].num_bytes) == ((3, 0), 0)
+
+
+def test_shards_join_to_one_index(tmp_path: Path) -> None:
+    names = sorted(TENSORS)
+    shards = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: TENSORS[name] for name in held}, tmp_path / file)
+    write_shard_index(tmp_path, {name: file for file, held in shards.items() for name in held})
+    index = read_index(tmp_path)
+    assert {name: stored.file.name for name, stored in index.items()} == {
+        name: file for file, held in shards.items() for name in held
+    }
+    for name, stored in index.items():
+        assert bytes_of(stored) == TENSORS[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.xfail(strict=True, reason="read_index looks for the shard index first")
+def test_single_file_wins_over_shards_as_in_transformers(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / SINGLE_FILE)
+    save_file({"x": torch.ones(2)}, tmp_path / "old.safetensors")
+    write_shard_index(tmp_path, {"x": "old.safetensors"})
+    assert read_index(tmp_path)["x"].file == tmp_path / SINGLE_FILE
+
+
+def test_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"no checkpoint folder {tmp_path / 'none'}"):
+        read_index(tmp_path / "none")
+
+
+def test_folder_without_safetensors_is_refused_with_the_names_that_were_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"neither {SINGLE_FILE} nor {SHARD_INDEX} in {tmp_path}"):
+        read_index(tmp_path)
+
+
+def test_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "here.safetensors")
+    write_shard_index(tmp_path, {"x": "here.safetensors", "y": "gone.safetensors"})
+    with pytest.raises(CheckpointError, match=r"names 'gone\.safetensors', which is missing"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["{outside}/secret.safetensors", "../secret.safetensors", "sub/../x.safetensors"])
+def test_shard_index_cannot_name_a_file_of_another_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    save_file({"x": torch.zeros(2)}, tmp_path / "secret.safetensors")
+    save_file({"x": torch.zeros(2)}, folder / "x.safetensors")
+    write_shard_index(folder, {"x": name.format(outside=tmp_path)})
+    with pytest.raises(CheckpointError, match="not a file of its own folder"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        "{}",
+        '{"weight_map": ["x"]}',
+        '{"weight_map": {"x": ["a"]}}',
+        '{"weight_map": {"x": 5, "y": "a"}}',
+        pytest.param(
+            '{"weight_map": {"x": 5}}',
+            marks=pytest.mark.xfail(raises=TypeError, strict=True, reason="Path(5) is outside the try"),
+        ),
+    ],
+)
+def test_shard_index_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / SHARD_INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="is not a shard index"):
+        read_index(tmp_path)
+
+
+def test_file_that_ends_within_its_data_is_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / SINGLE_FILE
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, file)
+    os.truncate(file, file.stat().st_size - 3)
+    with pytest.raises(CheckpointError, match=r"is cut off: .* at least 3 more are needed for 'b'"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 40])
+def test_file_that_ends_within_its_header_is_cut_off(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / SINGLE_FILE
+    save_file({"a": torch.zeros(4)}, file)
+    os.truncate(file, kept)
+    with pytest.raises(CheckpointError, match=f"is cut off or no safetensors file: {kept} bytes"):
+        read_index(tmp_path)
+
+
+def test_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / SINGLE_FILE
+    file.write_bytes(struct.pack("<Q", 100_000_001))
+    os.truncate(file, 200_000_000)  # a hole: it takes no room on the disk
+    with pytest.raises(CheckpointError, match="no safetensors file: 200000000 bytes, a header of 100000001 announced"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"{not JSON}", b"\xff\xfe", b""])
+def test_header_that_is_not_json_is_said_to_be_so(tmp_path: Path, header: bytes) -> None:
+    write(tmp_path / SINGLE_FILE, header)
+    with pytest.raises(CheckpointError, match="its header is not JSON"):
+        read_index(tmp_path)
+
+
+@pytest.mark.xfail(raises=(TypeError, AttributeError), strict=True, reason="only JSON's syntax is checked")
+@pytest.mark.parametrize("header", [b"[]", b"3", b"null"])
+def test_header_that_is_no_json_object_is_refused(tmp_path: Path, header: bytes) -> None:
+    write(tmp_path / SINGLE_FILE, header)
+    with pytest.raises(CheckpointError, match="is no safetensors file"):
+        read_index(tmp_path)
+
+
+def test_bytes_that_do_not_fit_the_shape_are_shown_with_it(tmp_path: Path) -> None:
+    write(tmp_path / SINGLE_FILE, entry(shape=[2, 3]), bytes(8))
+    with pytest.raises(CheckpointError, match=r"'x' has shape \[2, 3\] of F32 but 8 bytes"):
+        read_index(tmp_path)
+
+
+NOT_CHECKED = pytest.mark.xfail(strict=True, reason="an entry's numbers are not checked to be whole and not negative")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "F6_E2M3"},
+        {"dtype": ["F32"]},
+        {"dtype": None},
+        {"shape": 2},
+        {"shape": None},
+        {"data_offsets": None},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 8, 8]},
+        pytest.param({"shape": ["2"]}, marks=NOT_CHECKED),
+        pytest.param({"shape": [2.0]}, marks=NOT_CHECKED),
+        pytest.param({"shape": [-2], "data_offsets": [8, 0]}, marks=NOT_CHECKED),
+        pytest.param({"data_offsets": ["0", "8"]}, marks=NOT_CHECKED),
+        pytest.param({"data_offsets": [0.0, 8.0]}, marks=NOT_CHECKED),
+        pytest.param({"data_offsets": [-8, 0]}, marks=NOT_CHECKED),
+    ],
+)
+def test_entry_that_cannot_be_read_is_shown(tmp_path: Path, changes: dict[str, object]) -> None:
+    write(tmp_path / SINGLE_FILE, entry(**changes), bytes(16))
+    with pytest.raises(CheckpointError, match="cannot read the entry of 'x'"):
+        read_index(tmp_path)
+
+
+def test_entry_that_is_no_json_object_is_shown(tmp_path: Path) -> None:
+    write(tmp_path / SINGLE_FILE, {"x": [1, 2]})
+    with pytest.raises(CheckpointError, match=r"cannot read the entry of 'x': \[1, 2\]"):
+        read_index(tmp_path)

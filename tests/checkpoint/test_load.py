@@ -1,0 +1,315 @@
+"""What a rank keeps of a tensor equals the same slice of the whole tensor, and no other byte is read."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ts_parallel.checkpoint import load, progress
+from ts_parallel.checkpoint.index import SINGLE_FILE, StoredTensor, read_index
+from ts_parallel.checkpoint.load import LoadItem, Slice, byte_ranges, load_tensors
+from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.errors import CheckpointError
+
+SILENT = Progress("weights", is_shown=False)
+WHOLE = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
+
+SLICES = {
+    "rows": Slice(0, ((2, 3),)),
+    "middle dim": Slice(1, ((1, 2),)),
+    "columns": Slice(2, ((3, 2),)),
+    "several pieces": Slice(0, ((4, 1), (0, 2))),
+    "pieces of columns": Slice(2, ((0, 1), (2, 2))),
+    "no rows": Slice(0, ((6, 0),)),
+    "all of a dim": Slice(1, ((0, 4),)),
+    "whole": None,
+}
+
+
+def stored(folder: Path, tensor: torch.Tensor) -> StoredTensor:
+    """The tensor in a file of its own, behind another one."""
+    save_file({"first": torch.full((3,), 7, dtype=torch.int64), "x": tensor}, folder / SINGLE_FILE)
+    return read_index(folder)["x"]
+
+
+def indexed(whole: torch.Tensor, kept: Slice | None) -> torch.Tensor:
+    """`kept` by plain indexing."""
+    if kept is None:
+        return whole
+    return torch.cat([whole.narrow(kept.dim, start, length) for start, length in kept.pieces], dim=kept.dim)
+
+
+def loaded(source: StoredTensor, kept: Slice | None, dtype: torch.dtype) -> torch.Tensor:
+    target = torch.full_like(indexed(torch.empty(source.shape), kept), 99, dtype=dtype)
+    load_tensors([LoadItem(target, source, kept)], SILENT)
+    return target
+
+
+def note_reads(monkeypatch: pytest.MonkeyPatch, longest: int = 1 << 40) -> list[tuple[int, int]]:
+    """The (offset, bytes) of every read from now on; none brings more than `longest` bytes."""
+    reads: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def noted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        count = preadv(descriptor, [buffers[0][:longest]], offset)
+        reads.append((offset, count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", noted)
+    return reads
+
+
+@pytest.mark.parametrize("kept", SLICES.values(), ids=SLICES.keys())
+def test_kept_slice_equals_the_slice_of_the_whole_tensor(tmp_path: Path, kept: Slice | None) -> None:
+    assert torch.equal(loaded(stored(tmp_path, WHOLE), kept, WHOLE.dtype), indexed(WHOLE, kept))
+
+
+# 24 bytes are six elements of float32: smaller than the tensor, and no divisor of its rows of five.
+@pytest.mark.parametrize("staging", [8, 24, 1 << 20])
+@pytest.mark.parametrize("kept", SLICES.values(), ids=SLICES.keys())
+def test_dtype_is_converted_through_a_staging_buffer_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Slice | None, staging: int
+) -> None:
+    monkeypatch.setattr(load, "STAGING_BYTES", staging)
+    source = stored(tmp_path, WHOLE)
+    reads = note_reads(monkeypatch)
+    assert torch.equal(loaded(source, kept, torch.bfloat16), indexed(WHOLE, kept).bfloat16())
+    assert all(count <= staging for _, count in reads)
+
+
+def test_bytes_of_the_same_dtype_need_no_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "STAGING_BYTES", 8)
+    source = stored(tmp_path, WHOLE)
+    reads = note_reads(monkeypatch)
+    assert torch.equal(loaded(source, None, WHOLE.dtype), WHOLE)
+    assert reads == [(source.offset, WHOLE.nbytes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
+def test_every_dtype_reaches_float32_and_itself(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = (8 * WHOLE).to(dtype)
+    source = stored(tmp_path, whole)
+    assert torch.equal(loaded(source, SLICES["columns"], torch.float32), indexed(whole.float(), SLICES["columns"]))
+    assert torch.equal(loaded(source, None, dtype).float(), whole.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scalar_and_empty_tensors_are_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
+    assert loaded(stored(tmp_path, torch.tensor(2.5)), None, dtype).item() == 2.5
+    assert loaded(stored(tmp_path, torch.empty(0, 4)), None, dtype).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameter_is_filled_in_place(tmp_path: Path, dtype: torch.dtype) -> None:
+    target = torch.nn.Parameter(torch.zeros(WHOLE.shape, dtype=dtype))
+    address = target.data_ptr()
+    load_tensors([LoadItem(target, stored(tmp_path, WHOLE), None)], SILENT)
+    assert torch.equal(target, WHOLE.to(dtype))
+    assert target.data_ptr() == address
+
+
+@st.composite
+def kept_slices(draw: st.DrawFn, shortest: int = 0) -> tuple[torch.Tensor, Slice]:
+    """A small tensor, and pieces of one of its dims in any order, neighbours, overlaps and empty ones included."""
+    shape = draw(st.lists(st.integers(shortest, 5), min_size=1, max_size=4))
+    dim = draw(st.integers(0, len(shape) - 1))
+    starts = draw(st.lists(st.integers(0, shape[dim]), min_size=1, max_size=3))
+    pieces = tuple((start, draw(st.integers(0, shape[dim] - start))) for start in starts)
+    return torch.arange(math.prod(shape), dtype=torch.int16).view(shape), Slice(dim, pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=kept_slices(), offset=st.integers(0, 9))
+def test_byte_ranges_of_any_slice_are_the_bytes_that_indexing_gives(
+    case: tuple[torch.Tensor, Slice], offset: int
+) -> None:
+    whole, kept = case
+    file = bytes([255] * offset) + whole.numpy().tobytes()
+    source = StoredTensor("x", Path("file"), whole.dtype, tuple(whole.shape), offset, whole.nbytes)
+    ranges = list(byte_ranges(source, kept))
+    expected = indexed(whole, kept)
+    assert b"".join(file[start : start + length] for start, length in ranges) == expected.numpy().tobytes()
+    assert sum(length for _, length in ranges) == expected.nbytes
+    assert kept.length == expected.shape[kept.dim]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=kept_slices(shortest=1), staging=st.integers(2, 64), dtype=st.sampled_from([torch.int16, torch.float64]))
+def test_any_slice_is_loaded_as_indexing_gives_it(
+    case: tuple[torch.Tensor, Slice], staging: int, dtype: torch.dtype
+) -> None:
+    whole, kept = case
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "STAGING_BYTES", staging)
+        assert torch.equal(loaded(stored(Path(folder), whole), kept, dtype), indexed(whole, kept).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", SLICES.values(), ids=SLICES.keys())
+def test_only_the_kept_bytes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Slice | None, dtype: torch.dtype
+) -> None:
+    source = stored(tmp_path, WHOLE)
+    reads = note_reads(monkeypatch)
+    loaded(source, kept, dtype)
+    assert reads == [(offset, length) for offset, length in byte_ranges(source, kept) if length]
+    assert sum(count for _, count in reads) == indexed(WHOLE, kept).nbytes
+
+
+def test_read_that_brings_less_than_asked_for_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gives at most 2 GiB a call, and less when a signal comes."""
+    source = stored(tmp_path, WHOLE)
+    reads = note_reads(monkeypatch, longest=7)
+    assert torch.equal(loaded(source, SLICES["rows"], torch.float32), indexed(WHOLE, SLICES["rows"]))
+    assert len(reads) > indexed(WHOLE, SLICES["rows"]).nbytes // 7
+
+
+def test_files_are_read_from_front_to_back_whatever_the_order_of_the_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wholes = {name: torch.rand(3, 2) for name in "dbca"}
+    save_file(wholes, tmp_path / SINGLE_FILE)
+    index = read_index(tmp_path)
+    targets = {name: torch.empty(3, 2) for name in "cadb"}
+    reads = note_reads(monkeypatch)
+    load_tensors([LoadItem(target, index[name], None) for name, target in targets.items()], SILENT)
+    assert len(reads) == 4 and reads == sorted(reads)
+    assert all(torch.equal(targets[name], whole) for name, whole in wholes.items())
+
+
+def test_each_file_is_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors: list[StoredTensor] = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        save_file({"x": torch.rand(3), "y": torch.rand(3)}, folder / SINGLE_FILE)
+        tensors += read_index(folder).values()
+    items = [LoadItem(torch.empty(3), tensor, None) for tensor in sorted(tensors, key=lambda tensor: tensor.name)]
+    opened: list[Path] = []
+    open_ = os.open
+
+    def noted(file: Path, flags: int) -> int:
+        opened.append(file)
+        return open_(file, flags)
+
+    monkeypatch.setattr(os, "open", noted)
+    load_tensors(items, SILENT)
+    assert opened == [tmp_path / "a" / SINGLE_FILE, tmp_path / "b" / SINGLE_FILE]
+    assert not open_files()
+
+
+def open_files() -> set[str]:
+    """The checkpoint files that this process holds open."""
+    descriptors = Path("/proc/self/fd").iterdir()
+    return {name for name in (os.path.realpath(descriptor) for descriptor in descriptors) if SINGLE_FILE in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_file_cut_off_after_its_index_was_read_is_named_with_the_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = stored(tmp_path, WHOLE)
+    os.truncate(source.file, source.offset + source.num_bytes - 4)
+    with pytest.raises(CheckpointError, match=f"{source.file} ends before 'x' does"):
+        loaded(source, None, dtype)
+    assert not open_files()
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def put_a_folder_in_its_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.xfail(raises=OSError, strict=True, reason="load_tensors lets the system's errors through")
+@pytest.mark.parametrize("harm", [remove, put_a_folder_in_its_place])
+def test_file_that_cannot_be_read_any_more_is_named(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    source = stored(tmp_path, WHOLE)
+    harm(source.file)
+    with pytest.raises(CheckpointError, match=str(source.file)):
+        loaded(source, None, torch.float32)
+
+
+def test_pickled_weights_are_refused_without_being_opened(tmp_path: Path) -> None:
+    torch.save({"x": WHOLE}, tmp_path / "pytorch_model.bin")
+
+    def refuse(*arguments: object, **keywords: object) -> NoReturn:
+        raise AssertionError(f"{arguments} was opened")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=f"neither {SINGLE_FILE} nor"):
+        for function in ("builtins.open", "io.open", "os.open"):
+            patch.setattr(function, refuse)
+        read_index(tmp_path)
+
+
+def load_two(folder: Path, shown: Progress) -> None:
+    save_file({"a": torch.zeros(750), "b": torch.zeros(250)}, folder / SINGLE_FILE)
+    index = read_index(folder)
+    load_tensors((LoadItem(torch.empty(index[name].shape), index[name], None) for name in ("a", "b")), shown)
+
+
+def lines_of(records: Iterable[logging.LogRecord]) -> list[str]:
+    return [record.getMessage().partition(" in ")[0] for record in records]
+
+
+def test_progress_is_log_lines_where_no_terminal_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    no_terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", no_terminal)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    with caplog.at_level(logging.INFO):
+        load_two(tmp_path, Progress("weights"))
+    assert lines_of(caplog.records) == ["weights: 75 %", "weights: 100 %", "weights: 0.0 MB"]
+    assert no_terminal.getvalue() == ""
+
+
+def test_progress_says_only_the_sum_of_a_short_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1e9)
+    with caplog.at_level(logging.INFO):
+        load_two(tmp_path, Progress("weights"))
+    assert lines_of(caplog.records) == ["weights: 0.0 MB"]
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, mininterval=0, miniters=1))  # draws every step
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    with caplog.at_level(logging.INFO):
+        load_two(tmp_path, Progress("weights"))
+    assert "weights:  75%" in terminal.getvalue() and "weights: 100%" in terminal.getvalue()
+    assert lines_of(caplog.records) == ["weights: 0.0 MB"]
+
+
+def test_progress_of_other_ranks_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    with caplog.at_level(logging.INFO):
+        load_two(tmp_path, SILENT)
+    assert (terminal.getvalue(), caplog.records) == ("", [])

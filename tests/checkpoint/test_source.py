@@ -1,0 +1,130 @@
+"""A checkpoint is found as a folder, or in the hub's cache, or one line says why not. No test asks the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+from ts_parallel.checkpoint import source
+from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache and no network. huggingface_hub reads its environment at import, so its constants are set."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def test_folder_is_found_by_its_absolute_path(tmp_path: Path) -> None:
+    assert locate_checkpoint(str(tmp_path)) == tmp_path
+
+
+def test_folder_is_found_relative_to_the_working_directory_and_to_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate_checkpoint("model") == locate_checkpoint("~/model") == tmp_path / "model"
+
+
+def test_folder_comes_before_a_repository_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(source, "snapshot_download", fail)
+    assert locate_checkpoint("owner/model") == tmp_path / "owner" / "model"
+
+
+def fail(*arguments: object, **keywords: object) -> NoReturn:
+    raise AssertionError("the hub was asked")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./none", "../none/at/all", "~/none", "a/b/c", "-x", "a..b"])
+def test_text_that_cannot_be_a_hub_id_is_said_to_be_no_folder(path: str) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        locate_checkpoint(path)
+    assert str(refusal.value) == f"no folder {path}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            "~nobody-of-this-name/model",
+            marks=pytest.mark.xfail(raises=RuntimeError, strict=True, reason="expanduser knows no such user"),
+        ),
+        pytest.param(
+            "x" * 300,
+            marks=pytest.mark.xfail(raises=OSError, strict=True, reason="is_dir asks the system outside the try"),
+        ),
+    ],
+)
+def test_path_that_the_system_refuses_is_said_to_be_no_folder(path: str) -> None:
+    with pytest.raises(CheckpointError, match="no folder"):
+        locate_checkpoint(path)
+
+
+def test_file_is_no_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(CheckpointError, match=f"no folder {file}"):
+        locate_checkpoint(str(file))
+
+
+def test_repository_that_is_not_in_the_cache_is_one_line_without_a_network() -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        locate_checkpoint("nobody/no-such-model")
+    assert str(refusal.value).startswith("nobody/no-such-model is no folder, and the hub gave no such model: ")
+    assert "\n" not in str(refusal.value)
+
+
+def test_repository_that_was_fetched_before_is_found_without_a_network(hub_cache: Path) -> None:
+    repository = hub_cache / "models--owner--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    assert locate_checkpoint("owner/model") == snapshot
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LocalEntryNotFoundError("not in the cache\nTry this and that."), "not in the cache"),
+        (OSError("disk full"), "disk full"),
+        (ConnectionError(), "ConnectionError"),
+    ],
+)
+def test_hub_error_becomes_its_first_line(monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
+    def give_error(*arguments: object, **keywords: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(source, "snapshot_download", give_error)
+    with pytest.raises(CheckpointError) as refusal:
+        locate_checkpoint("owner/model")
+    assert str(refusal.value) == f"owner/model is no folder, and the hub gave no such model: {reason}"
+
+
+def test_neither_pickles_nor_code_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def note(repository: str, **keywords: Any) -> str:
+        asked.update(keywords, repository=repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr(source, "snapshot_download", note)
+    assert locate_checkpoint("owner/model") == tmp_path
+    needed = ["config.json", "model-1-of-2.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    needed += ["tokenizer.json", "merges.txt", "chat_template.jinja"]
+    unwanted = ["pytorch_model.bin", "consolidated.00.pth", "model.pkl", "modeling_x.py", "training_args.bin", "x.h5"]
+    assert asked["repository"] == "owner/model"
+    assert list(filter_repo_objects(needed + unwanted, allow_patterns=asked["allow_patterns"])) == needed

@@ -1,0 +1,198 @@
+"""The engine's thread runs ahead of its readers, but not far, and no stream hangs whatever happens to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from ts_parallel.engine import engine as engine_module
+from ts_parallel.engine import router as router_module
+from ts_parallel.engine.block_manager import BlockManager
+from ts_parallel.engine.engine import MAX_TOKENS_AHEAD, SECONDS_TO_FORGET, Engine, EngineThread
+from ts_parallel.engine.request import Request
+from ts_parallel.engine.router import Delivery
+from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.runtime.step import StepPlan
+
+NUM_BLOCKS = 64
+
+
+class CountingRunner:
+    """Says the position of each token while its gate is open; raises once it is told to."""
+
+    def __init__(self) -> None:
+        self.fails = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.plans: list[StepPlan] = []
+
+    @property
+    def num_signs_of_life(self) -> int:
+        return self.plans.count(StepPlan())
+
+    def run(self, plan: StepPlan) -> list[int]:
+        self.plans.append(plan)
+        self.gate.wait()
+        if self.fails:
+            raise RuntimeError("out of luck")
+        return [chunk.end for chunk in plan.chunks if chunk.is_sampled]
+
+
+class Bench:
+    def __init__(self, num_blocks: int) -> None:
+        self.runner = CountingRunner()
+        self.blocks = BlockManager(num_blocks, block_size=16)
+        self.num_failures = 0
+        scheduler = Scheduler(self.blocks, max_num_seqs=8, max_num_batched_tokens=64)
+        self.thread = EngineThread(Engine(self.runner, scheduler), self._on_failure)
+
+    def _on_failure(self) -> None:
+        self.num_failures += 1
+
+    def submit(self, request_id: str, max_tokens: int) -> None:
+        self.thread.submit(Request(request_id, (0,), max_tokens))
+
+    def read_to_the_end(self, request_id: str) -> Delivery:
+        whole = Delivery()
+
+        def reads() -> bool:
+            part = self.thread.router.take(request_id)
+            whole.token_ids += part.token_ids
+            whole.finish_reason, whole.error = part.finish_reason, part.error
+            return part.is_last
+
+        wait_until(reads)
+        return whole
+
+
+@contextmanager
+def started(num_blocks: int = NUM_BLOCKS) -> Iterator[Bench]:
+    bench = Bench(num_blocks)
+    bench.thread.start()
+    try:
+        yield bench
+    finally:
+        bench.runner.fails = True  # ends the thread
+        bench.runner.gate.set()
+        bench.submit("end", 1)
+        wait_until(lambda: not bench.thread.is_alive)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_tokens_come_without_anybody_asking_for_steps() -> None:
+    with started() as bench:
+        bench.submit("a", 3)
+        assert bench.read_to_the_end("a") == Delivery([1, 2, 3], "length")
+
+
+def test_request_that_comes_during_a_step_is_in_the_next() -> None:
+    with started() as bench:
+        bench.runner.gate.clear()
+        bench.submit("a", 30)
+        wait_until(lambda: bool(bench.runner.plans))
+        bench.submit("b", 2)
+        bench.runner.gate.set()
+        assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
+        assert bench.read_to_the_end("a") == Delivery(list(range(1, 31)), "length")
+        steps = [[chunk.request_id for chunk in plan.chunks] for plan in bench.runner.plans]
+        assert steps[:4] == [["a"], ["a", "b"], ["a", "b"], ["a"]]
+
+
+def test_engine_stops_ahead_of_a_reader_who_does_not_read_and_goes_on_after() -> None:
+    with started() as bench:
+        router = bench.thread.router
+        bench.submit("slow", 3 * MAX_TOKENS_AHEAD)
+        wait_until(lambda: "slow" in router.full(MAX_TOKENS_AHEAD))
+        bench.submit("quick", 2 * MAX_TOKENS_AHEAD)
+        bench.read_to_the_end("quick")  # as many steps, in each of which "slow" could have run
+        assert router.take("slow") == Delivery(list(range(1, MAX_TOKENS_AHEAD + 1)))
+        rest = bench.read_to_the_end("slow")
+        assert rest == Delivery(list(range(MAX_TOKENS_AHEAD + 1, 3 * MAX_TOKENS_AHEAD + 1)), "length")
+
+
+def test_abort_closes_the_mailbox_at_once_and_frees_the_blocks() -> None:
+    with started() as bench:
+        bench.submit("a", 10**6)  # more than there are blocks for: it would not end by itself
+        wait_until(lambda: bench.blocks.num_free < NUM_BLOCKS)
+        bench.thread.abort("a")
+        with pytest.raises(KeyError):
+            bench.thread.router.take("a")
+        wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
+        bench.submit("b", 2)
+        assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
+
+
+def test_request_may_be_aborted_after_its_end() -> None:
+    with started() as bench:
+        bench.submit("a", 1)
+        bench.read_to_the_end("a")
+        bench.thread.abort("a")
+        bench.thread.abort("nobody")
+        bench.submit("b", 2)
+        assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
+
+
+def test_failure_ends_every_stream_with_an_error_and_is_reported_once() -> None:
+    with started() as bench:
+        bench.submit("finished", 1)
+        wait_until(lambda: bench.thread.router.wait(0))
+        for name in "ab":
+            bench.submit(name, 1000)
+        wait_until(lambda: bench.thread.router.full(2) == {"a", "b"})
+        bench.runner.fails = True
+        for name in "ab":
+            assert bench.read_to_the_end(name).error == "the engine failed: RuntimeError: out of luck"
+        assert bench.thread.router.take("finished") == Delivery([1], "length")
+        wait_until(lambda: not bench.thread.is_alive)
+        assert bench.num_failures == 1
+
+
+def test_idle_engine_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.02)
+    with started() as bench:
+        wait_until(lambda: bench.runner.num_signs_of_life >= 2)
+        bench.submit("a", 2)
+        assert bench.read_to_the_end("a") == Delivery([1, 2], "length")
+
+
+def test_engine_gives_signs_of_life_while_all_its_requests_are_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.02)
+    with started() as bench:
+        bench.submit("a", 2 * MAX_TOKENS_AHEAD)
+        wait_until(lambda: "a" in bench.thread.router.full(MAX_TOKENS_AHEAD))
+        before = bench.runner.num_signs_of_life
+        wait_until(lambda: bench.runner.num_signs_of_life >= before + 2)
+        assert bench.read_to_the_end("a").finish_reason == "length"
+
+
+def test_request_whose_reader_left_makes_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(router_module, "time", SimpleNamespace(monotonic=lambda: now))
+    with started(num_blocks=10) as bench:
+        bench.submit("forgotten", 2 * MAX_TOKENS_AHEAD)
+        wait_until(lambda: "forgotten" in bench.thread.router.full(MAX_TOKENS_AHEAD))
+        now += SECONDS_TO_FORGET + 1
+        bench.thread.submit(Request("next", (0,) * 150, max_tokens=1))  # needs all blocks
+        assert bench.read_to_the_end("next") == Delivery([150], "length")
+        with pytest.raises(KeyError):
+            bench.thread.router.take("forgotten")
+
+
+def test_finished_request_that_nobody_read_is_forgotten_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.02)  # an idle engine looks that often
+    with started() as bench:
+        bench.submit("a", 1)
+        wait_until(lambda: bench.thread.router.wait(0))
+        monkeypatch.setattr(engine_module, "SECONDS_TO_FORGET", -1.0)
+        wait_until(lambda: not bench.thread.router.wait(0))

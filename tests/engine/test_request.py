@@ -1,0 +1,105 @@
+"""A request knows its tokens and its end, and is refused where it cannot fit."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ts_parallel.engine.request import GenerationParams, Request, make_request
+from ts_parallel.errors import RequestError
+from ts_parallel.runtime.step import SamplingParams
+
+EOS = frozenset({7, 8})
+
+
+def make(prompt_ids: list[int], params: GenerationParams, max_model_len: int = 10) -> Request:
+    return make_request("a", prompt_ids, params, eos_ids=EOS, max_model_len=max_model_len)
+
+
+def test_empty_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="the prompt is empty") as refusal:
+        make([], GenerationParams(1))
+    assert refusal.value.parameter == "prompt"
+
+
+def test_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_numbers() -> None:
+    with pytest.raises(RequestError, match=r"has 10 tokens, .* \(max_model_len\) is 10 ") as refusal:
+        make([1] * 10, GenerationParams())
+    assert refusal.value.parameter == "prompt"
+    assert make([1] * 9, GenerationParams()).max_tokens == 1
+
+
+def test_more_tokens_than_there_is_room_for_are_refused_with_all_numbers() -> None:
+    with pytest.raises(
+        RequestError, match=r"max_tokens is 5, .* 6 tokens .* room for 4 \(max_model_len 10\)"
+    ) as refusal:
+        make([1] * 6, GenerationParams(5))
+    assert refusal.value.parameter == "max_tokens"
+    assert make([1] * 6, GenerationParams(4)).max_tokens == 4
+
+
+def test_request_without_max_tokens_may_fill_the_model() -> None:
+    assert make([1, 2, 3], GenerationParams()).max_tokens == 7
+
+
+def test_request_keeps_what_the_client_asked_for() -> None:
+    sampling = SamplingParams(temperature=0.5, top_p=0.9, seed=3)
+    made = make([1, 2, 3], GenerationParams(2, sampling))
+    assert (made.request_id, made.prompt_ids, made.sampling, made.eos_ids) == ("a", (1, 2, 3), sampling, EOS)
+
+
+def test_new_request_is_behind_by_its_prompt() -> None:
+    made = make([1, 2, 3], GenerationParams(2))
+    assert (made.num_tokens, made.num_behind) == (3, 3)
+    made.num_computed = 3
+    made.output_ids.append(9)
+    assert (made.num_tokens, made.num_behind) == (4, 1)
+
+
+def test_answer_goes_on_until_max_tokens() -> None:
+    made = make([1], GenerationParams(2))
+    assert made.finish_reason() is None
+    made.output_ids.append(1)
+    assert made.finish_reason() is None
+    made.output_ids.append(1)
+    assert made.finish_reason() == "length"
+
+
+@pytest.mark.parametrize("eos", sorted(EOS))
+def test_answer_stops_at_any_end_token(eos: int) -> None:
+    made = make([1], GenerationParams(3))
+    made.output_ids.append(eos)
+    assert made.finish_reason() == "stop"
+
+
+def test_end_token_as_the_last_of_all_is_a_stop() -> None:
+    made = make([1], GenerationParams(1))
+    made.output_ids.append(7)
+    assert made.finish_reason() == "stop"
+
+
+def test_end_token_in_the_prompt_ends_nothing() -> None:
+    assert make([7], GenerationParams(3)).finish_reason() is None
+
+
+def test_end_token_is_one_of_many_where_it_is_ignored() -> None:
+    made = make([1], GenerationParams(2, ignore_eos=True))
+    made.output_ids.append(7)
+    assert made.finish_reason() is None
+    made.output_ids.append(7)
+    assert made.finish_reason() == "length"
+
+
+@given(
+    prompt=st.lists(st.integers(0, 99), min_size=1, max_size=8),
+    output=st.lists(st.integers(0, 99), max_size=8),
+    ends=st.tuples(st.integers(0, 16), st.integers(0, 16)),
+)
+def test_any_slice_of_tokens_is_that_of_prompt_and_output_together(
+    prompt: list[int], output: list[int], ends: tuple[int, int]
+) -> None:
+    whole = (*prompt, *output)
+    start, end = sorted(min(bound, len(whole)) for bound in ends)
+    made = Request("a", tuple(prompt), max_tokens=9, output_ids=output)
+    assert made.token_ids(start, end) == whole[start:end]

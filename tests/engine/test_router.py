@@ -1,0 +1,147 @@
+"""Mailboxes hold what was delivered until it is taken, and tell who does not take."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from ts_parallel.engine import router as router_module
+from ts_parallel.engine.router import Delivery, TokenRouter
+from ts_parallel.engine.scheduler import TokenOutput
+
+
+def opened(*request_ids: str) -> TokenRouter:
+    router = TokenRouter()
+    for request_id in request_ids:
+        router.open(request_id)
+    return router
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The router's own time: it stands still unless `now` is set."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(router_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_tokens_gather_until_they_are_taken() -> None:
+    router = opened("a", "b")
+    router.deliver([TokenOutput("a", 1, None), TokenOutput("b", 5, None)])
+    router.deliver([TokenOutput("a", 2, None)])
+    assert router.take("a") == Delivery([1, 2])
+    assert router.take("a") == Delivery()
+    assert router.take("b") == Delivery([5])
+
+
+def test_what_was_taken_does_not_change_any_more() -> None:
+    router = opened("a")
+    router.deliver([TokenOutput("a", 1, None)])
+    taken = router.take("a")
+    router.deliver([TokenOutput("a", 2, "length")])
+    assert taken == Delivery([1])
+
+
+def test_last_delivery_comes_with_its_reason() -> None:
+    router = opened("a")
+    router.deliver([TokenOutput("a", 1, None)])
+    assert not router.take("a").is_last
+    router.deliver([TokenOutput("a", 2, "stop")])
+    delivery = router.take("a")
+    assert delivery == Delivery([2], "stop")
+    assert delivery.is_last
+
+
+def test_tokens_for_a_closed_mailbox_are_dropped() -> None:
+    router = opened("a", "b")
+    router.close("a")
+    router.deliver([TokenOutput("a", 1, None), TokenOutput("b", 2, None)])
+    assert router.take("b") == Delivery([2])
+    with pytest.raises(KeyError):
+        router.take("a")
+
+
+def test_mailbox_may_be_closed_twice() -> None:
+    router = opened("a")
+    router.close("a")
+    router.close("a")
+    assert not router.wait(0)
+
+
+def test_failure_ends_every_open_stream_and_no_finished_one() -> None:
+    router = opened("open", "finished")
+    router.deliver([TokenOutput("open", 1, None), TokenOutput("finished", 2, "length")])
+    router.fail_all("broken")
+    failed = router.take("open")
+    assert failed == Delivery([1], error="broken")
+    assert failed.is_last
+    assert router.take("finished") == Delivery([2], "length")
+
+
+def test_wait_says_whether_anybody_has_mail() -> None:
+    router = opened("a", "b")
+    assert not router.wait(0)
+    router.deliver([TokenOutput("b", 1, None)])
+    assert router.wait(0)
+    router.take("b")
+    assert not router.wait(0)
+
+
+def test_wait_sees_a_failure_without_tokens() -> None:
+    router = opened("a")
+    router.fail_all("broken")
+    assert router.wait(0)
+
+
+@pytest.mark.parametrize("event", ["token", "failure"])
+def test_one_who_waits_is_woken(event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    router, looks, answers = opened("a"), threading.Event(), list[bool]()
+    has_mail = router._has_mail
+
+    def has_mail_seen() -> bool:
+        looks.set()
+        return has_mail()
+
+    # The waiting thread looks under the lock, which it gives up only by waiting: what happens next finds it waiting.
+    monkeypatch.setattr(router, "_has_mail", has_mail_seen)
+    waiting = threading.Thread(target=lambda: answers.append(router.wait(600)), daemon=True)
+    waiting.start()
+    assert looks.wait(30)
+    if event == "token":
+        router.deliver([TokenOutput("a", 1, None)])
+    else:
+        router.fail_all("broken")
+    waiting.join(30)
+    assert answers == [True]
+
+
+def test_mailbox_is_full_from_its_limit_on() -> None:
+    router = opened("a", "b", "c")
+    router.deliver([TokenOutput("a", 1, None)])
+    for count in range(3):
+        router.deliver([TokenOutput("b", count, None), TokenOutput("c", count, None)])
+    assert router.full(2) == {"b", "c"}
+    assert router.full(3) == {"b", "c"}
+    assert router.full(4) == set()
+    router.take("b")
+    assert router.full(3) == {"c"}
+
+
+def test_mailbox_is_forgotten_when_nobody_has_emptied_it_for_long(clock: SimpleNamespace) -> None:
+    router = opened("a", "b")
+    clock.now += 50
+    router.take("b")
+    assert router.forgotten(60) == []
+    clock.now += 11
+    assert router.forgotten(60) == ["a"]
+    router.close("a")
+    assert router.forgotten(60) == []
+
+
+def test_delivery_does_not_make_a_forgotten_mailbox_remembered(clock: SimpleNamespace) -> None:
+    router = opened("a")
+    clock.now += 61
+    router.deliver([TokenOutput("a", 1, None)])
+    assert router.forgotten(60) == ["a"]

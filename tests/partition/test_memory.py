@@ -1,0 +1,67 @@
+"""A rank that loads its part of a large checkpoint needs memory for that part, not for the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import save_file
+from transformers import PretrainedConfig
+
+from ts_parallel.partition.deferred import build_deferred
+
+SCRIPT = Path(__file__).parents[1] / "ranks" / "peak_memory.py"
+LARGE = FAMILIES["llama"](
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=14,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    vocab_size=32000,
+    dtype="bfloat16",
+)
+SMALL = 350.0  # MB; Python, torch and transformers themselves
+
+
+def save_large_model(folder: Path, config: PretrainedConfig) -> int:
+    """A checkpoint of one file a tensor, so that writing it takes no more memory than the largest; its bytes."""
+    weight_map, num_bytes = {}, 0
+    for number, (name, parameter) in enumerate(build_deferred(config, torch.bfloat16).named_parameters()):
+        weight_map[name] = f"model-{number:05}.safetensors"
+        save_file({name: torch.empty_like(parameter, device="cpu").fill_(0.01)}, folder / weight_map[name])
+        num_bytes += parameter.nbytes
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config.save_pretrained(folder)
+    return num_bytes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Is emptied at once: pytest would keep the folders of its last three runs."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.ranks
+def test_rank_peaks_at_its_own_part_of_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    num_bytes = save_large_model(folder, LARGE)
+    assert num_bytes > 500e6
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=180, env=environment)
+    assert result.returncode == 0, result.stderr
+    ranks = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sorted(rank["rank"] for rank in ranks) == [0, 1]
+    for rank in ranks:
+        assert num_bytes / 2e6 < rank["shard_mb"] < num_bytes / 2e6 + 1, rank  # half, and the norms
+        assert rank["shard_mb"] < rank["peak_mb"] <= rank["shard_mb"] * 1.15 + SMALL, rank

@@ -1,0 +1,198 @@
+"""Attention over scattered blocks, step by step, is plain softmax attention over whole sequences.
+
+T tokens, H query heads, KV key/value heads, D and E the key and value head dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from ts_parallel.partition.attention_sites import AttentionPattern, AttentionSite
+from ts_parallel.runtime.kv_memory import KVMemory
+from ts_parallel.runtime.paged_attention import PagedAttention, lay_out
+from ts_parallel.runtime.step import Chunk, StepPlan
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+NUM_BLOCKS = 24
+LONGEST = 24
+NAMES = "abc"
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 8
+    value_dim: int = 8
+    window: int | None = None
+    softcap: float | None = None
+    scaling: float = 0.4
+
+    def site(self) -> AttentionSite:
+        return AttentionSite(
+            "attention",
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.value_dim,
+            self.window,
+            self.scaling,
+            self.softcap,
+            has_sinks=False,
+        )
+
+
+SHAPES = {
+    "one key head a query head": Shape(),
+    "grouped heads": Shape(num_heads=6, num_kv_heads=2),
+    "one key head for all": Shape(num_kv_heads=1),
+    "window": Shape(num_kv_heads=2, window=5),
+    "window of one": Shape(window=1),
+    "window longer than all": Shape(window=LONGEST),
+    "softcap": Shape(num_kv_heads=2, softcap=1.5),
+    "window and softcap": Shape(num_kv_heads=2, window=5, softcap=1.5),
+    "short values": Shape(num_kv_heads=2, value_dim=3),
+    "long values": Shape(num_kv_heads=2, value_dim=12),
+    "short values and softcap": Shape(num_kv_heads=2, value_dim=3, softcap=1.5),
+}
+
+# How many tokens of which sequences each step adds.
+Steps = list[dict[str, int]]
+SCHEDULES: dict[str, Steps] = {
+    "whole prefill": [{"a": 11}],
+    "whole prefills together": [{"a": 11, "b": 4, "c": 5}],
+    "chunked prefill": [{"a": 4}, {"a": 5}, {"a": 3}],
+    "decodes of mixed lengths": [{"a": 9, "b": 1, "c": 4}, *[{"a": 1, "b": 1, "c": 1}] * 4],
+    "prefill beside decodes": [{"a": 9}, {"b": 6, "a": 1}, {"c": 1, "b": 3, "a": 1}, {"a": 1, "c": 7, "b": 1}],
+    "decodes in another order each time": [{"a": 3, "b": 8}, {"b": 1, "a": 1}, {"a": 1, "b": 1}, {"b": 1}],
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What the model hands over for one whole sequence."""
+
+    query: torch.Tensor  # [H, T, D]
+    key: torch.Tensor  # [KV, T, D]
+    value: torch.Tensor  # [KV, T, E]
+
+    @staticmethod
+    def random(shape: Shape, generator: torch.Generator) -> Tensors:
+        def normal(num_heads: int, dim: int) -> torch.Tensor:
+            return torch.randn(num_heads, LONGEST, dim, generator=generator)
+
+        return Tensors(
+            normal(shape.num_heads, shape.head_dim),
+            normal(shape.num_kv_heads, shape.head_dim),
+            normal(shape.num_kv_heads, shape.value_dim),
+        )
+
+
+def dense(shape: Shape, tensors: Tensors) -> torch.Tensor:
+    """Each head of each token by itself, over the whole sequence: `[T, H, E]`."""
+    output = torch.empty(LONGEST, shape.num_heads, shape.value_dim)
+    for head in range(shape.num_heads):
+        kv_head = head * shape.num_kv_heads // shape.num_heads
+        for position in range(LONGEST):
+            first = 0 if shape.window is None else max(0, position + 1 - shape.window)
+            keys, values = (part[kv_head, first : position + 1] for part in (tensors.key, tensors.value))
+            scores = keys @ tensors.query[head, position] * shape.scaling
+            if shape.softcap is not None:
+                scores = shape.softcap * torch.tanh(scores / shape.softcap)
+            output[position, head] = scores.softmax(dim=0) @ values
+    return output
+
+
+def plans(schedule: Steps) -> list[StepPlan]:
+    """The steps over blocks that are given out in no order, as the sequences grow."""
+    free = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
+    lengths, blocks = dict.fromkeys(NAMES, 0), {name: list[int]() for name in NAMES}
+    made = []
+    for step in schedule:
+        chunks = []
+        for name, num_tokens in step.items():
+            start, end = lengths[name], lengths[name] + num_tokens
+            while len(blocks[name]) * BLOCK_SIZE < end:
+                blocks[name].append(free.pop())
+            chunks.append(Chunk(name, tuple(range(start, end)), start, tuple(blocks[name]), is_sampled=True))
+            lengths[name] = end
+        made.append(StepPlan(tuple(chunks)))
+    return made
+
+
+def paged(shapes: list[Shape], schedule: Steps, sequences: list[dict[str, Tensors]]) -> list[dict[str, torch.Tensor]]:
+    """Each site's output of each sequence, `[T, H, E]`, with as many tokens as the schedule adds."""
+    memory = KVMemory([shape.site() for shape in shapes], NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+    for buffer in (*memory.keys, *memory.values):
+        buffer.fill_(100.0)  # what earlier requests have left; one such slot that is read spoils the answer
+    attention = PagedAttention(memory)
+    outputs = [{name: list[torch.Tensor]() for name in NAMES} for _ in shapes]
+    for plan in plans(schedule):
+        attention.begin(lay_out(plan, BLOCK_SIZE, CPU))
+        for site, shape in enumerate(shapes):
+            own = [(sequences[site][chunk.request_id], slice(chunk.start, chunk.end)) for chunk in plan.chunks]
+            query, key, value = (
+                torch.cat([getattr(tensors, part)[:, rows] for tensors, rows in own], dim=1).unsqueeze(0)
+                for part in ("query", "key", "value")
+            )
+            pattern = AttentionPattern(shape.window)
+            output = attention.attend(nn.Identity(), query, key, value, pattern, shape.scaling, shape.softcap, None)
+            assert output.shape == (1, plan.num_tokens, shape.num_heads, shape.value_dim)
+            parts = torch.split(output[0], [len(chunk.token_ids) for chunk in plan.chunks])
+            for chunk, part in zip(plan.chunks, parts, strict=True):
+                outputs[site][chunk.request_id].append(part)
+    return [{name: torch.cat(parts) for name, parts in of_site.items() if parts} for of_site in outputs]
+
+
+def check(shapes: list[Shape], schedule: Steps) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sequences = [{name: Tensors.random(shape, generator) for name in NAMES} for shape in shapes]
+    for site, outputs in enumerate(paged(shapes, schedule, sequences)):
+        assert outputs.keys() == {name for step in schedule for name in step}
+        for name, output in outputs.items():
+            expected = dense(shapes[site], sequences[site][name])[: len(output)]
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_paged_attention_is_dense_attention(shape: str, schedule: str) -> None:
+    check([SHAPES[shape]], SCHEDULES[schedule])
+
+
+def test_attention_calls_of_one_step_do_not_share_their_memory() -> None:
+    shapes = [Shape(), Shape(num_kv_heads=1, window=3), Shape(num_heads=2, num_kv_heads=2, value_dim=3), Shape()]
+    check(shapes, SCHEDULES["prefill beside decodes"])
+
+
+def test_longest_sequence_of_whole_blocks_is_attended_to_its_end() -> None:
+    check([Shape(num_kv_heads=2)], [{"a": LONGEST - 1}, {"a": 1}])
+
+
+def test_layout_packs_the_chunks_one_after_another() -> None:
+    plan = StepPlan(
+        (
+            Chunk("a", (11, 12, 13), 3, (5, 2), is_sampled=False),
+            Chunk("b", (21,), 4, (0, 7), is_sampled=True),
+            Chunk("c", (31, 32), 0, (1,), is_sampled=True),
+        )
+    )
+    layout = lay_out(plan, BLOCK_SIZE, CPU)
+    assert layout.token_ids.tolist() == [[11, 12, 13, 21, 31, 32]]
+    assert layout.positions.tolist() == [[3, 4, 5, 4, 0, 1]]
+    assert layout.slots.tolist() == [23, 8, 9, 28, 4, 5]
+    assert layout.sampled_rows.tolist() == [3, 5]
+    assert layout.decode is not None and layout.decode.rows.tolist() == [3]
+    assert [prefill.rows for prefill in layout.prefills] == [slice(0, 3), slice(4, 6)]
+
+
+def test_step_that_samples_nothing_has_no_sampled_rows() -> None:
+    layout = lay_out(StepPlan((Chunk("a", (1, 2), 0, (0,), is_sampled=False),)), BLOCK_SIZE, CPU)
+    assert layout.sampled_rows.shape == (0,)
+    assert layout.sampled_rows.dtype == torch.int64
+    assert layout.decode is None

@@ -1,0 +1,173 @@
+"""One rank's steps over paged memory give the plain model's logits and tokens, however a sequence is cut and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel
+
+from ts_parallel.engine.block_manager import BlockManager
+from ts_parallel.engine.engine import Engine
+from ts_parallel.engine.request import Request
+from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.errors import ConfigError, PlanError
+from ts_parallel.partition.build import build_rank_model, shard_deferred
+from ts_parallel.runtime.runner import Runner, refuse_unpageable
+from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
+from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
+
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
+BLOCK_SIZE = 8
+BYTES_PER_TOKEN = 6 * 2 * (40 + 40) * 4  # layers × key/value heads × head dims × float32
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    topology = open_topology(1, "cpu", environment={}, num_threads=1)
+    yield topology
+    topology.close()
+
+
+def make_runner(topology: Topology, num_blocks: int) -> Runner:
+    part = build_rank_model(DEMO_MODEL, "float32", topology.tensor_parallel, topology.device)
+    num_bytes = num_blocks * BLOCK_SIZE * BYTES_PER_TOKEN
+    return Runner(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=num_bytes, max_model_len=32)
+
+
+@pytest.fixture(scope="module")
+def runner(topology: Topology) -> Runner:
+    return make_runner(topology, num_blocks=40)
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(2048, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+# Blocks of each sequence, so that none lies at the start or in order.
+BLOCKS = {"a": (7, 3, 30, 12), "b": (0, 39, 1, 2), "c": (20, 5, 4, 6)}
+TOKENS = {"a": prompt(32, 1), "b": prompt(32, 2), "c": prompt(32, 3)}
+
+
+def chunk(name: str, start: int, end: int, is_sampled: bool = True) -> Chunk:
+    blocks = BLOCKS[name][: -(-end // BLOCK_SIZE)]
+    return Chunk(name, TOKENS[name][start:end], start, blocks, is_sampled)
+
+
+SCHEDULES = {
+    "whole": [[("a", 0, 19)]],
+    "chunks": [[("a", 0, 5)], [("a", 5, 13)], [("a", 13, 14)], [("a", 14, 32)]],
+    "packed": [[("a", 0, 9), ("b", 0, 1), ("c", 0, 17)]],
+    "one by one": [[("a", position, position + 1)] for position in range(10)],
+    "prefill beside decodes": [
+        [("a", 0, 9), ("b", 0, 3)],
+        [("b", 3, 4), ("c", 0, 12), ("a", 9, 10)],
+        [("c", 12, 20), ("a", 10, 11), ("b", 4, 12)],
+        [("a", 11, 12), ("b", 12, 13), ("c", 20, 21)],
+    ],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_logits_are_the_plain_models_however_the_tokens_are_cut(
+    runner: Runner, plain: PreTrainedModel, schedule: str
+) -> None:
+    with torch.no_grad():
+        expected = {name: plain(torch.tensor([tokens])).logits[0] for name, tokens in TOKENS.items()}
+    for step in SCHEDULES[schedule]:
+        logits = runner.logits(StepPlan(tuple(chunk(*bounds) for bounds in step)))
+        wanted = torch.stack([expected[name][end - 1] for name, _, end in step])
+        assert logits.shape == wanted.shape
+        assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_only_sampled_chunks_get_a_token(runner: Runner, plain: PreTrainedModel) -> None:
+    plan = StepPlan((chunk("a", 0, 5), chunk("b", 0, 7, is_sampled=False), chunk("c", 0, 1)))
+    with torch.no_grad():
+        wanted = [
+            int(plain(torch.tensor([TOKENS[name][:end]])).logits[0, -1].argmax()) for name, end in (("a", 5), ("c", 1))
+        ]
+    assert runner.run(plan) == wanted
+    assert runner.run(StepPlan((chunk("a", 0, 5, is_sampled=False),))) == []
+
+
+def test_sign_of_life_gives_no_token(runner: Runner) -> None:
+    assert runner.run(StepPlan()) == []
+
+
+def test_token_is_drawn_with_its_own_chunks_parameters_and_position(runner: Runner) -> None:
+    def draw(sampling: SamplingParams, end: int) -> int:
+        greedy = chunk("b", 0, 3)
+        return runner.run(StepPlan((greedy, replace(chunk("a", 0, end), sampling=sampling))))[1]
+
+    hot = [SamplingParams(temperature=2.0, seed=seed) for seed in range(8)]
+    assert len({draw(sampling, 4) for sampling in hot}) > 1
+    assert [draw(sampling, 4) for sampling in hot] == [draw(sampling, 4) for sampling in hot]
+    assert len({draw(SamplingParams(), 4) for _ in range(3)}) == 1
+
+
+def test_preempted_request_produces_the_same_tokens(topology: Topology, plain: PreTrainedModel) -> None:
+    """Blocks for one request and a half; prompts longer than a step."""
+    plans: list[StepPlan] = []
+    runner = make_runner(topology, num_blocks=4)
+    scheduler = Scheduler(BlockManager(runner.num_blocks, BLOCK_SIZE), max_num_seqs=4, max_num_batched_tokens=10)
+
+    class NotingRunner:
+        def run(self, plan: StepPlan) -> list[int]:
+            plans.append(plan)
+            return runner.run(plan)
+
+    requests = [Request(str(length), prompt(length, seed=length), max_tokens=8) for length in (14, 3, 11)]
+    outputs = Engine(NotingRunner(), scheduler).generate(requests)
+    num_starts = sum(chunk.start == 0 for plan in plans for chunk in plan.chunks)
+    assert num_starts > len(requests)  # some started over
+    for request, output in zip(requests, outputs, strict=True):
+        assert len(output) == 8
+        with torch.no_grad():
+            logits = plain(torch.tensor([[*request.prompt_ids, *output]])).logits[0]
+        assert output == logits[len(request.prompt_ids) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def test_memory_becomes_as_many_blocks_as_fit(topology: Topology) -> None:
+    assert make_runner(topology, num_blocks=5).num_blocks == 5
+    with pytest.raises(ConfigError, match="fewer than max_model_len 32"):
+        make_runner(topology, num_blocks=3)
+
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def refuse(config: PretrainedConfig, max_model_len: int) -> None:
+    refuse_unpageable(shard_deferred(config, torch.bfloat16, TensorParallelGroup(0, 1)), max_model_len)
+
+
+def test_rotary_frequencies_that_change_with_the_batch_are_refused_where_they_do() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    config = Phi3Config(**TINY, original_max_position_embeddings=32, rope_parameters=rope)
+    refuse(config, 32)
+    with pytest.raises(ConfigError, match=r"'longrope' .* beyond 32 tokens: set max_model_len, now 33, to at most 32"):
+        refuse(config, 33)
+
+
+def test_attention_sinks_are_refused_with_the_models_name() -> None:
+    refuse(LlamaConfig(**TINY), 64)
+    config = GptOssConfig(**TINY, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(PlanError, match="GptOssForCausalLM has attention sinks"):
+        refuse(config, 64)

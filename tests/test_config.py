@@ -1,0 +1,165 @@
+"""The handler section becomes one frozen object, or one line that names the key at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ts_parallel.config import HandlerConfig, did_you_mean, parse_bytes, parse_config
+from ts_parallel.errors import ConfigError
+
+DEFAULTS = {
+    "model_path": "m",
+    "tensor_parallel_size": 1,
+    "dtype": "auto",
+    "device": "auto",
+    "max_model_len": None,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 512,
+    "block_size": 16,
+    "kv_cache_memory": 512 * 2**20,
+    "num_threads": None,
+}
+
+
+def test_every_key_but_the_path_has_its_default() -> None:
+    assert parse_config({"model_path": "m"}).model_dump() == DEFAULTS
+
+
+def test_every_key_reaches_its_field() -> None:
+    section = {
+        "model_path": "/models/m",
+        "tensor_parallel_size": 4,
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "max_model_len": 2,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 7,
+        "block_size": 8,
+        "kv_cache_memory": 1000,
+        "num_threads": 3,
+    }
+    assert section.keys() == DEFAULTS.keys()
+    assert parse_config(section).model_dump() == section
+
+
+def test_config_is_frozen() -> None:
+    config = parse_config({"model_path": "m"})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.block_size = 8  # type: ignore[misc]
+    assert config.block_size == 16
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("tp_sise", ""),
+        ("tensor_paralel_size", "tensor_parallel_size"),
+        ("max_batched_tokens", "max_num_batched_tokens"),
+        ("kv_cache_memry", "kv_cache_memory"),
+        ("threads", "num_threads"),
+        (7, ""),
+    ],
+)
+def test_unknown_key_is_named_with_the_nearest_known_one(key: Any, nearest: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"model_path": "m", key: 2})
+    advice = f": did you mean {nearest!r}?" if nearest else ""
+    assert str(refusal.value) == f"unknown key {key!r} in the handler section{advice}"
+
+
+def test_nothing_is_meant_where_nothing_is_near() -> None:
+    assert did_you_mean("zzz", HandlerConfig.model_fields) == ""
+
+
+@pytest.mark.parametrize("section", [None, [], "model_path: m", 5])
+def test_missing_section_is_said_with_what_it_needs(section: Any) -> None:
+    with pytest.raises(ConfigError, match="has no `handler:` section; it needs at least `model_path`"):
+        parse_config(section)
+
+
+def test_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"block_size": 8})
+    assert str(refusal.value) == "handler key 'model_path': Field required"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model_path", 3, "valid string"),
+        ("model_path", None, "valid string"),
+        ("tensor_parallel_size", "two", "valid integer"),
+        ("tensor_parallel_size", 0, "greater than or equal to 1"),
+        ("tensor_parallel_size", 1.5, "valid integer"),
+        ("dtype", "float64", "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("dtype", 16, "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
+        ("max_model_len", 1, "greater than or equal to 2"),
+        ("max_num_seqs", 0, "greater than or equal to 1"),
+        ("max_num_batched_tokens", 0, "greater than or equal to 1"),
+        ("block_size", -16, "greater than or equal to 1"),
+        ("block_size", [16], "valid integer"),
+        ("kv_cache_memory", 0, "greater than or equal to 1"),
+        ("kv_cache_memory", None, "valid integer"),
+        ("num_threads", 0, "greater than or equal to 1"),
+    ],
+)
+def test_value_that_does_not_fit_is_shown_with_its_key(key: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refusal:
+        parse_config({"model_path": "m", key: value})
+    assert str(refusal.value).startswith(f"handler key {key!r}: ")
+    assert str(refusal.value).endswith(f", got {value!r}")
+
+
+@pytest.mark.xfail(strict=True, reason="pydantic's lax mode takes true for 1")
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "kv_cache_memory", "num_threads"])
+def test_yes_is_not_a_number(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_config({"model_path": "m", key: True})
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        (1000, 1000),
+        ("1000", 1000),
+        ("7b", 7),
+        ("1kB", 10**3),
+        ("512MB", 512 * 10**6),
+        ("2gb", 2 * 10**9),
+        ("1KiB", 2**10),
+        ("64MiB", 64 * 2**20),
+        ("1.5GiB", 3 * 2**29),
+        (" 2 GiB ", 2 * 2**30),
+        ("0.0000015MB", 1),
+    ],
+)
+def test_size_is_a_number_of_bytes_or_has_a_unit(text: Any, num_bytes: int) -> None:
+    assert parse_config({"model_path": "m", "kv_cache_memory": text}).kv_cache_memory == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "lots", "-1GiB", "2 GiB or so", "2TiB", "1ki", "2,5GB", "1e9"])
+def test_text_that_is_no_size_is_shown_with_how_to_write_one(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"'kv_cache_memory': .* is not a size; write .* like '2GiB'") as refusal:
+        parse_config({"model_path": "m", "kv_cache_memory": text})
+    assert repr(text) in str(refusal.value)
+
+
+@pytest.mark.xfail(strict=True, reason="the pattern lets several points through, and float() any number of digits")
+@pytest.mark.parametrize("text", ["1.2.3GiB", ".", "9" * 400])
+def test_number_that_is_none_is_no_size_either(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_config({"model_path": "m", "kv_cache_memory": text})
+
+
+def test_size_smaller_than_a_byte_is_outside_the_limits() -> None:
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
+        parse_config({"model_path": "m", "kv_cache_memory": "0.5b"})
+
+
+@pytest.mark.parametrize("value", [5, 2.5, None, [1]])
+def test_value_that_is_no_text_is_left_for_pydantic_to_judge(value: object) -> None:
+    assert parse_bytes(value) is value
