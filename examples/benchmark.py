@@ -133,7 +133,7 @@ def main() -> None:
 
 def report(folder: Path, streams: list[int], rounds: int, size: int) -> None:
     command = [sys.executable, __file__, "--plain", str(folder), "--streams", *map(str, streams)]
-    config = handler_config(folder, size, "auto", "cpu", 1024, "256MiB")
+    config = handler_config(folder, "cpu", tensor_parallel_size=size, max_model_len=1024, kv_cache_memory="256MiB")
     started = time.perf_counter()
     served: dict[int, list[dict[str, float]]] = {count: [] for count in streams}
     plain: dict[int, list[dict[str, float]]] = {count: [] for count in streams}
@@ -156,7 +156,8 @@ def report(folder: Path, streams: list[int], rounds: int, size: int) -> None:
         ranks = sorted(set(re.findall(r"ts_parallel (rank \d+: .*)", server.log_text())))
     print(f"\n{date.today()}, {platform.machine()}, {rounds} rounds, medians\n")
     print(
-        "| streams | ts_parallel over HTTP, tokens/s | transformers generate, tokens/s | ratio | first token, ms | transformers' |"
+        "| streams | ts_parallel over HTTP, tokens/s | transformers generate, tokens/s | ratio "
+        "| first token, ms | transformers' |"
     )
     print("|---|---|---|---|---|---|")
     for count in streams:

@@ -49,7 +49,7 @@ def main() -> None:
 
     folder = locate_checkpoint(arguments.model)
     name = "demo" if folder == DEMO_MODEL.resolve() else default_name(folder)
-    config = handler_config(folder, arguments.tensor_parallel_size, "auto", "auto", None, "512MiB")
+    config = handler_config(folder, tensor_parallel_size=arguments.tensor_parallel_size)
     port = arguments.port or free_ports(1)[0]
     print(f"starting TorchServe with {arguments.tensor_parallel_size} tensor-parallel ranks", flush=True)
     started = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 ConfigFactory = Callable[..., PretrainedConfig]
 
@@ -51,12 +51,10 @@ FAMILIES: dict[str, ConfigFactory] = {
 """Model type → its config; keyword arguments change single settings, as in `FAMILIES["llama"](vocab_size=128)`."""
 
 
-def save_random_model(
-    folder: Path, config: PretrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> None:
-    """A safetensors checkpoint of `config` whose greedy tokens vary and to which every single tensor matters."""
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of `config` in float32 whose greedy tokens vary and to which every single tensor matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,4 +63,11 @@ def save_random_model(
             else:  # layers that outweigh the embedding, lest a tied head repeats the last token for ever
                 gain = 0.5 if parameter is embedding else 2.0
                 parameter.normal_(std=gain * parameter.shape[-1] ** -0.5)
-    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+def save_random_model(
+    folder: Path, config: PretrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
+    """The safetensors checkpoint of such a model."""
+    random_model(config, seed).to(dtype).save_pretrained(folder)

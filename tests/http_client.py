@@ -43,7 +43,7 @@ def get(url: str) -> tuple[int, str]:
 
 
 def stream(url: str, body: Any, headers: dict[str, str] = JSON) -> Iterator[tuple[float, str]]:
-    """The pieces of a streamed answer, each with the time at which it came. Closing the iterator closes the connection."""
+    """The pieces of a streamed answer, each with the time it came. Closing the iterator ends the connection."""
     connection, path = _connect(url)
     try:
         connection.request("POST", path, _bytes(body), headers)

@@ -7,42 +7,84 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ts_parallel.config import HandlerConfig, did_you_mean, parse_bytes, parse_config
+from ts_parallel.config import BatchConfig, HandlerConfig, ModelConfig, did_you_mean, parse_bytes, parse_config
 from ts_parallel.errors import ConfigError
 
-DEFAULTS = {
+MODEL_DEFAULTS = {
     "model_path": "m",
     "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "split_points": None,
     "dtype": "auto",
     "device": "auto",
+    "num_threads": None,
+}
+DEFAULTS = {
+    **MODEL_DEFAULTS,
     "max_model_len": None,
     "max_num_seqs": 32,
     "max_num_batched_tokens": 512,
     "block_size": 16,
     "kv_cache_memory": 512 * 2**20,
-    "num_threads": None,
+    "eager": False,
+}
+BATCH_DEFAULTS = {
+    **MODEL_DEFAULTS,
+    "task": "encoder",
+    "micro_batch_size": 8,
+    "virtual_stages": 1,
+    "parallelism": {"preprocess": 1, "postprocess": 1},
+}
+MODEL_SECTION = {
+    "model_path": "/models/m",
+    "tensor_parallel_size": 4,
+    "pipeline_parallel_size": 3,
+    "split_points": (6, 12),
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "num_threads": 3,
 }
 
 
-def test_every_key_but_the_path_has_its_default() -> None:
+def test_every_key_but_the_path_and_the_task_has_its_default() -> None:
     assert parse_config({"model_path": "m"}).model_dump() == DEFAULTS
+    assert parse_config({"model_path": "m", "task": "encoder"}, BatchConfig).model_dump() == BATCH_DEFAULTS
 
 
 def test_every_key_reaches_its_field() -> None:
     section = {
-        "model_path": "/models/m",
-        "tensor_parallel_size": 4,
-        "dtype": "bfloat16",
-        "device": "cpu",
+        **MODEL_SECTION,
         "max_model_len": 2,
         "max_num_seqs": 1,
         "max_num_batched_tokens": 7,
         "block_size": 8,
         "kv_cache_memory": 1000,
-        "num_threads": 3,
     }
-    assert section.keys() == DEFAULTS.keys()
-    assert parse_config(section).model_dump() == section
+    assert section.keys() | {"eager"} == DEFAULTS.keys()
+    assert parse_config(section).model_dump() == {**section, "eager": False}
+    assert parse_config({"model_path": "m", "eager": True}).eager
+
+
+def test_every_key_of_batch_inference_reaches_its_field() -> None:
+    section = {
+        **MODEL_SECTION,
+        "split_points": (1, 2, 3, 4, 5),
+        "task": "text_embedding",
+        "micro_batch_size": 5,
+        "virtual_stages": 2,
+        "parallelism": {"preprocess": 2, "postprocess": 3},
+    }
+    assert section.keys() == BATCH_DEFAULTS.keys()
+    config = parse_config(section, BatchConfig)
+    assert config.model_dump() == section
+    assert (config.num_ranks, config.num_stages) == (12, 6)
+
+
+def test_split_points_are_written_as_yaml_has_them() -> None:
+    assert parse_config({"model_path": "m", "pipeline_parallel_size": 3, "split_points": [6, 12]}).split_points == (
+        6,
+        12,
+    )
 
 
 def test_config_is_frozen() -> None:
@@ -70,6 +112,18 @@ def test_unknown_key_is_named_with_the_nearest_known_one(key: Any, nearest: str)
     assert str(refusal.value) == f"unknown key {key!r} in the handler section{advice}"
 
 
+def test_unknown_key_inside_a_key_is_named_with_where_it_is() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"model_path": "m", "task": "encoder", "parallelism": {"preproces": 2}}, BatchConfig)
+    assert str(refusal.value) == "unknown key 'preproces' in handler.parallelism: did you mean 'preprocess'?"
+
+
+@pytest.mark.parametrize(("key", "kind"), [("task", HandlerConfig), ("max_num_seqs", BatchConfig)])
+def test_key_of_the_other_handler_is_unknown(key: str, kind: type[ModelConfig]) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'"):
+        parse_config({"model_path": "m", key: 2}, kind)
+
+
 def test_nothing_is_meant_where_nothing_is_near() -> None:
     assert did_you_mean("zzz", HandlerConfig.model_fields) == ""
 
@@ -94,6 +148,9 @@ def test_missing_key_is_named() -> None:
         ("tensor_parallel_size", "two", "valid integer"),
         ("tensor_parallel_size", 0, "greater than or equal to 1"),
         ("tensor_parallel_size", 1.5, "valid integer"),
+        ("pipeline_parallel_size", 0, "greater than or equal to 1"),
+        ("split_points", "6,12", "valid tuple"),
+        ("eager", "perhaps", "valid boolean"),
         ("dtype", "float64", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("dtype", 16, "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -114,8 +171,71 @@ def test_value_that_does_not_fit_is_shown_with_its_key(key: str, value: Any, say
     assert str(refusal.value).endswith(f", got {value!r}")
 
 
-@pytest.mark.xfail(strict=True, reason="pydantic's lax mode takes true for 1")
-@pytest.mark.parametrize("key", ["tensor_parallel_size", "kv_cache_memory", "num_threads"])
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("task", "translation", "'text_embedding', 'text_classification', 'image_classification' or 'encoder'"),
+        ("micro_batch_size", 0, "greater than or equal to 1"),
+        ("virtual_stages", 0, "greater than or equal to 1"),
+        ("parallelism", 2, "valid dictionary"),
+        ("parallelism.preprocess", 0, "greater than or equal to 1"),
+        ("parallelism.postprocess", 1.5, "valid integer"),
+    ],
+)
+def test_value_of_batch_inference_that_does_not_fit_is_shown_with_its_key(key: str, value: Any, says: str) -> None:
+    name, _, inner = key.partition(".")
+    section = {"model_path": "m", "task": "encoder", name: {inner: value} if inner else value}
+    with pytest.raises(ConfigError, match=says) as refusal:
+        parse_config(section, BatchConfig)
+    assert str(refusal.value).startswith(f"handler key {key!r}: ")
+    assert str(refusal.value).endswith(f", got {value!r}")
+
+
+def test_task_has_no_default() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"model_path": "m"}, BatchConfig)
+    assert str(refusal.value) == "handler key 'task': Field required"
+
+
+@pytest.mark.parametrize("points", [[0, 4], [6, 4], [4, 4], [-1, 4]])
+def test_split_points_that_do_not_increase_from_1_are_shown(points: list[int]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"model_path": "m", "pipeline_parallel_size": 3, "split_points": points})
+    assert str(refusal.value).startswith("handler key 'split_points': ")
+    assert "increase from 1" in str(refusal.value)
+    assert str(refusal.value).endswith(f", got {points}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        (HandlerConfig, {}, "pipeline_parallel_size 1 makes 1 stages, which need 0 split points, got 1: [6]"),
+        (
+            HandlerConfig,
+            {"pipeline_parallel_size": 3},
+            "pipeline_parallel_size 3 makes 3 stages, which need 2 split points, got 1: [6]",
+        ),
+        (
+            BatchConfig,
+            {"task": "encoder", "pipeline_parallel_size": 2, "virtual_stages": 2},
+            "pipeline_parallel_size 2 × virtual_stages 2 makes 4 stages, which need 3 split points, got 1: [6]",
+        ),
+    ],
+)
+def test_another_number_of_split_points_than_the_stages_need_is_refused(
+    kind: type[ModelConfig], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_config({"model_path": "m", "split_points": [6], **changes}, kind)
+    assert str(refusal.value) == f"handler key 'split_points': {says}"
+
+
+def test_eager_is_refused_over_several_stages() -> None:
+    with pytest.raises(ConfigError, match=r"'eager': .* set pipeline_parallel_size, got 2, to 1, or eager to false"):
+        parse_config({"model_path": "m", "eager": True, "pipeline_parallel_size": 2})
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "pipeline_parallel_size", "kv_cache_memory", "num_threads"])
 def test_yes_is_not_a_number(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         parse_config({"model_path": "m", key: True})
@@ -148,7 +268,6 @@ def test_text_that_is_no_size_is_shown_with_how_to_write_one(text: str) -> None:
     assert repr(text) in str(refusal.value)
 
 
-@pytest.mark.xfail(strict=True, reason="the pattern lets several points through, and float() any number of digits")
 @pytest.mark.parametrize("text", ["1.2.3GiB", ".", "9" * 400])
 def test_number_that_is_none_is_no_size_either(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):

@@ -53,6 +53,18 @@ def test_wrong_number_of_ranks_is_named_with_the_right_one_and_both_keys(
     assert not dist.is_initialized()
 
 
+def test_wrong_number_of_ranks_for_several_stages_is_named_with_the_product() -> None:
+    with pytest.raises(TopologyError) as refusal:
+        open_topology(2, "cpu", {"WORLD_SIZE": "2"}, pipeline_parallel_size=2)
+    assert str(refusal.value) == (
+        "tensor_parallel_size 2 × pipeline_parallel_size 2 needs 4 ranks, torchrun started 2: set "
+        "torchrun.nproc-per-node and handler.tensor_parallel_size/pipeline_parallel_size to match"
+    )
+    with pytest.raises(TopologyError, match="tensor_parallel_size 1 × pipeline_parallel_size 3 needs 3 ranks"):
+        open_topology(1, "cpu", {}, pipeline_parallel_size=3)
+    assert not dist.is_initialized()
+
+
 def test_only_rank_opens_and_closes_twice() -> None:
     for _ in range(2):
         topology = open_topology(1, "cpu", {})
@@ -60,6 +72,7 @@ def test_only_rank_opens_and_closes_twice() -> None:
         assert (topology.rank, topology.world_size, topology.device) == (0, 1, torch.device("cpu"))
         assert (group.rank, group.size) == (0, 1)
         assert topology.mesh.mesh_dim_names == ("pp", "tp") and topology.mesh.shape == (1, 1)
+        assert (topology.stage, topology.num_stages, topology.rank_at(0, 0)) == (0, 1, 0)
         assert topology.gather_errors(None) == []
         assert topology.gather_errors("unwell") == ["unwell"]
         topology.close()

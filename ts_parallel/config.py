@@ -1,16 +1,17 @@
 """The `handler:` section of model-config.yaml, parsed once into a frozen object.
 
-Everything after `parse_config` works with `HandlerConfig`: no dict, no key look-up, no environment.
+Everything after `parse_config` works with that object: no dict, no key look-up, no environment.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ts_parallel.errors import ConfigError
 
@@ -38,16 +39,60 @@ Count = Annotated[int, BeforeValidator(_no_bool)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
-class HandlerConfig(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """What every handler needs to know: which model, over which ranks."""
 
     model_path: str
     """Folder of the checkpoint: absolute, or relative to the unpacked archive ("." is the archive itself)."""
     tensor_parallel_size: Count = Field(default=1, ge=1)
-    """Ranks that share every layer; must equal torchrun's nproc-per-node."""
+    """Ranks that share every layer; times pipeline_parallel_size it must equal torchrun's nproc-per-node."""
+    pipeline_parallel_size: Count = Field(default=1, ge=1)
+    """Ranks, or groups of tensor_parallel_size ranks, that the layers are dealt out to."""
+    split_points: tuple[Count, ...] | None = None
+    """First layer of each stage after the first; unset: chosen so that stages weigh alike."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Element type of weights and KV cache; `auto` is the one that config.json names."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: Count | None = Field(default=None, ge=1)
+    """CPU threads of each rank; unset: the machine's cores divided among its ranks."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        return math.prod(self._stage_factors().values())
+
+    def _stage_factors(self) -> dict[str, int]:
+        """The keys whose product is the number of stages."""
+        return {"pipeline_parallel_size": self.pipeline_parallel_size}
+
+    @model_validator(mode="after")
+    def _split_points_fit(self) -> ModelConfig:
+        if self.split_points is None:
+            return self
+        points = list(self.split_points)
+        if points != sorted({point for point in points if point > 0}):
+            raise ConfigError(
+                f"handler key 'split_points': stages after the first begin at layers that increase from 1, got {points}"
+            )
+        if len(points) != self.num_stages - 1:
+            factors = " × ".join(f"{key} {value}" for key, value in self._stage_factors().items())
+            raise ConfigError(
+                f"handler key 'split_points': {factors} makes {self.num_stages} stages, which need "
+                f"{self.num_stages - 1} split points, got {len(points)}: {points}"
+            )
+        return self
+
+
+class HandlerConfig(ModelConfig):
+    """Text generation."""
+
     max_model_len: Count | None = Field(default=None, ge=2)
     """Most tokens of a request, prompt and answer together; unset: the model's max_position_embeddings."""
     max_num_seqs: Count = Field(default=32, ge=1)
@@ -58,30 +103,78 @@ class HandlerConfig(BaseModel):
     """Tokens of one KV block."""
     kv_cache_memory: Bytes = Field(default=512 * 2**20, ge=1)
     """Bytes of KV cache on each rank."""
-    num_threads: Count | None = Field(default=None, ge=1)
-    """CPU threads of each rank; unset: the machine's cores divided among its ranks."""
+    eager: bool = False
+    """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
+
+    @model_validator(mode="after")
+    def _eager_is_one_stage(self) -> HandlerConfig:
+        if self.eager and self.pipeline_parallel_size > 1:
+            raise ConfigError(
+                "handler key 'eager': the model's own modules run in one stage only: set pipeline_parallel_size, got "
+                f"{self.pipeline_parallel_size}, to 1, or eager to false"
+            )
+        return self
 
 
-def parse_config(section: Mapping[str, Any] | None) -> HandlerConfig:
-    """The `handler:` section as a `HandlerConfig`.
+class Parallelism(_Section):
+    """Worker threads beside the inference."""
+
+    preprocess: Count = Field(default=1, ge=1)
+    postprocess: Count = Field(default=1, ge=1)
+
+
+class BatchConfig(ModelConfig):
+    """Batch inference."""
+
+    task: Literal["text_embedding", "text_classification", "image_classification", "encoder"]
+    """What goes in and comes out; `encoder` answers with the last hidden states."""
+    micro_batch_size: Count = Field(default=8, ge=1)
+    """Most items that a stage computes at once."""
+    virtual_stages: Count = Field(default=1, ge=1)
+    """Stages of each rank, looped: stage k lives on pipeline rank k % pipeline_parallel_size."""
+    parallelism: Parallelism = Parallelism()
+
+    def _stage_factors(self) -> dict[str, int]:
+        return {**super()._stage_factors(), "virtual_stages": self.virtual_stages}
+
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+@overload
+def parse_config(section: Mapping[str, Any] | None) -> HandlerConfig: ...
+
+
+@overload
+def parse_config(section: Mapping[str, Any] | None, kind: type[C]) -> C: ...
+
+
+def parse_config(section: Mapping[str, Any] | None, kind: type[ModelConfig] = HandlerConfig) -> ModelConfig:
+    """The `handler:` section as a `kind`.
 
     Raises:
-        ConfigError: an unknown key (the nearest known one is named), a missing key, or a value outside its limits.
+        ConfigError: an unknown key (the nearest known one is named), a missing key, a value outside its limits, or
+            values that do not go together.
     """
     if not isinstance(section, Mapping):
         raise ConfigError("model-config.yaml has no `handler:` section; it needs at least `model_path`")
-    for key in section:
-        if key not in HandlerConfig.model_fields:
-            raise ConfigError(
-                f"unknown key {key!r} in the handler section{did_you_mean(key, HandlerConfig.model_fields)}"
-            )
+    _refuse_unknown(section, kind, "the handler section")
     try:
-        return HandlerConfig(**section)
+        return kind(**section)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         value = "" if first["type"] == "missing" else f", got {first['input']!r}"
         raise ConfigError(f"handler key {key!r}: {first['msg']}{value}") from None
+
+
+def _refuse_unknown(section: Mapping[Any, Any], kind: type[BaseModel], where: str) -> None:
+    for key, value in section.items():
+        if key not in kind.model_fields:
+            raise ConfigError(f"unknown key {key!r} in {where}{did_you_mean(key, kind.model_fields)}")
+        inside = kind.model_fields[key].annotation
+        if isinstance(inside, type) and issubclass(inside, BaseModel) and isinstance(value, Mapping):
+            _refuse_unknown(value, inside, f"handler.{key}")
 
 
 def did_you_mean(word: object, known: Mapping[str, Any]) -> str:

@@ -50,7 +50,10 @@ class TensorParallelGroup:
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among all ranks. `mesh` has the axes (pp, tp)."""
+    """This process among all ranks. `mesh` has the axes (pp, tp): rank = stage × ranks of a stage + rank in the stage.
+
+    Rank 0, the first of the first stage, leads.
+    """
 
     rank: int
     world_size: int
@@ -61,6 +64,18 @@ class Topology:
     def tensor_parallel(self) -> TensorParallelGroup:
         group = self.mesh.get_group("tp")
         return TensorParallelGroup(self.mesh.get_local_rank("tp"), dist.get_world_size(group), group)
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage of this rank, from 0."""
+        return self.mesh.get_local_rank("pp")
+
+    @property
+    def num_stages(self) -> int:
+        return self.mesh.size(0)
+
+    def rank_at(self, stage: int, tensor_parallel_rank: int) -> int:
+        return stage * self.mesh.size(1) + tensor_parallel_rank
 
     def close(self) -> None:
         """Leave together: a rank that ends while another still talks to it brings that one down."""
@@ -75,27 +90,43 @@ class Topology:
 
 
 def open_topology(
-    tensor_parallel_size: int, device: str, environment: Mapping[str, str] = os.environ, num_threads: int | None = None
+    tensor_parallel_size: int,
+    device: str,
+    environment: Mapping[str, str] = os.environ,
+    num_threads: int | None = None,
+    *,
+    pipeline_parallel_size: int = 1,
 ) -> Topology:
     """Join the ranks that torchrun started (or be the only one) and give this rank its device and threads.
 
     Raises:
-        TopologyError: torchrun started another number of ranks than `tensor_parallel_size`, or there is no such device.
+        TopologyError: torchrun started another number of ranks than the two sizes need, or there is no such device.
     """
     world_size = int(environment.get("WORLD_SIZE", "1"))
-    if world_size != tensor_parallel_size:
-        raise TopologyError(
-            f"tensor_parallel_size {tensor_parallel_size} needs {tensor_parallel_size} ranks, torchrun started "
-            f"{world_size}: set torchrun.nproc-per-node and handler.tensor_parallel_size to the same number"
-        )
+    if world_size != tensor_parallel_size * pipeline_parallel_size:
+        raise TopologyError(_wrong_number_of_ranks(tensor_parallel_size, pipeline_parallel_size, world_size))
     chosen = _choose_device(device, int(environment.get("LOCAL_RANK", "0")))
     if chosen.type == "cpu":
         local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
     if not dist.is_initialized():
         _join(world_size, chosen)
-    mesh = init_device_mesh(chosen.type, (1, tensor_parallel_size), mesh_dim_names=("pp", "tp"))
+    shape = (pipeline_parallel_size, tensor_parallel_size)
+    mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("pp", "tp"))
     return Topology(dist.get_rank(), world_size, chosen, mesh)
+
+
+def _wrong_number_of_ranks(tensor_parallel_size: int, pipeline_parallel_size: int, world_size: int) -> str:
+    if pipeline_parallel_size == 1:
+        return (
+            f"tensor_parallel_size {tensor_parallel_size} needs {tensor_parallel_size} ranks, torchrun started "
+            f"{world_size}: set torchrun.nproc-per-node and handler.tensor_parallel_size to the same number"
+        )
+    return (
+        f"tensor_parallel_size {tensor_parallel_size} × pipeline_parallel_size {pipeline_parallel_size} needs "
+        f"{tensor_parallel_size * pipeline_parallel_size} ranks, torchrun started {world_size}: set "
+        "torchrun.nproc-per-node and handler.tensor_parallel_size/pipeline_parallel_size to match"
+    )
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -89,7 +89,6 @@ def test_shards_join_to_one_index(tmp_path: Path) -> None:
         assert bytes_of(stored) == TENSORS[name].reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.xfail(strict=True, reason="read_index looks for the shard index first")
 def test_single_file_wins_over_shards_as_in_transformers(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / SINGLE_FILE)
     save_file({"x": torch.ones(2)}, tmp_path / "old.safetensors")
@@ -134,10 +133,7 @@ def test_shard_index_cannot_name_a_file_of_another_folder(tmp_path: Path, name: 
         '{"weight_map": ["x"]}',
         '{"weight_map": {"x": ["a"]}}',
         '{"weight_map": {"x": 5, "y": "a"}}',
-        pytest.param(
-            '{"weight_map": {"x": 5}}',
-            marks=pytest.mark.xfail(raises=TypeError, strict=True, reason="Path(5) is outside the try"),
-        ),
+        '{"weight_map": {"x": 5}}',
     ],
 )
 def test_shard_index_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
@@ -178,7 +174,6 @@ def test_header_that_is_not_json_is_said_to_be_so(tmp_path: Path, header: bytes)
         read_index(tmp_path)
 
 
-@pytest.mark.xfail(raises=(TypeError, AttributeError), strict=True, reason="only JSON's syntax is checked")
 @pytest.mark.parametrize("header", [b"[]", b"3", b"null"])
 def test_header_that_is_no_json_object_is_refused(tmp_path: Path, header: bytes) -> None:
     write(tmp_path / SINGLE_FILE, header)
@@ -192,9 +187,6 @@ def test_bytes_that_do_not_fit_the_shape_are_shown_with_it(tmp_path: Path) -> No
         read_index(tmp_path)
 
 
-NOT_CHECKED = pytest.mark.xfail(strict=True, reason="an entry's numbers are not checked to be whole and not negative")
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -206,12 +198,12 @@ NOT_CHECKED = pytest.mark.xfail(strict=True, reason="an entry's numbers are not 
         {"data_offsets": None},
         {"data_offsets": [0]},
         {"data_offsets": [0, 8, 8]},
-        pytest.param({"shape": ["2"]}, marks=NOT_CHECKED),
-        pytest.param({"shape": [2.0]}, marks=NOT_CHECKED),
-        pytest.param({"shape": [-2], "data_offsets": [8, 0]}, marks=NOT_CHECKED),
-        pytest.param({"data_offsets": ["0", "8"]}, marks=NOT_CHECKED),
-        pytest.param({"data_offsets": [0.0, 8.0]}, marks=NOT_CHECKED),
-        pytest.param({"data_offsets": [-8, 0]}, marks=NOT_CHECKED),
+        {"shape": ["2"]},
+        {"shape": [2.0]},
+        {"shape": [-2], "data_offsets": [8, 0]},
+        {"data_offsets": ["0", "8"]},
+        {"data_offsets": [0.0, 8.0]},
+        {"data_offsets": [-8, 0]},
     ],
 )
 def test_entry_that_cannot_be_read_is_shown(tmp_path: Path, changes: dict[str, object]) -> None:

@@ -236,7 +236,6 @@ def put_a_folder_in_its_place(file: Path) -> None:
     file.mkdir()
 
 
-@pytest.mark.xfail(raises=OSError, strict=True, reason="load_tensors lets the system's errors through")
 @pytest.mark.parametrize("harm", [remove, put_a_folder_in_its_place])
 def test_file_that_cannot_be_read_any_more_is_named(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     source = stored(tmp_path, WHOLE)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 from http_client import get
 
+from ts_parallel.cli.plan import plan
+from ts_parallel.cli.serve import serve
 from ts_parallel.cli.torchserve import find_java, free_ports, is_loopback
 from ts_parallel.errors import StartupError
 
@@ -37,38 +42,108 @@ def test_plan_shows_placements_bytes_and_kv_tokens() -> None:
     assert "1,041" in result.stdout
 
 
+def rows_of(output: str, header: str) -> list[list[str]]:
+    """The cells of the table whose header line begins with `header`, row by row."""
+    lines = iter(output.splitlines())
+    next(line for line in lines if line.split()[:2] == header.split()[:2])
+    next(lines)  # the rule below it
+    return [line.split() for line in itertools.takewhile(str.strip, lines)]
+
+
+def test_plan_shows_which_stage_each_layer_is_in_and_what_it_weighs() -> None:
+    result = run("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--tensor-parallel-size", "2")
+    assert result.returncode == 0, result.stderr
+    stages = {row[0]: row[2] for row in rows_of(result.stdout, "parameter shape") if "layers" in row[0]}
+    assert {name: int(name.split(".")[2]) // 3 for name in stages} == {name: int(at) for name, at in stages.items()}
+    assert "2048×160   0, 1 " in result.stdout  # the first stage embeds with what is the last one's head
+    ranks = rows_of(result.stdout, "rank stage")
+    assert [row[:3] for row in ranks] == [["0", "0", "0–2"], ["1", "0", "0–2"], ["2", "1", "3–5"], ["3", "1", "3–5"]]
+    shares = [int(row[4].removesuffix("%")) for row in ranks]
+    assert shares[0] == shares[1] and shares[2] == shares[3]
+    assert shares[0] + shares[2] == 100
+    assert [row[5] for row in ranks] == ["480"] * 4  # 3 layers × 1 key/value head × (40 + 40) × 2 bytes
+
+
+def test_plan_cuts_where_it_is_told_to() -> None:
+    result = run("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "3", "--split-points", "1,5")
+    assert result.returncode == 0, result.stderr
+    ranks = rows_of(result.stdout, "rank stage")
+    assert [row[:3] for row in ranks] == [["0", "0", "0–0"], ["1", "1", "1–4"], ["2", "2", "5–5"]]
+    assert [row[5] for row in ranks] == ["320", "1,280", "320"]
+    assert sum(int(row[4].removesuffix("%")) for row in ranks) in (99, 100, 101)  # each is rounded
+
+
+IMPOSSIBLE_SHAPES: list[tuple[dict[str, Any], str]] = [
+    ({"tensor_parallel_size": 3}, "tensor_parallel_size must be one of [1, 2, 4]"),
+    ({"pipeline_parallel_size": 7}, "6 layers cannot be cut into 7 stages"),
+    ({"pipeline_parallel_size": 2, "split_points": "6"}, "must rise from 1 to at most 5, as the model has 6 layers"),
+    ({"pipeline_parallel_size": 2, "split_points": "2,4"}, "need 1 split points, got 2: [2, 4]"),
+    ({"pipeline_parallel_size": 2, "split_points": "three"}, "'three' is no list of layers"),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), IMPOSSIBLE_SHAPES)
+@pytest.mark.parametrize("command", [plan, serve])  # neither gets so far as to start anything
+def test_shape_that_cannot_be_is_refused_on_one_line(
+    command: Callable[..., None], settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(StartupError) as refusal:
+        command(str(DEMO_MODEL), **settings)
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
 def test_plan_that_cannot_be_made_is_one_line_and_status_1() -> None:
-    result = run("plan", str(DEMO_MODEL), "--tensor-parallel-size", "3")
+    result = run("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--split-points", "6")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "tensor_parallel_size must be one of [1, 2, 4]" in result.stderr
+    assert "split_points [6]" in result.stderr
 
 
 @pytest.mark.ranks
-def test_verify_finds_the_demo_model_equal_at_two_ranks() -> None:
-    result = run("verify", str(DEMO_MODEL), "--tensor-parallel-size", "2", "--max-tokens", "16")
+@pytest.mark.parametrize(
+    ("arguments", "shape"),
+    [
+        ("--tensor-parallel-size 2 --eager", "tensor_parallel_size 2 × pipeline_parallel_size 1, float32, eager"),
+        ("--pipeline-parallel-size 2 --split-points 2", "tensor_parallel_size 1 × pipeline_parallel_size 2, float32"),
+        (
+            "--tensor-parallel-size 2 --pipeline-parallel-size 2",
+            "tensor_parallel_size 2 × pipeline_parallel_size 2, float32",
+        ),
+    ],
+)
+def test_verify_finds_the_demo_model_equal(arguments: str, shape: str) -> None:
+    result = run("verify", str(DEMO_MODEL), *arguments.split(), "--max-tokens", "16")
     assert result.returncode == 0, result.stderr
-    assert "the same tokens" in result.stdout
+    assert f"{shape}: the same tokens" in result.stdout
+    assert result.stdout.count("16 of 16") == 8
 
 
 @pytest.mark.ranks
 def test_verify_says_no_with_its_status() -> None:
     """bfloat16 ranks round their sums elsewhere than the plain model does, so long answers part sooner or later."""
-    result = run("verify", str(DEMO_MODEL), "--tensor-parallel-size", "4", "--dtype", "bfloat16", "--max-tokens", "256")
+    result = run("verify", str(DEMO_MODEL), "--tensor-parallel-size", "2", "--dtype", "bfloat16", "--max-tokens", "64")
     assert result.returncode == 1
     assert "DIFFERENT tokens" in result.stdout
 
 
+def test_verify_of_the_models_own_modules_in_several_stages_is_refused() -> None:
+    result = run("verify", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--eager")
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "run in one stage only" in result.stderr
+
+
 def test_archive_names_the_folder_and_holds_the_handler(tmp_path: Path) -> None:
-    result = run(
-        "archive", str(DEMO_MODEL), "--tensor-parallel-size", "2", "--export-path", str(tmp_path), "--name", "d"
-    )
+    shape = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--split-points", "2"]
+    result = run("archive", str(DEMO_MODEL), *shape, "--export-path", str(tmp_path), "--name", "d")
     assert result.returncode == 0, result.stderr
     with zipfile.ZipFile(tmp_path / "d.mar") as archive:
         settings = yaml.safe_load(archive.read("model-config.yaml"))
         manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))
     assert settings["handler"]["model_path"] == str(DEMO_MODEL)
-    assert settings["torchrun"]["nproc-per-node"] == 2
+    assert settings["handler"]["split_points"] == [2]
+    assert settings["torchrun"]["nproc-per-node"] == 4
     assert manifest["model"]["handler"] == "text_generation.py"
 
 
@@ -82,7 +157,8 @@ def test_hub_id_without_a_network_is_one_line() -> None:
 @pytest.mark.torchserve
 def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
     port = free_ports(1)[0]
-    command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", "--tensor-parallel-size", "2", "--port", str(port)]
+    shape = ["--pipeline-parallel-size", "2", "--split-points", "2"]
+    command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", *shape, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
@@ -95,7 +171,7 @@ def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
         finally:
             process.kill()
     assert len(children) > 3  # the launcher, Java, torchrun and its ranks
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
 
 

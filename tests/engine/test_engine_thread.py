@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -25,30 +26,36 @@ NUM_BLOCKS = 64
 class CountingRunner:
     """Says the position of each token while its gate is open; raises once it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_stages: int) -> None:
+        self.num_stages = num_stages
         self.fails = False
         self.gate = threading.Event()
         self.gate.set()
         self.plans: list[StepPlan] = []
+        self._in_flight: deque[StepPlan] = deque()
 
     @property
     def num_signs_of_life(self) -> int:
         return self.plans.count(StepPlan())
 
-    def run(self, plan: StepPlan) -> list[int]:
+    def submit(self, plan: StepPlan) -> None:
         self.plans.append(plan)
+        if plan.chunks:
+            self._in_flight.append(plan)
+
+    def collect(self) -> list[int]:
         self.gate.wait()
         if self.fails:
             raise RuntimeError("out of luck")
-        return [chunk.end for chunk in plan.chunks if chunk.is_sampled]
+        return [chunk.end for chunk in self._in_flight.popleft().chunks if chunk.is_sampled]
 
 
 class Bench:
-    def __init__(self, num_blocks: int) -> None:
-        self.runner = CountingRunner()
+    def __init__(self, num_blocks: int, num_stages: int) -> None:
+        self.runner = CountingRunner(num_stages)
         self.blocks = BlockManager(num_blocks, block_size=16)
         self.num_failures = 0
-        scheduler = Scheduler(self.blocks, max_num_seqs=8, max_num_batched_tokens=64)
+        scheduler = Scheduler(self.blocks, max_num_seqs=8, max_num_batched_tokens=64, num_stages=num_stages)
         self.thread = EngineThread(Engine(self.runner, scheduler), self._on_failure)
 
     def _on_failure(self) -> None:
@@ -71,8 +78,8 @@ class Bench:
 
 
 @contextmanager
-def started(num_blocks: int = NUM_BLOCKS) -> Iterator[Bench]:
-    bench = Bench(num_blocks)
+def started(num_blocks: int = NUM_BLOCKS, num_stages: int = 1) -> Iterator[Bench]:
+    bench = Bench(num_blocks, num_stages)
     bench.thread.start()
     try:
         yield bench
@@ -90,8 +97,12 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.001)
 
 
-def test_tokens_come_without_anybody_asking_for_steps() -> None:
-    with started() as bench:
+STAGES = pytest.mark.parametrize("num_stages", [1, 3])
+
+
+@STAGES
+def test_tokens_come_without_anybody_asking_for_steps(num_stages: int) -> None:
+    with started(num_stages=num_stages) as bench:
         bench.submit("a", 3)
         assert bench.read_to_the_end("a") == Delivery([1, 2, 3], "length")
 
@@ -121,8 +132,9 @@ def test_engine_stops_ahead_of_a_reader_who_does_not_read_and_goes_on_after() ->
         assert rest == Delivery(list(range(MAX_TOKENS_AHEAD + 1, 3 * MAX_TOKENS_AHEAD + 1)), "length")
 
 
-def test_abort_closes_the_mailbox_at_once_and_frees_the_blocks() -> None:
-    with started() as bench:
+@STAGES
+def test_abort_closes_the_mailbox_at_once_and_frees_the_blocks(num_stages: int) -> None:
+    with started(num_stages=num_stages) as bench:
         bench.submit("a", 10**6)  # more than there are blocks for: it would not end by itself
         wait_until(lambda: bench.blocks.num_free < NUM_BLOCKS)
         bench.thread.abort("a")
@@ -131,6 +143,19 @@ def test_abort_closes_the_mailbox_at_once_and_frees_the_blocks() -> None:
         wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
         bench.submit("b", 2)
         assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
+
+
+def test_request_that_is_aborted_in_flight_holds_up_nobody() -> None:
+    with started(num_stages=2) as bench:
+        bench.runner.gate.clear()
+        bench.submit("a", 30)
+        wait_until(lambda: bool(bench.runner.plans))  # the engine waits for its token
+        bench.thread.abort("a")
+        bench.submit("b", 2)
+        bench.runner.gate.set()
+        assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
+        wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
+        assert not bench.thread.router.wait(0)
 
 
 def test_request_may_be_aborted_after_its_end() -> None:
@@ -143,8 +168,9 @@ def test_request_may_be_aborted_after_its_end() -> None:
         assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
 
 
-def test_failure_ends_every_stream_with_an_error_and_is_reported_once() -> None:
-    with started() as bench:
+@STAGES
+def test_failure_ends_every_stream_with_an_error_and_is_reported_once(num_stages: int) -> None:
+    with started(num_stages=num_stages) as bench:
         bench.submit("finished", 1)
         wait_until(lambda: bench.thread.router.wait(0))
         for name in "ab":
@@ -166,9 +192,12 @@ def test_idle_engine_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> Non
         assert bench.read_to_the_end("a") == Delivery([1, 2], "length")
 
 
-def test_engine_gives_signs_of_life_while_all_its_requests_are_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+@STAGES
+def test_engine_gives_signs_of_life_while_all_its_requests_are_paused(
+    monkeypatch: pytest.MonkeyPatch, num_stages: int
+) -> None:
     monkeypatch.setattr(engine_module, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.02)
-    with started() as bench:
+    with started(num_stages=num_stages) as bench:
         bench.submit("a", 2 * MAX_TOKENS_AHEAD)
         wait_until(lambda: "a" in bench.thread.router.full(MAX_TOKENS_AHEAD))
         before = bench.runner.num_signs_of_life

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Collection
 
 import pytest
@@ -29,16 +30,14 @@ def answer(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
     return list(history[len(prompt) :])
 
 
-class SlotRunner:
-    """Owns token slots as a real runner owns keys and values. It knows no request but by its chunk's blocks."""
+class Stage:
+    """Owns token slots as a real stage owns keys and values. It knows no request but by its chunk's blocks."""
 
     def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.plans: list[StepPlan] = []
+        self._block_size = block_size
         self._slots: dict[int, int] = {}
 
     def run(self, plan: StepPlan) -> list[int]:
-        self.plans.append(plan)
         for chunk in plan.chunks:
             for position, token in enumerate(chunk.token_ids, chunk.start):
                 self._slots[self._slot(chunk.block_ids, position)] = token
@@ -49,38 +48,77 @@ class SlotRunner:
         ]
 
     def _slot(self, block_ids: tuple[int, ...], position: int) -> int:
-        return block_ids[position // self.block_size] * self.block_size + position % self.block_size
+        return block_ids[position // self._block_size] * self._block_size + position % self._block_size
+
+
+class SlotRunner:
+    """The first stage runs a step when it is submitted, the last one as late as it may: when it is collected."""
+
+    def __init__(self, block_size: int, num_stages: int) -> None:
+        self.num_stages = num_stages
+        self.plans: list[StepPlan] = []
+        self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
+        self._first, self._last = Stage(block_size), Stage(block_size)
+
+    def submit(self, plan: StepPlan) -> None:
+        waiting_for_a_token = {
+            chunk.request_id for earlier, _ in self.in_flight for chunk in earlier.chunks if chunk.is_sampled
+        }
+        assert not waiting_for_a_token & {chunk.request_id for chunk in plan.chunks}
+        self.plans.append(plan)
+        self.in_flight.append((plan, self._first.run(plan)))
+        assert len(self.in_flight) <= self.num_stages
+
+    def collect(self) -> list[int]:
+        plan, token_ids = self.in_flight.popleft()
+        assert self._last.run(plan) == token_ids
+        return token_ids
 
 
 class Bench:
-    """A scheduler, its blocks and a runner, and what has come out of them."""
+    """An engine, its scheduler, blocks and runner, and what has come out of them."""
 
     def __init__(
-        self, *, num_blocks: int = 32, block_size: int = 4, max_num_seqs: int = 8, max_num_batched_tokens: int = 16
+        self,
+        *,
+        num_blocks: int = 32,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
+        num_stages: int = 1,
     ) -> None:
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            self.blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_stages=num_stages,
         )
-        self.runner = SlotRunner(block_size)
+        self.runner = SlotRunner(block_size, num_stages)
         self.outputs: list[TokenOutput] = []
-        self._engine = Engine(self.runner, self.scheduler)
+        self.engine = Engine(self.runner, self.scheduler)
 
     def add(self, request_id: str, num_prompt: int, max_tokens: int) -> Request:
         prompt = tuple(zlib.crc32(f"{request_id}{index}".encode()) % 1000 for index in range(num_prompt))
         request = Request(request_id, prompt, max_tokens)
-        self._engine.add(request)
+        self.engine.add(request)
         return request
 
     def step(self, paused: Collection[str] = ()) -> list[tuple[str, int]]:
-        """Run one step; who ran and how many tokens of each."""
-        if not self._engine.step(paused, self.outputs.extend):
-            return []
-        return [(chunk.request_id, len(chunk.token_ids)) for chunk in self.runner.plans[-1].chunks]
+        """Let the engine do one step; who was started in it and how many tokens of each."""
+        num_before = len(self.runner.plans)
+        self.engine.step(paused, self.outputs.extend)
+        return [
+            (chunk.request_id, len(chunk.token_ids)) for plan in self.runner.plans[num_before:] for chunk in plan.chunks
+        ]
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [output.token_id for output in self.outputs if output.request_id == request_id]
 
     def finish(self) -> None:
-        for _ in range(1000):
-            if not self._engine.has_requests:
+        for _ in range(4000):
+            if not self.engine.has_requests:
+                assert not self.runner.in_flight
                 return
             self.step()
         raise AssertionError(f"still there: {[*self.scheduler.running, *self.scheduler.waiting]}")
@@ -165,9 +203,11 @@ def test_end_token_ends_a_request_and_frees_its_blocks() -> None:
     blocks = BlockManager(4, 4)
     scheduler = Scheduler(blocks, max_num_seqs=4, max_num_batched_tokens=16)
     scheduler.add(Request("a", (1, 2), 9, eos_ids=frozenset({5})))
-    assert scheduler.update(scheduler.schedule(), [4]) == [TokenOutput("a", 4, None)]
+    scheduler.schedule()
+    assert scheduler.update([4]) == [TokenOutput("a", 4, None)]
     assert blocks.num_free == 3
-    assert scheduler.update(scheduler.schedule(), [5]) == [TokenOutput("a", 5, "stop")]
+    scheduler.schedule()
+    assert scheduler.update([5]) == [TokenOutput("a", 5, "stop")]
     assert blocks.num_free == 4
     assert scheduler.schedule() == StepPlan()
 
@@ -283,12 +323,119 @@ def test_abort_of_one_leaves_the_others() -> None:
 
 def test_blocks_of_an_aborted_request_let_a_waiting_one_in() -> None:
     bench = Bench(num_blocks=2)
-    bench.add("a", 7, 1)
-    bench.scheduler.schedule()
+    bench.add("a", 7, 2)
+    bench.step()
     bench.add("b", 7, 1)
-    assert bench.scheduler.schedule(paused={"a"}) == StepPlan()
-    bench.scheduler.abort("a")
+    assert bench.step(paused={"a"}) == []
+    bench.engine.abort("a")
     assert bench.step() == [("b", 7)]
+
+
+def test_single_request_has_one_step_in_flight_until_its_token_is_known() -> None:
+    bench = Bench(num_stages=3)
+    request = bench.add("a", 3, 3)
+    assert [bench.step() for _ in range(6)] == [[("a", 3)], [], [("a", 1)], [], [("a", 1)], []]
+    assert request.output_ids == answer(request.prompt_ids, 3)
+
+
+def test_requests_are_dealt_over_the_stages() -> None:
+    bench = Bench(num_stages=2)
+    for name in "abcde":
+        bench.add(name, 1, 3)
+    ran = [[name for name, _ in bench.step()] for _ in range(6)]
+    assert ran == [["a", "b", "c"], ["d", "e"]] * 3
+    bench.finish()
+    assert len(bench.runner.plans) == 6
+
+
+def test_requests_that_find_no_blocks_or_no_place_are_not_counted_among_those_to_deal() -> None:
+    for limits in ({"max_num_seqs": 2}, {"num_blocks": 2}):
+        bench = Bench(num_stages=2, **limits)
+        for name in "abcdef":
+            bench.add(name, 1, 2)
+        assert [bench.step(), bench.step()] == [[("a", 1)], [("b", 1)]]
+
+
+def test_paused_requests_are_not_counted_among_those_to_deal() -> None:
+    bench = Bench(num_stages=2)
+    for name in "abcd":
+        bench.add(name, 1, 9)
+    for _ in range(4):
+        bench.step(paused="cd")
+    assert [[chunk.request_id for chunk in plan.chunks] for plan in bench.runner.plans] == [["a"], ["b"], ["a"], ["b"]]
+
+
+def test_long_prompt_has_a_chunk_in_every_stage() -> None:
+    bench = Bench(num_stages=3, max_num_batched_tokens=4)
+    request = bench.add("a", 11, 2)
+    assert [bench.step() for _ in range(3)] == [[("a", 4)], [("a", 4)], [("a", 3)]]
+    assert len(bench.runner.in_flight) == 2  # the third has pushed the first one out
+    bench.finish()
+    assert request.output_ids == answer(request.prompt_ids, 2)
+
+
+def test_abort_in_flight_frees_the_blocks_at_once_and_drops_what_comes_of_it() -> None:
+    bench = Bench(num_blocks=2, num_stages=2)
+    bench.add("a", 7, 5)
+    bench.step()
+    bench.engine.abort("a")
+    assert bench.blocks.num_free == 2
+    other = bench.add("b", 7, 2)
+    assert bench.step() == [("b", 7)]  # in the blocks that the last stage has yet to fill for "a"
+    bench.finish()
+    assert bench.outputs == [TokenOutput("b", *pair) for pair in zip(other.output_ids, (None, "length"), strict=True)]
+    assert other.output_ids == answer(other.prompt_ids, 2)
+
+
+def test_next_request_of_the_same_name_gets_none_of_the_aborted_ones_tokens() -> None:
+    bench = Bench(num_stages=3)
+    bench.add("a", 3, 5)
+    bench.step()
+    bench.engine.abort("a")
+    request = Request("a", (1, 2), 2)
+    bench.engine.add(request)
+    while bench.engine.has_requests:  # not by `finish`, whose runner knows requests by their names
+        plan = bench.scheduler.schedule()
+        bench.scheduler.update([7 if chunk.start else 8 for chunk in plan.chunks] or [9])
+    assert request.num_in_flight == 0
+    assert len(request.output_ids) == 2
+
+
+def test_engine_collects_what_is_in_flight_after_everybody_has_left() -> None:
+    bench = Bench(num_stages=4)
+    bench.add("a", 40, 1)
+    bench.step()
+    bench.step()
+    bench.engine.abort("a")
+    assert bench.engine.has_requests
+    assert [bench.engine.step() for _ in range(3)] == [True, True, False]
+    assert not bench.engine.has_requests
+    assert bench.outputs == []
+
+
+def test_blocks_in_flight_are_waited_for_and_then_taken() -> None:
+    bench = Bench(num_blocks=4, num_stages=2)
+    old, new = bench.add("old", 8, 6), bench.add("new", 7, 6)
+    assert [bench.step(), bench.step()] == [[("old", 8)], [("new", 7)]]
+    assert bench.step() == []  # "old" needs a block; "new", in flight, holds the last
+    assert new.num_in_flight == 0 and len(new.block_ids) == 2
+    assert bench.step() == [("old", 1)]
+    assert (new.num_computed, new.block_ids) == (0, [])
+    bench.finish()
+    for request in (old, new):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)
+
+
+def test_nobody_is_admitted_while_one_that_runs_lacks_blocks() -> None:
+    bench = Bench(num_blocks=7, max_num_batched_tokens=8, num_stages=2)
+    bench.add("old", 4, 9)
+    long = bench.add("long", 24, 1)
+    assert [bench.step() for _ in range(4)] == [[("old", 4)], [("long", 8)], [("old", 1)], [("long", 8)]]
+    bench.add("small", 1, 1)
+    assert (bench.blocks.num_free, long.num_in_flight) == (1, 1)
+    assert bench.step(paused={"old"}) == []
+    bench.finish()
+    assert [output.request_id for output in bench.outputs if output.finish_reason] == ["old", "long", "small"]
 
 
 MOVES = st.one_of(
@@ -305,9 +452,15 @@ MOVES = st.one_of(
     block_size=st.integers(1, 5),
     max_num_seqs=st.integers(1, 5),
     max_num_batched_tokens=st.integers(1, 12),
+    num_stages=st.integers(1, 4),
 )
 def test_any_schedule_gives_every_request_its_own_answer_and_loses_no_block(
-    moves: list[tuple[str, int, int]], num_blocks: int, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+    moves: list[tuple[str, int, int]],
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    num_stages: int,
 ) -> None:
     """A step pauses the requests whose bits are set, or nobody."""
     bench = Bench(
@@ -315,6 +468,7 @@ def test_any_schedule_gives_every_request_its_own_answer_and_loses_no_block(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        num_stages=num_stages,
     )
     room, added, aborted = num_blocks * block_size, list[Request](), set[str]()
     for move, first, second in moves:
@@ -325,14 +479,19 @@ def test_any_schedule_gives_every_request_its_own_answer_and_loses_no_block(
             aborted.add(str(first))
         elif move == "step":
             paused = {str(index) for index in range(len(added)) if first >> index % 6 & 1} if second else set[str]()
+            in_flight = {request: request.num_computed for request in bench.scheduler.running if request.num_in_flight}
             ran = bench.step(paused)
             check_step(bench, ran, paused | aborted, max_num_seqs, max_num_batched_tokens)
+            for request, num_computed in in_flight.items():  # it has lost nothing
+                assert request.num_computed >= num_computed
+                assert request in bench.scheduler.running or request.finish_reason()
         check_blocks(bench, added)
     bench.finish()
     assert bench.blocks.num_free == num_blocks
     for request in added:
         outputs = [output for output in bench.outputs if output.request_id == request.request_id]
         wanted = answer(request.prompt_ids, request.max_tokens)
+        assert request.num_in_flight == 0
         if request.request_id in aborted:
             assert [output.token_id for output in outputs] == wanted[: len(outputs)]
         else:
@@ -341,27 +500,36 @@ def test_any_schedule_gives_every_request_its_own_answer_and_loses_no_block(
             assert reasons == [None] * (request.max_tokens - 1) + ["length"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 10), st.integers(0, 3)), min_size=1, max_size=8),
     num_blocks=st.integers(6, 10),
     max_num_batched_tokens=st.integers(1, 12),
+    num_stages=st.integers(1, 4),
 )
 def test_oldest_running_request_is_in_every_step(
-    sizes: list[tuple[int, int, int]], num_blocks: int, max_num_batched_tokens: int
+    sizes: list[tuple[int, int, int]], num_blocks: int, max_num_batched_tokens: int, num_stages: int
 ) -> None:
-    """Requests come some steps apart; however scarce blocks and tokens are, the one at the head is never held up."""
-    bench = Bench(num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens)
+    """Requests come some steps apart; however scarce blocks and tokens are, the one at the head is never held up.
+
+    Over several stages it is in flight, or waits for no more than what is: the blocks of later ones, or its turn.
+    """
+    bench = Bench(num_blocks=num_blocks, max_num_batched_tokens=max_num_batched_tokens, num_stages=num_stages)
+    num_held_up = 0
 
     def step() -> None:
+        nonlocal num_held_up
         oldest = [*bench.scheduler.running, *bench.scheduler.waiting][:1]
-        assert {request.request_id for request in oldest} <= {name for name, _ in bench.step()}
+        was_in_flight = any(request.num_in_flight for request in oldest)
+        runs = {request.request_id for request in oldest} <= {name for name, _ in bench.step()}
+        num_held_up = 0 if runs or was_in_flight else num_held_up + 1
+        assert num_held_up <= 2 * (num_stages - 1)  # as many steps as may be started and collected before
 
     for index, (num_prompt, max_tokens, num_steps) in enumerate(sizes):
         bench.add(str(index), num_prompt, max_tokens)
         for _ in range(num_steps):
             step()
-    for _ in range(sum(num_prompt + max_tokens for num_prompt, max_tokens, _ in sizes)):
+    for _ in range(num_stages * sum(num_prompt + max_tokens for num_prompt, max_tokens, _ in sizes)):
         step()
     assert {output.request_id for output in bench.outputs if output.finish_reason} == set(map(str, range(len(sizes))))
 
@@ -381,3 +549,7 @@ def check_blocks(bench: Bench, added: list[Request]) -> None:
     assert len(held) == len(set(held)) == bench.blocks.num_blocks - bench.blocks.num_free
     running = {request.request_id for request in bench.scheduler.running}
     assert {request.request_id for request in added if request.block_ids} <= running
+    assert all(request.num_computed <= request.num_tokens for request in added)
+    assert all(
+        len(request.block_ids) * bench.blocks.block_size >= request.num_computed for request in bench.scheduler.running
+    )

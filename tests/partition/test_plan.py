@@ -236,7 +236,6 @@ def test_family_without_a_plan_gets_one_from_its_structure(family: str, layer: s
     }
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="derive.py pairs OPT's project_out with its project_in")
 def test_projections_around_the_layers_are_no_pair() -> None:
     """OPT-350m narrows its embedding; its two projections are registered in the order of a pair, and are none."""
     styles = plan_of("opt", 2, word_embed_proj_dim=32, do_layer_norm_before=False).styles
@@ -285,6 +284,23 @@ def test_style_that_is_not_known_is_refused_by_name() -> None:
     model.tp_plan = {**model.tp_plan, "model.layers.*.mlp.up_proj": "sequence_parallel"}
     with pytest.raises(PlanError, match=r"'sequence_parallel' of 'model\.layers\.0\.mlp\.up_proj' \(Linear\)"):
         make_plan(model, 2)
+
+
+def test_better_plan_of_ours_that_matches_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "ts_parallel.partition.plan._BETTER_STYLES", {"phi3": {"layers.*.self_attn.qkv_project": "colwise"}}
+    )
+    message = (
+        r"'model\.layers\.\*\.self_attn\.qkv_project' matches no module; .* 'model\.layers\.\*\.self_attn\.qkv_proj'"
+    )
+    with pytest.raises(PlanError, match=message):
+        plan_tensor_parallel(model_of("phi3"), sites_of(model_of("phi3")), 2)
+
+
+def test_shipped_plan_may_speak_of_parts_that_the_model_lacks() -> None:
+    model = build_deferred(FAMILIES["llama"](), torch.bfloat16)
+    model.tp_plan = {**model.tp_plan, "model.layers.*.self_attn.zork": "colwise"}
+    assert make_plan(model, 2).styles == plan_of("llama", 2).styles
 
 
 def test_local_bytes_are_those_of_the_rows_that_are_kept() -> None:

@@ -20,13 +20,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.attention_sites import AttentionPattern, attach, find_attention_sites
-from ts_parallel.partition.build import RankModel, build_rank_model, shard_deferred
+from ts_parallel.partition.build import RankModel, build_rank_model, eager_part, shard_causal_lm
 from ts_parallel.partition.deferred import build_deferred
 from ts_parallel.partition.plan import plan_tensor_parallel
 from ts_parallel.partition.shard import apply_tensor_parallel
 from ts_parallel.topology import TensorParallelGroup
 
-DENSE = [family for family in FAMILIES if family != "mixtral"]
 NUM_TOKENS = 24  # longer than any window
 
 
@@ -82,20 +81,20 @@ def assert_ranks_compute_what_the_plain_model_does(folder: Path, size: int) -> N
     token_ids = torch.randint(plain.config.vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = plain(token_ids, use_cache=False).logits[0]
-    parts = [build_rank_model(folder, "float32", group, torch.device("cpu")) for group in open_groups(size)]
+    parts = [build_rank_model(folder, "float32", group, torch.device("cpu"), None) for group in open_groups(size)]
     with ThreadPoolExecutor(size) as ranks:
         shares = list(ranks.map(logits_of, parts, [token_ids] * size))
     assert expected.std() > 0.3  # or anything would be close to it
     torch.testing.assert_close(torch.cat(shares, dim=-1), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_compute_what_the_plain_model_does(family: str, tmp_path: Path) -> None:
     save_random_model(tmp_path, small(family))
     assert_ranks_compute_what_the_plain_model_does(tmp_path, 2)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "olmo2", "mixtral"])
 def test_four_ranks_compute_what_the_plain_model_does(family: str, tmp_path: Path) -> None:
     """More ranks than llama and phi3 have key/value heads."""
     save_random_model(tmp_path, small(family))
@@ -113,13 +112,10 @@ def test_four_ranks_compute_what_the_plain_model_does(family: str, tmp_path: Pat
         ("gpt_neox", {"use_parallel_residual": False}),
         ("olmo2", {"vocab_size": 97}),
         ("stablelm", {"use_parallel_residual": True}),
-        pytest.param(
-            "stablelm",
-            {"qk_layernorm": True},
-            marks=pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="every rank norms its heads with the first heads' weights"
-            ),
-        ),
+        ("stablelm", {"qk_layernorm": True}),  # a norm for each head, in a list
+        ("stablelm", {"qk_layernorm": True, "num_key_value_heads": 1}),
+        ("mixtral", {"num_local_experts": 12}),  # experts whose names do not sort as their numbers do
+        ("mixtral", {"intermediate_size": 132}),  # halves that torch's grouped matrix product refuses
     ],
 )
 def test_unusual_shapes_are_right_too(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -132,15 +128,8 @@ def test_unusual_shapes_are_right_too(family: str, changes: dict[str, Any], tmp_
     [
         ("phi", {}),  # its head has a bias
         ("gpt_bigcode", {"multi_query": True}),
-        pytest.param(
-            "gpt_bigcode",
-            {"multi_query": False},
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="its c_attn is cut as GPT-2's and is none",
-            ),
-        ),
+        ("gpt_bigcode", {"multi_query": False}),  # its c_attn is cut between heads, GPT-2's is not
+        ("cohere", {"use_qk_norm": True, "num_key_value_heads": 2, "logit_scale": 1.0}),  # a norm of [heads, head dim]
     ],
 )
 def test_other_families_are_right_too(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -149,7 +138,6 @@ def test_other_families_are_right_too(model_type: str, changes: dict[str, Any], 
     assert_ranks_compute_what_the_plain_model_does(tmp_path, 2)
 
 
-@pytest.mark.xfail(strict=True, raises=PlanError, reason="grouped_mm has no float32 form without data")
 def test_ranks_that_share_each_expert_compute_what_the_plain_model_does(tmp_path: Path) -> None:
     save_random_model(tmp_path, small("mixtral"))
     fused = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
@@ -172,9 +160,33 @@ def test_local_shapes_are_the_plans(family: str) -> None:
         assert sum(parameter.nbytes for parameter in model.parameters()) == plan.local_bytes(rank)
 
 
+def test_linear_for_each_head_without_a_plan_is_refused() -> None:
+    """A gate that gives each head one number: every rank would take the first heads' numbers."""
+    model = build_deferred(small("llama"), torch.float32)
+    with torch.device("meta"):
+        model.model.layers[1].self_attn.head_gate = torch.nn.Linear(64, 4, bias=False)
+    message = r"'model\.layers\.1\.self_attn\.head_gate\.weight' of model type 'llama' has a row for each of 4 heads"
+    with pytest.raises(PlanError, match=rf"{message} .*: tensor_parallel_size must be 1"):
+        plan_tensor_parallel(model, find_attention_sites(model), 2)
+    assert plan_tensor_parallel(model, find_attention_sites(model), 1).styles == {}
+
+
+def test_modules_for_each_head_keep_their_names_and_show_the_ranks_own() -> None:
+    """Two ranks, four query heads and two key/value heads."""
+    attention = shard_causal_lm(
+        small("stablelm", qk_layernorm=True), torch.float32, TensorParallelGroup(1, 2)
+    ).model.model
+    attention = attention.layers[0].self_attn
+    for norms, own in ((attention.q_layernorm.norms, ["2", "3"]), (attention.k_layernorm.norms, ["1"])):
+        whole = dict(norms.named_children())
+        assert len(norms) == len(own)
+        assert list(norms) == [norms[index] for index in range(len(own))] == [whole[name] for name in own]
+    assert list(dict(attention.q_layernorm.norms.named_children())) == ["0", "1", "2", "3"]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "starcoder2"])
 def test_ties_are_kept(family: str) -> None:
-    model = shard_deferred(FAMILIES[family](), torch.float32, TensorParallelGroup(1, 2)).model
+    model = shard_causal_lm(FAMILIES[family](), torch.float32, TensorParallelGroup(1, 2)).model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
@@ -183,12 +195,15 @@ def test_ties_are_kept(family: str) -> None:
     [("llama", 2, (2, 1)), ("llama", 4, (1, 1)), ("gpt2", 2, (2, 2)), ("opt", 4, (1, 1)), ("olmo2", 2, (4, 2))],
 )
 def test_sites_have_the_heads_of_their_rank(family: str, size: int, heads: tuple[int, int]) -> None:
-    part = shard_deferred(FAMILIES[family](), torch.float32, TensorParallelGroup(0, size))
-    assert {(site.num_heads, site.num_kv_heads) for site in part.sites} == {heads}
+    sharded = shard_causal_lm(FAMILIES[family](), torch.float32, TensorParallelGroup(0, size))
+    (sites,) = eager_part(sharded).sites_of_ranks
+    assert {(site.num_heads, site.num_kv_heads) for site in sites} == {heads}
+    whole = {(site.num_heads, site.num_kv_heads) for site in sharded.sites}
+    assert whole == {(4, 4 if family in ("gpt2", "opt") else 2)}
 
 
 def test_attention_is_told_its_heads_and_the_model_keeps_its_config() -> None:
-    model = shard_deferred(FAMILIES["llama"](), torch.float32, TensorParallelGroup(0, 4)).model
+    model = shard_causal_lm(FAMILIES["llama"](), torch.float32, TensorParallelGroup(0, 4)).model
     attention = model.model.layers[0].self_attn
     assert (attention.config.num_attention_heads, attention.config.num_key_value_heads) == (1, 1)
     assert attention.num_key_value_groups == 1
@@ -196,14 +211,14 @@ def test_attention_is_told_its_heads_and_the_model_keeps_its_config() -> None:
 
 
 def test_attention_that_counts_in_attributes_of_its_own_is_told_too() -> None:
-    model = shard_deferred(FAMILIES["opt"](), torch.float32, TensorParallelGroup(0, 2)).model
+    model = shard_causal_lm(FAMILIES["opt"](), torch.float32, TensorParallelGroup(0, 2)).model
     attention = model.model.decoder.layers[0].self_attn
     assert (attention.num_heads, attention.embed_dim, attention.head_dim) == (2, 32, 16)
 
 
 def test_linears_tell_the_features_that_they_have() -> None:
-    layer = shard_deferred(FAMILIES["llama"](), torch.float32, TensorParallelGroup(0, 2)).model.model.layers[0]
+    layer = shard_causal_lm(FAMILIES["llama"](), torch.float32, TensorParallelGroup(0, 2)).model.model.layers[0]
     assert (layer.mlp.up_proj.in_features, layer.mlp.up_proj.out_features) == (64, 64)
     assert (layer.mlp.down_proj.in_features, layer.mlp.down_proj.out_features) == (64, 64)
-    layer = shard_deferred(FAMILIES["gpt2"](), torch.float32, TensorParallelGroup(0, 2)).model.transformer.h[0]
+    layer = shard_causal_lm(FAMILIES["gpt2"](), torch.float32, TensorParallelGroup(0, 2)).model.transformer.h[0]
     assert (layer.attn.c_attn.nx, layer.attn.c_attn.nf) == (64, 96)

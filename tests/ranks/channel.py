@@ -1,23 +1,34 @@
-"""Run by torchrun: rank 0 sends plans, the others check that each arrives as it was sent."""
+"""Run by torchrun: `channel.py NUM_STAGES TENSOR_PARALLEL_SIZE`. Each rank checks that it hears what the others say."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
 import torch.distributed as dist
 
+from ts_parallel.runtime import channel as channel_module
 from ts_parallel.runtime.channel import FIRST_MESSAGE, StepChannel
-from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
+from ts_parallel.topology import Topology, open_topology
+
+LARGE = 3_000_000  # numbers, which no socket takes at once
 
 
 def plan_of(num_numbers: int, first: int) -> StepPlan:
-    """A plan of so many numbers: its flag, a chunk's head of four, and token ids counted from `first`."""
-    num_tokens = num_numbers - 5 - 2
-    plan = StepPlan((Chunk("", tuple(range(first, first + num_tokens)), 3, (9, 8), is_sampled=True),))
+    """A plan of so many numbers: its flags, a chunk's head of seven, and token ids counted from `first`."""
+    num_tokens = num_numbers - 2 - 7 - 2
+    sampling = SamplingParams(0.7, 0.9, 2**64 - 1)
+    plan = StepPlan((Chunk("", tuple(range(first, first + num_tokens)), 3, (9, 8), True, sampling),), wants_logits=True)
     assert len(plan.encode()) == num_numbers
     return plan
 
 
 PLANS = [
-    plan_of(12, 0),
+    plan_of(14, 0),
     StepPlan(),
     plan_of(FIRST_MESSAGE - 1, 100),  # the longest that fits in one message
     plan_of(FIRST_MESSAGE, 200),
@@ -27,19 +38,152 @@ PLANS = [
 ]
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    channel = StepChannel(dist.get_world_size())
-    if dist.get_rank() == 0:
-        for plan in PLANS:
-            channel.send(plan)
-    else:
-        received = [channel.receive() for _ in PLANS]
-        assert received == PLANS, received
-        print(f"rank {dist.get_rank()} received {len(received)} plans", flush=True)
+def check_plans(channel: StepChannel, topology: Topology) -> None:
+    for plan in PLANS:
+        if topology.rank == 0:
+            channel.send_plan(plan)
+        else:
+            assert channel.receive_plan() == plan
+
+
+def check_numbers(channel: StepChannel, topology: Topology) -> None:
+    """They keep their order among plans."""
+    lists = [[], [-(2**63), 2**63 - 1], list(range(3 * FIRST_MESSAGE))]
+    for rank in range(1, topology.world_size):
+        for numbers in lists:
+            if topology.rank == 0:
+                channel.send_numbers([rank, *numbers], rank)
+            elif topology.rank == rank:
+                assert channel.receive_numbers() == [rank, *numbers]
+    check_plans(channel, topology)
+
+
+def hidden_states(rank: int) -> list[torch.Tensor]:
+    numbers = torch.arange(24).view(4, 6) + 100 * rank
+    return [numbers.float(), numbers.bfloat16().t(), numbers[:, 1:3], numbers[:0].double(), numbers[0, 0], numbers > 3]
+
+
+def check_hidden_states(channel: StepChannel, topology: Topology) -> None:
+    """From every rank to its like in the next stage, and around the end; two sets before anybody receives one."""
+    beside = topology.rank_at((topology.stage - 1) % topology.num_stages, topology.tensor_parallel.rank)
+    for shift in (0, 50):
+        channel.send_onward(hidden_states(topology.rank + shift))
     dist.barrier()
-    dist.destroy_process_group()
+    for shift in (0, 50):
+        expected = hidden_states(beside + shift)
+        received = channel.receive_inward([(tensor.shape, tensor.dtype) for tensor in expected])
+        for one, other in zip(received, expected, strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one, other)
+            assert one.is_contiguous()
+    assert channel.receive_inward([]) == []
+
+
+def check_results(channel: StepChannel, topology: Topology) -> None:
+    results = [torch.tensor([3, 1, 2**62]), torch.randn(5, 7, generator=torch.manual_seed(0)).t(), torch.empty(0, 9)]
+    if topology.rank == topology.rank_at(topology.num_stages - 1, 0):
+        for result in results:
+            channel.send_result(result)
+    if topology.rank == 0:
+        for result in results:
+            assert torch.equal(channel.receive_result(result.shape, result.dtype), result)
+
+
+def check_inputs(channel: StepChannel, topology: Topology) -> None:
+    def inputs(rank: int) -> list[torch.Tensor]:
+        return [torch.full((2, 3), rank, dtype=torch.int64), torch.arange(8.0).view(2, 4).t() * rank]
+
+    for rank in range(1, topology.world_size):
+        for tensor in inputs(rank):
+            if topology.rank == 0:
+                channel.send_to(rank, tensor)
+            elif topology.rank == rank:
+                assert torch.equal(channel.receive_from_leader(tensor.shape, tensor.dtype), tensor)
+
+
+def check_that_nobody_waits_to_send(channel: StepChannel, topology: Topology) -> None:
+    """The leader's first messages are received after its last ones, and long after it has forgotten their tensors."""
+    last = topology.world_size - 1
+    if topology.rank == 0:
+        for value in (1.0, 2.0):
+            channel.send_to(last, torch.full((LARGE,), value))
+        torch.full((LARGE,), 3.0)  # where a freed tensor may have been
+        channel.send_numbers([7], last)
+        channel.send_plan(StepPlan())
+        channel.flush()
+    else:
+        if topology.rank == last:
+            assert channel.receive_numbers() == [7]
+        assert channel.receive_plan() == StepPlan()
+        if topology.rank == last:
+            time.sleep(0.5)
+            for value in (1.0, 2.0):
+                assert bool((channel.receive_from_leader((LARGE,), torch.float32) == value).all())
+    channel.flush()
+    assert not channel._sending
+
+
+def check_steps(channel: StepChannel, topology: Topology) -> None:
+    """The traffic of generation, `num_stages` plans in flight. What has arrived is kept by nobody."""
+    is_last_stage = topology.stage == topology.num_stages - 1
+    most = (topology.num_stages + 1) * topology.world_size  # a step's messages of one rank: plans, or one hidden state
+    for index in range(40):
+        if topology.rank == 0:
+            channel.send_plan(StepPlan())
+        else:
+            channel.receive_plan()
+        states = torch.tensor([float(index)])
+        if topology.stage:
+            (states,) = channel.receive_inward([((1,), torch.float32)])
+        if not is_last_stage:
+            channel.send_onward([states + 1])
+        elif topology.tensor_parallel.rank == 0:
+            channel.send_result(states)
+        if topology.rank == 0 and index >= topology.num_stages - 1:
+            oldest = index - topology.num_stages + 1
+            assert channel.receive_result((1,), torch.float32).item() == oldest + topology.num_stages - 1
+        assert len(channel._sending) <= most + topology.num_stages + 1
+    for _ in range(topology.num_stages - 1):
+        if topology.rank == 0:
+            channel.receive_result((1,), torch.float32)
+
+
+def check_patience(topology: Topology) -> None:
+    """Last of all: a group in which somebody has waited in vain is of no more use."""
+    channel_module.PATIENCE = timedelta(seconds=1)
+    channel = StepChannel(topology)
+    waits: list[Callable[[], object]] = [channel.receive_plan, lambda: channel.receive_inward([((1,), torch.float32)])]
+    if 0 < topology.rank <= len(waits):
+        started = time.monotonic()
+        try:
+            waits[topology.rank - 1]()
+        except RuntimeError:
+            assert 0.9 < time.monotonic() - started < 20
+        else:
+            raise AssertionError("something came from nobody")
+    dist.barrier()
+
+
+def main(num_stages: int, tensor_parallel_size: int) -> None:
+    topology = open_topology(tensor_parallel_size, "cpu", num_threads=1, pipeline_parallel_size=num_stages)
+    assert topology.rank == topology.rank_at(topology.stage, topology.tensor_parallel.rank)
+    assert (topology.num_stages, topology.tensor_parallel.size) == (num_stages, tensor_parallel_size)
+    assert topology.stage == topology.rank // tensor_parallel_size
+    channel = StepChannel(topology)
+    for check in (
+        check_plans,
+        check_numbers,
+        check_hidden_states,
+        check_results,
+        check_inputs,
+        check_that_nobody_waits_to_send,
+        check_steps,
+    ):
+        check(channel, topology)
+        channel.flush()
+    check_patience(topology)
+    print(f"rank {topology.rank} is content\n", end="", flush=True)
+    topology.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What loading costs each rank: `torchrun --nproc-per-node N peak_memory.py FOLDER` prints one line of JSON a rank.
+"""What loading costs each rank: `torchrun --nproc-per-node TP·PP peak_memory.py FOLDER TP PP` prints a line a rank.
 
 `peak_mb` is the most memory that the process has had, Python and torch included; `start_mb` what it had before.
 """
@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
 
-from ts_parallel.partition.build import build_rank_model
+from ts_parallel.partition.build import PipelinePlace, build_rank_model
+from ts_parallel.runtime.runner import Runner
 from ts_parallel.topology import Topology, open_topology
 
 
@@ -21,21 +21,26 @@ def peak_mb() -> float:
 
 def measure(folder: Path, topology: Topology) -> dict[str, float]:
     start = peak_mb()
-    part = build_rank_model(folder, "auto", topology.tensor_parallel, topology.device)
+    place = PipelinePlace(topology.stage, topology.num_stages)
+    part = build_rank_model(folder, "auto", topology.tensor_parallel, topology.device, place)
+    own, seconds = part.plan.local_bytes(topology.tensor_parallel.rank) / 1e6, part.seconds
+    after_loading = peak_mb()
+    Runner(part, topology, block_size=16, kv_cache_bytes=2**20, max_model_len=16)
     return {
         "rank": topology.rank,
-        "shard_mb": round(part.plan.local_bytes(topology.rank) / 1e6, 1),
+        "own_mb": round(own, 1),
         "start_mb": round(start, 1),
+        "loaded_mb": round(after_loading, 1),
         "peak_mb": round(peak_mb(), 1),
-        "seconds": round(part.seconds, 3),
+        "seconds": round(seconds, 3),
     }
 
 
-def main(folder: Path) -> None:
-    topology = open_topology(int(os.environ["WORLD_SIZE"]), "cpu")
+def main(folder: Path, tp: int, pp: int) -> None:
+    topology = open_topology(tp, "cpu", num_threads=1, pipeline_parallel_size=pp)
     print(json.dumps(measure(folder, topology)), flush=True)
     topology.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

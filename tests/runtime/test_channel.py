@@ -1,31 +1,55 @@
-"""Plans reach the ranks that follow as they were sent, and go nowhere where there is one rank."""
+"""What ranks tell each other arrives as it was sent, nobody waits to send, and a rank alone is silent."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch.distributed as dist
 
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.step import StepPlan
+from ts_parallel.topology import Topology, open_topology
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "channel.py"
 
 
+@pytest.fixture
+def alone() -> Iterator[Topology]:
+    topology = open_topology(1, "cpu", environment={}, num_threads=1)
+    yield topology
+    topology.close()
+
+
 @pytest.mark.ranks
-def test_short_and_long_plans_arrive_as_they_were_sent(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+@pytest.mark.parametrize(("num_stages", "tensor_parallel_size"), [(2, 2), (3, 1)])
+def test_every_message_arrives_as_it_was_sent(tmp_path: Path, num_stages: int, tensor_parallel_size: int) -> None:
+    num_ranks = num_stages * tensor_parallel_size
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    result = subprocess.run(
+        [*command, str(SCRIPT), str(num_stages), str(tensor_parallel_size)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr
-    assert "rank 1 received 7 plans" in result.stdout
+    assert sorted(result.stdout.split("\n")) == ["", *(f"rank {rank} is content" for rank in range(num_ranks))]
 
 
-def test_single_rank_sends_to_nobody_and_joins_nothing() -> None:
-    was_initialized = dist.is_initialized()
-    StepChannel(world_size=1).send(StepPlan(is_last=True))
-    assert dist.is_initialized() == was_initialized
+def test_single_rank_sends_to_nobody_and_joins_nothing(alone: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **keywords: object) -> NoReturn:
+        raise AssertionError("there is nobody else")
+
+    monkeypatch.setattr(dist, "new_group", refuse)
+    monkeypatch.setattr(dist, "isend", refuse)
+    channel = StepChannel(alone)
+    for _ in range(3):
+        channel.send_plan(StepPlan(is_last=True))
+    channel.flush()

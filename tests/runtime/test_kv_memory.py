@@ -26,20 +26,20 @@ def test_token_takes_the_keys_and_values_of_all_sites() -> None:
 
 @pytest.mark.parametrize(("num_bytes", "num_blocks"), [(96 * 8, 2), (96 * 12 - 1, 2), (96 * 12, 3)])
 def test_only_whole_blocks_are_counted(num_bytes: int, num_blocks: int) -> None:
-    assert count_blocks(SITES, torch.float32, 4, num_bytes, max_model_len=8) == num_blocks
+    assert count_blocks([SITES], torch.float32, 4, num_bytes, max_model_len=8) == num_blocks
 
 
 def test_memory_is_as_large_as_was_counted() -> None:
-    num_blocks = count_blocks(SITES, torch.float32, 4, 10_000, max_model_len=8)
+    num_blocks = count_blocks([SITES], torch.float32, 4, 10_000, max_model_len=8)
     memory = KVMemory(SITES, num_blocks, 4, torch.float32, CPU)
     allocated = sum(buffer.nbytes for buffer in (*memory.keys, *memory.values))
     assert 10_000 - 96 * 4 < allocated <= 10_000
 
 
 def test_memory_too_small_for_one_request_is_refused_with_what_to_change() -> None:
-    assert count_blocks(SITES, torch.float32, 4, 96 * 12, max_model_len=12) == 3
+    assert count_blocks([SITES], torch.float32, 4, 96 * 12, max_model_len=12) == 3
     with pytest.raises(ConfigError, match="1152 bytes holds 12 tokens of 96 bytes, fewer than max_model_len 13: raise"):
-        count_blocks(SITES, torch.float32, 4, 96 * 12, max_model_len=13)
+        count_blocks([SITES], torch.float32, 4, 96 * 12, max_model_len=13)
 
 
 def test_each_site_has_its_own_shape() -> None:

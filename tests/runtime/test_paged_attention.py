@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
 
-from ts_parallel.partition.attention_sites import AttentionPattern, AttentionSite
+from ts_parallel.partition.attention_sites import AttentionSite
 from ts_parallel.runtime.kv_memory import KVMemory
 from ts_parallel.runtime.paged_attention import PagedAttention, lay_out
 from ts_parallel.runtime.step import Chunk, StepPlan
@@ -130,18 +129,17 @@ def paged(shapes: list[Shape], schedule: Steps, sequences: list[dict[str, Tensor
     memory = KVMemory([shape.site() for shape in shapes], NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
     for buffer in (*memory.keys, *memory.values):
         buffer.fill_(100.0)  # what earlier requests have left; one such slot that is read spoils the answer
-    attention = PagedAttention(memory)
+    attention = PagedAttention([shape.site() for shape in shapes], memory)
     outputs = [{name: list[torch.Tensor]() for name in NAMES} for _ in shapes]
     for plan in plans(schedule):
-        attention.begin(lay_out(plan, BLOCK_SIZE, CPU))
+        layout = lay_out(plan, BLOCK_SIZE, CPU)
         for site, shape in enumerate(shapes):
             own = [(sequences[site][chunk.request_id], slice(chunk.start, chunk.end)) for chunk in plan.chunks]
             query, key, value = (
                 torch.cat([getattr(tensors, part)[:, rows] for tensors, rows in own], dim=1).unsqueeze(0)
                 for part in ("query", "key", "value")
             )
-            pattern = AttentionPattern(shape.window)
-            output = attention.attend(nn.Identity(), query, key, value, pattern, shape.scaling, shape.softcap, None)
+            output = attention(layout, query, key, value, site)
             assert output.shape == (1, plan.num_tokens, shape.num_heads, shape.value_dim)
             parts = torch.split(output[0], [len(chunk.token_ids) for chunk in plan.chunks])
             for chunk, part in zip(plan.chunks, parts, strict=True):

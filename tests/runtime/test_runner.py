@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import pipelined_runner as stages
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel
 
 from ts_parallel.engine.block_manager import BlockManager
@@ -15,12 +20,13 @@ from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler
 from ts_parallel.errors import ConfigError, PlanError
-from ts_parallel.partition.build import build_rank_model, shard_deferred
+from ts_parallel.partition.build import build_rank_model, eager_part, shard_causal_lm
 from ts_parallel.runtime.runner import Runner, refuse_unpageable
 from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
 
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
+SCRIPT = Path(__file__).parents[1] / "ranks" / "pipelined_runner.py"
 BLOCK_SIZE = 8
 BYTES_PER_TOKEN = 6 * 2 * (40 + 40) * 4  # layers × key/value heads × head dims × float32
 
@@ -41,6 +47,11 @@ def make_runner(topology: Topology, num_blocks: int) -> Runner:
 @pytest.fixture(scope="module")
 def runner(topology: Topology) -> Runner:
     return make_runner(topology, num_blocks=40)
+
+
+def run(runner: Runner, plan: StepPlan) -> list[int]:
+    runner.submit(plan)
+    return runner.collect()
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +106,31 @@ def test_only_sampled_chunks_get_a_token(runner: Runner, plain: PreTrainedModel)
         wanted = [
             int(plain(torch.tensor([TOKENS[name][:end]])).logits[0, -1].argmax()) for name, end in (("a", 5), ("c", 1))
         ]
-    assert runner.run(plan) == wanted
-    assert runner.run(StepPlan((chunk("a", 0, 5, is_sampled=False),))) == []
+    assert run(runner, plan) == wanted
+    assert run(runner, StepPlan((chunk("a", 0, 5, is_sampled=False),))) == []
 
 
-def test_sign_of_life_gives_no_token(runner: Runner) -> None:
-    assert runner.run(StepPlan()) == []
+def test_sign_of_life_leaves_nothing_to_collect(runner: Runner) -> None:
+    runner.submit(StepPlan((chunk("a", 0, 5),)))
+    runner.submit(StepPlan())
+    runner.collect()
+    with pytest.raises(IndexError):
+        runner.collect()
+
+
+def test_steps_are_collected_in_order(runner: Runner) -> None:
+    plans = [StepPlan((chunk(*bounds),)) for bounds in (("a", 0, 5), ("b", 0, 7), ("c", 0, 1))]
+    alone = [run(runner, plan) for plan in plans]
+    for plan in plans:
+        runner.submit(plan)
+    assert [runner.collect() for _ in plans] == alone
+    assert len(set(map(tuple, alone))) > 1
 
 
 def test_token_is_drawn_with_its_own_chunks_parameters_and_position(runner: Runner) -> None:
     def draw(sampling: SamplingParams, end: int) -> int:
         greedy = chunk("b", 0, 3)
-        return runner.run(StepPlan((greedy, replace(chunk("a", 0, end), sampling=sampling))))[1]
+        return run(runner, StepPlan((greedy, replace(chunk("a", 0, end), sampling=sampling))))[1]
 
     hot = [SamplingParams(temperature=2.0, seed=seed) for seed in range(8)]
     assert len({draw(sampling, 4) for sampling in hot}) > 1
@@ -121,9 +145,12 @@ def test_preempted_request_produces_the_same_tokens(topology: Topology, plain: P
     scheduler = Scheduler(BlockManager(runner.num_blocks, BLOCK_SIZE), max_num_seqs=4, max_num_batched_tokens=10)
 
     class NotingRunner:
-        def run(self, plan: StepPlan) -> list[int]:
+        num_stages = 1
+        collect = runner.collect
+
+        def submit(self, plan: StepPlan) -> None:
             plans.append(plan)
-            return runner.run(plan)
+            runner.submit(plan)
 
     requests = [Request(str(length), prompt(length, seed=length), max_tokens=8) for length in (14, 3, 11)]
     outputs = Engine(NotingRunner(), scheduler).generate(requests)
@@ -134,6 +161,32 @@ def test_preempted_request_produces_the_same_tokens(topology: Topology, plain: P
         with torch.no_grad():
             logits = plain(torch.tensor([[*request.prompt_ids, *output]])).logits[0]
         assert output == logits[len(request.prompt_ids) - 1 : -1].argmax(dim=-1).tolist()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("num_stages", "tensor_parallel_size"), [(1, 2), (2, 2), (3, 1)])
+def test_stages_give_the_tokens_and_logits_of_one_rank(
+    topology: Topology, tmp_path: Path, num_stages: int, tensor_parallel_size: int
+) -> None:
+    """Hot and greedy requests, prompts longer than a step, blocks for few of them at once."""
+    num_ranks = num_stages * tensor_parallel_size
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    arguments = [
+        str(SCRIPT),
+        str(DEMO_MODEL),
+        str(tmp_path / "report.json"),
+        str(num_stages),
+        str(tensor_parallel_size),
+    ]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=180, env=environment)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    alone = stages.lead(stages.make_runner(DEMO_MODEL, topology))
+    assert report["tokens"] == alone["tokens"]
+    logits, wanted = torch.tensor(report["logits"]), torch.tensor(alone["logits"])
+    assert logits.shape == wanted.shape == (2, 2048)
+    assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_memory_becomes_as_many_blocks_as_fit(topology: Topology) -> None:
@@ -155,7 +208,8 @@ TINY = {
 
 
 def refuse(config: PretrainedConfig, max_model_len: int) -> None:
-    refuse_unpageable(shard_deferred(config, torch.bfloat16, TensorParallelGroup(0, 1)), max_model_len)
+    sharded = shard_causal_lm(config, torch.bfloat16, TensorParallelGroup(0, 1))
+    refuse_unpageable(eager_part(sharded), max_model_len)
 
 
 def test_rotary_frequencies_that_change_with_the_batch_are_refused_where_they_do() -> None:

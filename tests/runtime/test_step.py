@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ts_parallel.runtime.sampling import uniform
 from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 
 NUMBERS = st.integers(0, 2**62)
-# What a rank that follows is not told stays at its default.
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, allow_nan=False),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**64 - 1),
+)
+# What is not sent stays at its default.
 CHUNKS = st.builds(
     Chunk,
     request_id=st.just(""),
@@ -17,10 +25,11 @@ CHUNKS = st.builds(
     start=NUMBERS,
     block_ids=st.lists(NUMBERS, max_size=4).map(tuple),
     is_sampled=st.booleans(),
+    sampling=SAMPLING,
 )
 
 
-@given(plan=st.builds(StepPlan, st.lists(CHUNKS, max_size=5).map(tuple), st.booleans()))
+@given(plan=st.builds(StepPlan, st.lists(CHUNKS, max_size=5).map(tuple), st.booleans(), st.booleans()))
 def test_any_plan_comes_back_from_its_numbers(plan: StepPlan) -> None:
     numbers = plan.encode()
     assert numbers.dtype == torch.int64
@@ -28,9 +37,18 @@ def test_any_plan_comes_back_from_its_numbers(plan: StepPlan) -> None:
     assert StepPlan.decode(numbers.tolist()) == plan
 
 
-def test_followers_are_told_neither_names_nor_how_to_sample() -> None:
-    chunk = Chunk("a", (5, 6), 3, (1, 0), True, SamplingParams(0.5, 0.9, 2**64 - 1))  # no int64 holds such a seed
-    assert StepPlan.decode(StepPlan((chunk,)).encode().tolist()) == StepPlan((Chunk("", (5, 6), 3, (1, 0), True),))
+def test_sampling_comes_back_to_the_last_bit_and_names_stay_at_home() -> None:
+    sampling = SamplingParams(0.1 + 0.2, 5e-324, 2**64 - 1)  # no int64 holds such a seed
+    plan = StepPlan((Chunk("a", (5, 6), 3, (1, 0), True, sampling),), wants_logits=True)
+    restored = StepPlan.decode(plan.encode().tolist())
+    assert restored == StepPlan((Chunk("", (5, 6), 3, (1, 0), True, sampling),), wants_logits=True)
+
+
+@pytest.mark.parametrize(("seed", "restored"), [(-1, 2**64 - 1), (2**64, 0), (2**63, 2**63), (3**50, 3**50 % 2**64)])
+def test_seed_counts_modulo_two_to_the_64_as_it_does_where_it_is_used(seed: int, restored: int) -> None:
+    plan = StepPlan((Chunk("", (5,), 0, (1,), True, SamplingParams(1.0, 1.0, seed)),))
+    assert StepPlan.decode(plan.encode().tolist()).chunks[0].sampling.seed == restored
+    assert uniform(seed, 7) == uniform(restored, 7)
 
 
 def test_plan_counts_the_tokens_of_all_chunks() -> None:

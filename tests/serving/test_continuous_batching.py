@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,14 +61,22 @@ class Sent:
 class GatedRunner:
     """Says the position of each token, once as many steps were let through; raises once it is told to."""
 
+    num_stages = 1
+
     def __init__(self) -> None:
         self.steps = threading.Semaphore(0)
+        self.in_flight: deque[StepPlan] = deque()
         self.fails = False
 
-    def run(self, plan: StepPlan) -> list[int]:
+    def submit(self, plan: StepPlan) -> None:
+        if plan.chunks:
+            self.in_flight.append(plan)
+
+    def collect(self) -> list[int]:
         self.steps.acquire()
         if self.fails:
             raise RuntimeError("out of luck")
+        plan = self.in_flight.popleft()
         return [chunk.end for chunk in plan.chunks if chunk.is_sampled]
 
 

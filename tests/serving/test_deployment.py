@@ -4,77 +4,59 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from http_client import get, stream
+from deployment import DEMO_MODEL, MODEL_CONFIGS, is_batch, on_the_cpu, served, starting, wait_until
+from http_client import stream
 
-from ts_parallel.cli.archive import model_config
-from ts_parallel.cli.torchserve import TorchServe, free_ports
-from ts_parallel.config import parse_config
+from ts_parallel.cli.archive import handler_config, model_config, parallel_type
+from ts_parallel.cli.torchserve import TorchServe
+from ts_parallel.config import BatchConfig, HandlerConfig, parse_config
 from ts_parallel.errors import StartupError
 
-ROOT = Path(__file__).parents[2]
-DEMO_MODEL = ROOT / "examples" / "demo_model"
 
-
-def archive(store: Path, config_file: Path, extra_files: Path) -> None:
-    """Exactly the README's call."""
-    command = [str(Path(sys.executable).parent / "torch-model-archiver"), "--model-name", "demo", "--version", "1.0"]
-    command += ["--handler", str(ROOT / "handlers" / "text_generation.py"), "--config-file", str(config_file)]
-    command += ["--extra-files", f"{extra_files}/", "--export-path", str(store)]
-    store.mkdir(exist_ok=True)
-    subprocess.run(command, check=True, capture_output=True)
-
-
-@contextmanager
-def torchserve(workspace: Path) -> Iterator[TorchServe]:
-    server = TorchServe(workspace, workspace / "store", "demo", "127.0.0.1", free_ports(1)[0], None)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "model-configs").glob("*.yaml")))
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
 def test_model_config_is_valid_and_starts_as_many_ranks_as_it_uses(name: str) -> None:
-    settings = yaml.safe_load((ROOT / "model-configs" / name).read_text())
-    config = parse_config(settings["handler"])
-    assert settings["torchrun"]["nproc-per-node"] == config.tensor_parallel_size
-    assert settings.keys() == model_config(config).keys()  # `ts-parallel archive` writes the same keys
+    settings = MODEL_CONFIGS[name]
+    config = parse_config(settings["handler"], BatchConfig if is_batch(settings) else HandlerConfig)
+    assert settings["torchrun"]["nproc-per-node"] == config.num_ranks
+    assert settings["parallelType"] == parallel_type(config)
+    assert settings["deviceType"] == {"cpu": "cpu", "cuda": "gpu"}[config.device]
+    # `ts-parallel archive` writes the same keys; batches are TorchServe's own, which continuous batching is not.
+    written = model_config(parse_config({"model_path": "m"})).keys()
+    assert settings.keys() == written - ({"continuousBatching"} if is_batch(settings) else set())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((1, 1), "tp"), ((2, 1), "tp"), ((1, 2), "pp"), ((2, 2), "pptp"), ((4, 2), "pptp")]
+)
+def test_torchserve_is_told_the_shape_and_the_ranks(sizes: tuple[int, int], expected: str) -> None:
+    settings = {"tensor_parallel_size": sizes[0], "pipeline_parallel_size": sizes[1]}
+    written = model_config(handler_config(DEMO_MODEL, "cpu", **settings))
+    assert written["parallelType"] == expected
+    assert written["torchrun"] == {"nproc-per-node": sizes[0] * sizes[1]}
+    assert parse_config(written["handler"]) == handler_config(DEMO_MODEL, "cpu", **settings)
+
+
+def test_written_split_points_are_read_again(tmp_path: Path) -> None:
+    config = handler_config(DEMO_MODEL, "cpu", pipeline_parallel_size=3, split_points=(2, 4))
+    assert parse_config(yaml.safe_load(yaml.safe_dump(model_config(config)))["handler"]) == config
 
 
 @pytest.mark.torchserve
-def test_demo_model_is_served_as_the_readme_shows(tmp_path: Path) -> None:
-    archive(tmp_path / "store", ROOT / "model-configs" / "tp2-cpu.yaml", DEMO_MODEL)
-    with torchserve(tmp_path) as server:
-        wait_until(lambda: is_healthy(server))
+@pytest.mark.parametrize("name", [name for name, settings in MODEL_CONFIGS.items() if not is_batch(settings)])
+def test_demo_model_is_served_as_the_readme_shows(tmp_path: Path, name: str) -> None:
+    """Those of batch inference are started in test_batch_inference.py."""
+    with served(tmp_path, on_the_cpu(MODEL_CONFIGS[name]), DEMO_MODEL) as server:
         pieces = [
             piece for _, piece in stream(server.url, {"prompt": "Return a new list containing", "max_tokens": 48})
         ]
         assert len(pieces) > 1
         assert {"the", "is", "a"} & set("".join(pieces).split())  # English, as the demo model was taught
-
-
-def is_healthy(server: TorchServe) -> bool:
-    try:
-        return get(f"{server.url}/1.0/health")[0] == 200
-    except OSError:
-        return False
 
 
 def broken_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, object], str]:
@@ -100,13 +82,9 @@ def test_workers_log_ends_in_one_clear_line(
     tmp_path: Path, fault: Callable[[Path], tuple[Path, dict[str, object], str]]
 ) -> None:
     folder, changes, says = fault(tmp_path)
-    settings = yaml.safe_load((ROOT / "model-configs" / "tp2-cpu.yaml").read_text())
-    settings["handler"] |= changes
-    config_file = tmp_path / "model-config.yaml"
-    config_file.write_text(yaml.safe_dump(settings))
-    archive(tmp_path / "store", config_file, folder)
+    settings = MODEL_CONFIGS["tp2-cpu.yaml"]
     log = tmp_path / "logs" / "model_log.log"
-    with torchserve(tmp_path):
+    with starting(tmp_path, {**settings, "handler": settings["handler"] | changes}, folder):
         wait_until(lambda: log.is_file() and "cannot start" in log.read_text())
         time.sleep(1)  # what would follow the line follows at once
         lines = [line.partition(" - ")[2] for line in log.read_text().splitlines()]

@@ -27,7 +27,8 @@ LONGEST = 256
 @pytest.fixture(scope="module")
 def server() -> Iterator[TorchServe]:
     """float32, so that answers can be compared token for token; shorter than the model allows, to meet the limit."""
-    config = handler_config(DEMO_MODEL, 2, "float32", "cpu", LONGEST, "64MiB")
+    settings = {"dtype": "float32", "max_model_len": LONGEST, "kv_cache_memory": "64MiB"}
+    config = handler_config(DEMO_MODEL, "cpu", tensor_parallel_size=2, **settings)
     port = free_ports(1)[0]
     with running(config, DEMO_MODEL, "demo", "127.0.0.1", port, False, threading.Event()) as server:
         yield server

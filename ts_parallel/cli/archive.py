@@ -14,17 +14,29 @@ import yaml
 
 import ts_parallel
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import Device, Dtype, KVCacheMemory, MaxModelLen, Model, TensorParallelSize
-from ts_parallel.config import HandlerConfig, parse_config
+from ts_parallel.cli.options import (
+    Device,
+    Dtype,
+    KVCacheMemory,
+    MaxModelLen,
+    Model,
+    PipelineParallelSize,
+    SplitPoints,
+    TensorParallelSize,
+    parse_split_points,
+)
+from ts_parallel.config import HandlerConfig, ModelConfig, parse_config
 from ts_parallel.errors import ConfigError, StartupError
 
 VERSION = "1.0"
-Name = Annotated[str | None, typer.Option(help="Name of the model in URLs [default: the folder's name].")]
+Name = Annotated[str | None, typer.Option(help="Name of the model in URLs, by default the folder's.")]
 
 
 def archive(
     model: Model,
     tensor_parallel_size: TensorParallelSize = 1,
+    pipeline_parallel_size: PipelineParallelSize = 1,
+    split_points: SplitPoints = None,
     name: Name = None,
     export_path: Annotated[Path, typer.Option(help="Folder that the archive is written to.")] = Path("model_store"),
     dtype: Dtype = "auto",
@@ -34,24 +46,28 @@ def archive(
 ) -> None:
     """Write NAME.mar for `torchserve --start`. The weights stay where they are; the archive names their folder."""
     folder = locate_checkpoint(model)
-    config = handler_config(folder, tensor_parallel_size, dtype, device, max_model_len, kv_cache_memory)
+    config = handler_config(
+        folder,
+        device,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        split_points=parse_split_points(split_points),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+    )
     print(write_archive(config, name or default_name(folder), export_path))
 
 
-def handler_config(
-    folder: Path, tensor_parallel_size: int, dtype: str, device: str, max_model_len: int | None, kv_cache_memory: str
-) -> HandlerConfig:
+def handler_config(folder: Path, device: str = "auto", **settings: Any) -> HandlerConfig:
+    """The configuration of the checkpoint in `folder` on this machine; `settings` are further keys of `HandlerConfig`.
+
+    Raises:
+        ConfigError: as `parse_config` does.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    section = {
-        "model_path": str(folder),
-        "tensor_parallel_size": tensor_parallel_size,
-        "dtype": dtype,
-        "device": device,
-        "max_model_len": max_model_len,
-        "kv_cache_memory": kv_cache_memory,
-    }
-    return parse_config(section)
+    return parse_config({"model_path": str(folder), "device": device, **settings})
 
 
 def default_name(folder: Path) -> str:
@@ -82,7 +98,7 @@ def write_archive(config: HandlerConfig, name: str, export_path: Path) -> Path:
 
 def model_config(config: HandlerConfig) -> dict[str, Any]:
     """The model-config.yaml of one model on this machine; model-configs/ explains its keys."""
-    handler = {key: value for key, value in config.model_dump().items() if value is not None}
+    handler = {key: value for key, value in config.model_dump(mode="json").items() if value is not None}
     return {
         "minWorkers": 1,
         "maxWorkers": 1,
@@ -91,11 +107,18 @@ def model_config(config: HandlerConfig) -> dict[str, Any]:
         "responseTimeout": 300,
         "startupTimeout": 1200,
         "deviceType": "gpu" if config.device == "cuda" else "cpu",
-        "parallelType": "tp",
+        "parallelType": parallel_type(config),
         "continuousBatching": True,
-        "torchrun": {"nproc-per-node": config.tensor_parallel_size},
+        "torchrun": {"nproc-per-node": config.num_ranks},
         "handler": handler,
     }
+
+
+def parallel_type(config: ModelConfig) -> str:
+    """TorchServe's name for the shape; a name that it does not know would start no torchrun at all, with a warning."""
+    if config.pipeline_parallel_size == 1:
+        return "tp"
+    return "pp" if config.tensor_parallel_size == 1 else "pptp"
 
 
 def handler_file() -> Path:

@@ -6,11 +6,35 @@ from typing import Annotated
 
 import typer
 
+from ts_parallel.errors import ConfigError
+
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or the id of one on the hub.")]
 TensorParallelSize = Annotated[int, typer.Option(min=1, help="Ranks that share every layer.")]
+PipelineParallelSize = Annotated[int, typer.Option(min=1, help="Stages that the layers are dealt out to.")]
+
+SplitPoints = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER,…", help="First layer of each stage after the first, by default so that stages weigh alike."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MaxModelLen = Annotated[
-    int | None, typer.Option(min=2, help="Most tokens of a request [default: the model's own limit].")
+    int | None, typer.Option(min=2, help="Most tokens of a request, by default the model's own limit.")
 ]
 KVCacheMemory = Annotated[str, typer.Option(help="KV cache of each rank, such as 2GiB.")]
+
+
+def parse_split_points(text: str | None) -> tuple[int, ...] | None:
+    """`"6,12"` → `(6, 12)`.
+
+    Raises:
+        ConfigError: it is no list of numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--split-points {text!r} is no list of layers such as 6,12") from None

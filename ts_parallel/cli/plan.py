@@ -8,45 +8,80 @@ from rich.console import Console
 from rich.table import Table
 
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import Dtype, KVCacheMemory, Model, TensorParallelSize
+from ts_parallel.cli.options import (
+    Dtype,
+    KVCacheMemory,
+    Model,
+    PipelineParallelSize,
+    SplitPoints,
+    TensorParallelSize,
+    parse_split_points,
+)
 from ts_parallel.config import parse_config
-from ts_parallel.partition.build import RankModel, shard_deferred
+from ts_parallel.partition.build import PipelinePlace, ShardedModel, StagedModel, cut_causal_lm, shard_causal_lm
 from ts_parallel.partition.deferred import choose_dtype, read_model_config
+from ts_parallel.partition.stages import shares
+from ts_parallel.partition.trace import TracedGroup
 from ts_parallel.runtime.kv_memory import bytes_per_token
-from ts_parallel.topology import TensorParallelGroup
 
 
 def plan(
     model: Model,
     tensor_parallel_size: TensorParallelSize = 1,
+    pipeline_parallel_size: PipelineParallelSize = 1,
+    split_points: SplitPoints = None,
     dtype: Dtype = "auto",
     kv_cache_memory: KVCacheMemory = "512MiB",
 ) -> None:
-    """Print every parameter's placement, each rank's bytes, and how many tokens of KV cache fit."""
+    """Print every parameter's placement, the stages' cut, each rank's bytes, and how many tokens of KV cache fit."""
     folder = locate_checkpoint(model)
-    config = parse_config({"model_path": str(folder), "dtype": dtype, "kv_cache_memory": kv_cache_memory})
+    section = {
+        "model_path": str(folder),
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "split_points": parse_split_points(split_points),
+        "dtype": dtype,
+        "kv_cache_memory": kv_cache_memory,
+    }
+    config = parse_config(section)
     model_config = read_model_config(folder)
     element = choose_dtype(config.dtype, model_config)
-    part = shard_deferred(model_config, element, TensorParallelGroup(0, tensor_parallel_size))
+    sharded = shard_causal_lm(model_config, element, TracedGroup(0, tensor_parallel_size))
+    staged = cut_causal_lm(sharded, PipelinePlace(0, pipeline_parallel_size, split_points=config.split_points))
     console = Console()
-    console.print(_placements(part))
-    console.print(_ranks(part, config.kv_cache_memory, element))
+    console.print(_placements(sharded, staged))
+    console.print(_ranks(staged, config.kv_cache_memory, element))
 
 
-def _placements(part: RankModel) -> Table:
-    table = Table("parameter", "shape", "placement", "bytes on rank 0", box=box.SIMPLE)
-    for entry in part.plan.parameters.values():
+def _placements(sharded: ShardedModel, staged: StagedModel) -> Table:
+    table = Table("parameter", "shape", "stage", "placement", "bytes on its first rank", box=box.SIMPLE)
+    for entry in sharded.plan.parameters.values():
+        names = {entry.name, *entry.aliases}
+        stages = [str(number) for number, stage in enumerate(staged.stages) if names & set(stage.tensors.values())]
         name = " = ".join((entry.name, *entry.aliases))
-        table.add_row(name, "×".join(map(str, entry.shape)), entry.describe(), f"{entry.local_bytes(0):,}")
+        shape = "×".join(map(str, entry.shape))
+        table.add_row(name, shape, ", ".join(stages) or "none", entry.describe(), f"{entry.local_bytes(0):,}")
     return table
 
 
-def _ranks(part: RankModel, kv_cache_memory: int, dtype: torch.dtype) -> Table:
-    per_token = bytes_per_token(part.sites, dtype)
-    table = Table(
-        "rank", "weights, MB", "KV bytes a token", f"tokens in {kv_cache_memory:,} bytes of KV", box=box.SIMPLE
-    )
-    for rank in range(part.plan.size):
-        megabytes = part.plan.local_bytes(rank) / 1e6
-        table.add_row(str(rank), f"{megabytes:,.1f}", f"{per_token:,}", f"{kv_cache_memory // per_token:,}")
+def _ranks(staged: StagedModel, kv_cache_memory: int, dtype: torch.dtype) -> Table:
+    """A stage's share is half that of its bytes, half that of the bytes a step reads: its memory and its time."""
+    tokens = f"tokens in {kv_cache_memory:,} bytes of KV"
+    table = Table("rank", "stage", "layers", "weights, MB", "share", "KV bytes a token", tokens, box=box.SIMPLE)
+    weights = shares(staged.costs)
+    edges = [0, *staged.borders, len(weights) - 2]
+    for number, stage in enumerate(staged.stages):
+        first, end = edges[number : number + 2]
+        share = sum(weights[first + (number > 0) : end + 1 + (number == len(staged.stages) - 1)])
+        plan, per_token = staged.plan_of([stage]), bytes_per_token(stage.sites, dtype)
+        for rank in range(plan.size):
+            table.add_row(
+                str(number * plan.size + rank),
+                str(number),
+                f"{first}–{end - 1}",
+                f"{plan.local_bytes(rank) / 1e6:,.1f}",
+                f"{share:.0%}",
+                f"{per_token:,}",
+                f"{kv_cache_memory // per_token:,}",
+            )
     return table

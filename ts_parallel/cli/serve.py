@@ -16,20 +16,33 @@ import typer
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.archive import Name, default_name, handler_config, write_archive
-from ts_parallel.cli.options import Device, Dtype, KVCacheMemory, MaxModelLen, Model, TensorParallelSize
+from ts_parallel.cli.options import (
+    Device,
+    Dtype,
+    KVCacheMemory,
+    MaxModelLen,
+    Model,
+    PipelineParallelSize,
+    SplitPoints,
+    TensorParallelSize,
+    parse_split_points,
+)
 from ts_parallel.cli.torchserve import TorchServe, find_java
 from ts_parallel.config import HandlerConfig
-from ts_parallel.partition.build import match_checkpoint, shard_deferred
+from ts_parallel.partition.build import PipelinePlace, cut_causal_lm, part_of, shard_causal_lm
 from ts_parallel.partition.deferred import choose_dtype, read_model_config
+from ts_parallel.partition.match import match_checkpoint
+from ts_parallel.partition.trace import TracedGroup
 from ts_parallel.runtime.kv_memory import count_blocks
 from ts_parallel.runtime.runner import refuse_unpageable
 from ts_parallel.serving.text_generation import read_eos_ids, read_tokenizer, resolve_max_model_len
-from ts_parallel.topology import TensorParallelGroup
 
 
 def serve(
     model: Model,
     tensor_parallel_size: TensorParallelSize = 1,
+    pipeline_parallel_size: PipelineParallelSize = 1,
+    split_points: SplitPoints = None,
     name: Name = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but loopback asks clients for a key.")
@@ -43,7 +56,16 @@ def serve(
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM."""
     folder = locate_checkpoint(model)
-    config = handler_config(folder, tensor_parallel_size, dtype, device, max_model_len, kv_cache_memory)
+    config = handler_config(
+        folder,
+        device,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        split_points=parse_split_points(split_points),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+    )
     name = name or default_name(folder)
     with stopped_by_signals() as stop, running(config, folder, name, host, port, verbose, stop) as server:
         print(f"ready: {server.url}", flush=True)
@@ -85,10 +107,12 @@ def check(config: HandlerConfig, folder: Path) -> None:
     index = read_index(folder)
     max_model_len = resolve_max_model_len(config.max_model_len, model_config)
     dtype = choose_dtype(config.dtype, model_config)
-    part = shard_deferred(model_config, dtype, TensorParallelGroup(0, config.tensor_parallel_size))
-    match_checkpoint(part.model, part.plan, index)
+    sharded = shard_causal_lm(model_config, dtype, TracedGroup(0, config.tensor_parallel_size))
+    place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
+    part = part_of(cut_causal_lm(sharded, place), place)
+    match_checkpoint(part.model, part.whole_plan, index)
     refuse_unpageable(part, max_model_len)
-    count_blocks(part.sites, dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    count_blocks(part.sites_of_ranks, dtype, config.block_size, config.kv_cache_memory, max_model_len)
     read_tokenizer(folder)
     read_eos_ids(folder, model_config)
 

@@ -19,7 +19,7 @@ import psutil
 
 from ts_parallel.cli.archive import VERSION
 from ts_parallel.errors import ConfigError, StartupError
-from ts_parallel.serving.text_generation import CANNOT_START
+from ts_parallel.serving.worker import CANNOT_START
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 15
@@ -71,6 +71,11 @@ class TorchServe:
     def url(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}/predictions/{self._name}"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that started TorchServe; None before that."""
+        return None if self._process is None else self._process.pid
 
     def log_text(self) -> str:
         """All that TorchServe and its workers have printed so far."""

@@ -23,10 +23,17 @@ NUM_PROMPTS = 8
 _LONGEST_PROMPT = 96
 
 
-def main(folder: Path, report: Path, size: int, dtype: str, device: str, max_tokens: int) -> None:
-    section = {"model_path": str(folder), "tensor_parallel_size": size, "dtype": dtype, "device": device}
-    config = parse_config(section)
-    topology = open_topology(size, device)
+def main(settings: Path, report: Path) -> None:
+    """
+    Args:
+        settings: a JSON file: the `handler` section, and `max_tokens` for each prompt.
+    """
+    values = json.loads(settings.read_text())
+    config, max_tokens = parse_config(values["handler"]), values["max_tokens"]
+    folder = Path(config.model_path)
+    topology = open_topology(
+        config.tensor_parallel_size, config.device, pipeline_parallel_size=config.pipeline_parallel_size
+    )
     runner, error = None, None
     try:
         runner = make_runner(config, folder, topology)
@@ -49,7 +56,7 @@ def compare(runner: Runner, config: HandlerConfig, folder: Path, max_tokens: int
     prompts = make_prompts(read_model_config(folder), max_tokens)
     requests = [Request(str(index), tuple(prompt), max_tokens) for index, prompt in enumerate(prompts)]
     outputs = make_engine(runner, config).generate(requests)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype).eval()
     rows = []
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = generate_plainly(plain, prompt, max_tokens)
@@ -95,4 +102,4 @@ def generate_plainly(model: PreTrainedModel, prompt: list[int], max_tokens: int)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], int(sys.argv[6]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -19,19 +19,20 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self._free)
 
+    def num_missing(self, request: Request, num_tokens: int) -> int:
+        """How many blocks `request` lacks for its first `num_tokens` tokens; below 0 where it has more."""
+        return -(-num_tokens // self.block_size) - len(request.block_ids)
+
     def can_hold(self, request: Request, num_tokens: int) -> bool:
         """Whether `request` can be given blocks for its first `num_tokens` tokens."""
-        return self._num_missing(request, num_tokens) <= len(self._free)
+        return self.num_missing(request, num_tokens) <= len(self._free)
 
     def hold(self, request: Request, num_tokens: int) -> None:
         """Give `request` the blocks it lacks for its first `num_tokens` tokens."""
-        for _ in range(self._num_missing(request, num_tokens)):
+        for _ in range(self.num_missing(request, num_tokens)):
             request.block_ids.append(self._free.popleft())
 
     def release(self, request: Request) -> None:
         """Take back all blocks of `request`."""
         self._free.extend(request.block_ids)
         request.block_ids.clear()
-
-    def _num_missing(self, request: Request, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size) - len(request.block_ids)

@@ -30,8 +30,17 @@ _SECONDS_BETWEEN_LOOKS_WHEN_PAUSED = 0.005
 
 
 class StepRunner(Protocol):
-    def run(self, plan: StepPlan) -> list[int]:
-        """Run one step; the token chosen for each sampled chunk, in the plan's order."""
+    @property
+    def num_stages(self) -> int:
+        """How many steps can be at work at once."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start one step. Every step that has chunks is to be collected, in order."""
+        ...
+
+    def collect(self) -> list[int]:
+        """Wait for the oldest step that was submitted; the token of each sampled chunk, in its plan's order."""
         ...
 
 
@@ -44,7 +53,8 @@ class Engine:
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        """Whether there is anything left to do, be it to collect what nobody wants any more."""
+        return bool(self._scheduler.running or self._scheduler.waiting or self._scheduler.num_in_flight)
 
     def add(self, request: Request) -> None:
         self._scheduler.add(request)
@@ -53,18 +63,25 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def step(self, paused: Collection[str] = (), deliver: Callable[[list[TokenOutput]], None] | None = None) -> bool:
-        """Run one step of all requests but the `paused` ones and deliver its tokens; False where nobody could run."""
+        """Start one step of all requests but the `paused` ones, and deliver the tokens of the oldest one in flight.
+
+        It is waited for once every stage has a step, or where without its tokens nobody could run. False where nobody
+        could, and nothing was in flight.
+        """
         plan = self._scheduler.schedule(paused)
-        if not plan.chunks:
+        if plan.chunks:
+            self._runner.submit(plan)
+            if self._scheduler.num_in_flight < self._runner.num_stages:
+                return True
+        if not self._scheduler.num_in_flight:
             return False
-        token_ids = self._runner.run(plan)
-        outputs = self._scheduler.update(plan, token_ids)
+        outputs = self._scheduler.update(self._runner.collect())
         if deliver is not None:
             deliver(outputs)
         return True
 
     def sign_of_life(self) -> None:
-        self._runner.run(StepPlan())
+        self._runner.submit(StepPlan())
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         """Run `requests` to their ends, all at once; each one's output token ids."""

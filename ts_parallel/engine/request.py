@@ -25,6 +25,7 @@ class Request:
     """What the engine knows of a request. Owned by the scheduler from `add` to `finish`.
 
     There are no phases: a request is behind by `num_tokens - num_computed`, and a step closes a part of that gap.
+    Tokens count as computed once they are scheduled, so a request whose next token is on its way is behind by nothing.
     """
 
     request_id: str
@@ -34,6 +35,8 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_in_flight: int = 0
+    """Its chunks that were scheduled and whose step has given no result yet."""
     block_ids: list[int] = field(default_factory=list)
 
     @property

@@ -1,10 +1,16 @@
-"""What runs in the next step: first come, first served, within a budget of tokens and blocks."""
+"""What runs in the next step: first come, first served, within a budget of tokens and blocks.
+
+Where a model is cut into pipeline stages, one step is in flight for each; every stage runs them in the order they were
+scheduled. So a step may use the keys and values that an earlier one will write, and a block that is given back may be
+given away at once: whoever still reads it does so earlier on every stage.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.request import FinishReason, Request
@@ -21,14 +27,23 @@ class TokenOutput:
 
 
 class Scheduler:
-    """Owns the requests: `waiting` in order of arrival, `running` in order of admission."""
+    """Owns the requests: `waiting` in order of arrival, `running` in order of admission. And what is in flight."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, num_stages: int = 1
+    ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self._in_flight: deque[list[tuple[Request, Chunk]]] = deque()
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_stages = num_stages
+
+    @property
+    def num_in_flight(self) -> int:
+        """The steps that were scheduled and not updated."""
+        return len(self._in_flight)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -44,50 +59,75 @@ class Scheduler:
         """The next step. Decoding requests come first: a long prompt does not hold them up; `paused` ones sit out.
 
         A running request that finds no free block takes those of the one that was admitted last, which starts over
-        later: its tokens are recomputed, so they stay the same.
+        later: its tokens are recomputed, so they stay the same. One that is in flight keeps its blocks, and is waited
+        for. So an empty step says that the oldest result in flight is needed first, or, without any, nobody can run.
         """
-        budget = self._max_num_batched_tokens
-        chunks: list[Chunk] = []
-        planned: set[Request] = set()
-        active = [request for request in self.running if request.request_id not in paused]
+        budget, num_seats = self._max_num_batched_tokens, self._num_seats(paused)
+        step: list[tuple[Request, Chunk]] = []
+        active = [request for request in self.running if request.num_behind and request.request_id not in paused]
         for request in sorted(active, key=lambda request: request.num_behind > 1):
-            if not budget:
+            if not budget or len(step) == num_seats:
                 break
             num_tokens = min(request.num_behind, budget)
-            if request in self.running and self._make_room(request, request.num_computed + num_tokens, planned):
-                chunks.append(self._chunk(request, num_tokens))
-                planned.add(request)
+            if request in self.running and self._make_room(request, request.num_computed + num_tokens):
+                step.append((request, self._chunk(request, num_tokens)))
                 budget -= num_tokens
-        while budget and self.waiting and len(self.running) < self._max_num_seqs:
-            request = self.waiting[0]
+            elif request in self.running:
+                budget = 0  # it waits for blocks of others, who may neither start anew nor be joined in the meantime
+        while budget and len(step) < num_seats and self._can_admit(paused):
+            request = self.waiting.popleft()
             num_tokens = min(request.num_behind, budget)
-            if request.request_id in paused or not self._blocks.can_hold(request, request.num_tokens):
-                break
-            self.running.append(self.waiting.popleft())
-            chunks.append(self._chunk(request, num_tokens))
+            self.running.append(request)
+            step.append((request, self._chunk(request, num_tokens)))
             budget -= num_tokens
-        return StepPlan(tuple(chunks))
+        if step:
+            self._in_flight.append(step)
+        return StepPlan(tuple(chunk for _, chunk in step))
 
-    def update(self, plan: StepPlan, token_ids: list[int]) -> list[TokenOutput]:
-        """Enter what a step has computed: `token_ids` of its sampled chunks, in order."""
-        running = {request.request_id: request for request in self.running}
+    def update(self, token_ids: list[int]) -> list[TokenOutput]:
+        """Enter what the oldest step in flight has computed: `token_ids` of its sampled chunks, in order.
+
+        A token of a request that was aborted in the meantime is dropped.
+        """
+        running = set(self.running)
         outputs = []
         tokens = iter(token_ids)
-        for chunk in plan.chunks:
-            request = running[chunk.request_id]
-            request.num_computed = chunk.end
-            if chunk.is_sampled:
-                request.output_ids.append(next(tokens))
-                reason = request.finish_reason()
-                outputs.append(TokenOutput(request.request_id, request.output_ids[-1], reason))
-                if reason is not None:
-                    self.running.remove(request)
-                    self._blocks.release(request)
+        for request, chunk in self._in_flight.popleft():
+            request.num_in_flight -= 1
+            token_id = next(tokens) if chunk.is_sampled else None
+            if token_id is None or request not in running:
+                continue
+            request.output_ids.append(token_id)
+            reason = request.finish_reason()
+            outputs.append(TokenOutput(request.request_id, token_id, reason))
+            if reason is not None:
+                self.running.remove(request)
+                self._blocks.release(request)
         return outputs
+
+    def _num_seats(self, paused: Collection[str]) -> int:
+        """How many requests one step may take, so that those which can run make a step for each stage."""
+        num_requests = sum(request.request_id not in paused for request in self.running)
+        num_free = self._blocks.num_free
+        for request in islice(self.waiting, self._max_num_seqs - len(self.running)):
+            num_free -= self._blocks.num_missing(request, request.num_tokens)
+            if num_free < 0 or request.request_id in paused:
+                break
+            num_requests += 1
+        return -(-num_requests // self._num_stages)
+
+    def _can_admit(self, paused: Collection[str]) -> bool:
+        """Whether the first who waits may run: where it may not, nobody overtakes it."""
+        if not self.waiting or len(self.running) == self._max_num_seqs:
+            return False
+        request = self.waiting[0]
+        return request.request_id not in paused and self._blocks.can_hold(request, request.num_tokens)
 
     def _chunk(self, request: Request, num_tokens: int) -> Chunk:
         start, end = request.num_computed, request.num_computed + num_tokens
         self._blocks.hold(request, end)
+        request.num_computed = end
+        request.num_in_flight += 1
         return Chunk(
             request_id=request.request_id,
             token_ids=request.token_ids(start, end),
@@ -97,15 +137,18 @@ class Scheduler:
             sampling=request.sampling,
         )
 
-    def _make_room(self, request: Request, num_tokens: int, planned: set[Request]) -> bool:
-        """Whether `request` can hold `num_tokens`, after preempting later requests that are not in this step."""
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Whether `request` can hold `num_tokens`, after preempting the latest requests, at worst itself.
+
+        Where the latest is in flight, `request` waits for it: so the requests never change their order.
+        """
         while not self._blocks.can_hold(request, num_tokens):
-            victims = [other for other in self.running if other is not request and other not in planned]
-            if not victims or self.running.index(victims[-1]) < self.running.index(request):
-                if len(self.running) > 1:
-                    self._preempt(request)
+            latest = self.running[-1]
+            if latest.num_in_flight or len(self.running) == 1:
                 return False
-            self._preempt(victims[-1])
+            self._preempt(latest)
+            if latest is request:
+                return False
         return True
 
     def _preempt(self, request: Request) -> None:

@@ -3,22 +3,26 @@
 transformers lets a registered function stand in for every attention call of a model. Ours hands each call to the
 backend that is attached to the model: here one that takes notes, at run time the paged attention of one rank. A family
 that does not go through the registered interface shows too few calls and is refused: it would answer wrongly.
-Call sites are counted in call order, not by layer, for some families call twice in a layer.
+Call sites are counted in call order, not by layer, for some families call twice in a layer. Experts are skipped on the
+way: they call no attention, and some of their kernels cannot run without data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 
 from ts_parallel.errors import PlanError
 
 IMPLEMENTATION = "ts_parallel"
+_SKIPPED = "ts_parallel_skipped"
 _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -49,6 +53,30 @@ class AttentionSite:
     @property
     def kv_elements_per_token(self) -> int:
         return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+
+def site_of_call(
+    module_name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: AttentionPattern = AttentionPattern(),
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> AttentionSite:
+    """The site of one call; see `AttentionBackend.attend` for the arguments."""
+    return AttentionSite(
+        module_name=module_name,
+        num_heads=int(query.shape[1]),
+        num_kv_heads=int(key.shape[1]),
+        head_dim=int(query.shape[3]),
+        value_dim=int(value.shape[3]),
+        window=pattern.window,
+        scaling=int(query.shape[3]) ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        has_sinks=sinks is not None,
+    )
 
 
 class AttentionBackend(Protocol):
@@ -113,12 +141,18 @@ def _closure_functions(function: Callable[..., Any]) -> list[Callable[..., Any]]
     return [part for part in [*cells, *nested] if callable(part)]
 
 
+def _skip_experts(module: nn.Module, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The registered experts function of the walk alone; at run time the model's own implementation is back."""
+    return torch.zeros_like(hidden_states)
+
+
 AttentionInterface.register(IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+ExpertsInterface.register(_SKIPPED, _skip_experts)
 
 
-class _NoteTaker:
-    """Notes the shape of every attention call and answers with zeros."""
+class NoteTaker:
+    """Notes the shape of every attention call in `sites`, in call order, and answers with zeros."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sites: list[AttentionSite] = []
@@ -135,19 +169,12 @@ class _NoteTaker:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        self.sites.append(
-            AttentionSite(
-                module_name=self._names[module],
-                num_heads=query.shape[1],
-                num_kv_heads=key.shape[1],
-                head_dim=query.shape[3],
-                value_dim=value.shape[3],
-                window=pattern.window,
-                scaling=scaling,
-                softcap=softcap,
-                has_sinks=sinks is not None,
-            )
-        )
+        """See `AttentionBackend`."""
+        site = site_of_call(self._names[module], query, key, value, pattern, scaling, softcap, sinks)
+        self.sites.append(site)
+        return self._answer(query, key, value)
+
+    def _answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -159,14 +186,14 @@ def find_attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     """
     config = model.config.get_text_config()
     _refuse_other_mixers(model, config)
-    notes = _NoteTaker(model)
+    notes = NoteTaker(model)
     attach(model, notes)
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _experts_skipped(model):
             model(**forward_arguments(ids, ids))
-    except PlanError:
-        raise
+    except PlanError as error:
+        raise PlanError(f"{type(model).__name__} cannot be served: {error}") from None
     except Exception as error:
         raise PlanError(f"{type(model).__name__} cannot run without data: {type(error).__name__}: {error}") from error
     if len(notes.sites) < config.num_hidden_layers:
@@ -175,6 +202,16 @@ def find_attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
             f"{config.num_hidden_layers} layers were expected: its own attention code cannot be paged"
         )
     return tuple(notes.sites)
+
+
+@contextmanager
+def _experts_skipped(model: PreTrainedModel) -> Iterator[None]:
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(_SKIPPED)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def forward_arguments(token_ids: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ts_parallel.errors import CheckpointError, ConfigError, PlanError
@@ -17,14 +20,20 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     """The `config.json` of a checkpoint folder; never fetches, never runs code of the checkpoint.
 
     Raises:
-        CheckpointError: there is none, or transformers does not know its model type.
+        CheckpointError: there is none, or transformers does not know its model type or cannot use its values.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"no config.json in {folder}")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from None
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"cannot read {folder / 'config.json'}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of transformers' message, and the second where the first only announces it."""
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 def choose_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
@@ -37,34 +46,53 @@ def choose_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
     return own
 
 
-def build_deferred(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_deferred(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    auto_class: Any = AutoModelForCausalLM,
+    attention: str = IMPLEMENTATION,
+) -> PreTrainedModel:
     """The model of `config` on the meta device: every module, shape and name, no memory.
 
+    Args:
+        auto_class: transformers' auto class of the kind of model that is wanted.
+        attention: name of the registered attention function.
+
     Raises:
-        PlanError: transformers has no causal language model for this config.
+        PlanError: transformers has no such model for this config, or one with attention code of its own.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=IMPLEMENTATION)
-    except ValueError as error:
-        raise PlanError(f"model type {config.model_type!r} cannot be served: {str(error).splitlines()[0]}") from None
+            model: PreTrainedModel = auto_class.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, KeyError) as error:
+        # A family that still has a class for each implementation looks ours up among them.
+        is_legacy = isinstance(error, KeyError) and error.args == (attention,)
+        reason = "its attention does not go through transformers' interface" if is_legacy else _reason(error)
+        raise PlanError(f"model type {config.model_type!r} cannot be served: {reason}") from None
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def materialise(model: PreTrainedModel, device: torch.device) -> None:
-    """Give every parameter and buffer of a deferred, sharded model its memory on `device`.
+def materialise(model: PreTrainedModel, device: torch.device, names: Collection[str] | None = None) -> None:
+    """Give the parameters and buffers `names` (all, where None) of a deferred, sharded model their memory on `device`.
 
     Parameters and persistent buffers are left uninitialised for the checkpoint to fill. Non-persistent buffers (rotary
     frequencies, scales) are in no checkpoint: the model computes them again.
     """
     moved: dict[torch.Tensor, torch.nn.Parameter] = {}  # tied parameters are one tensor and stay one
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    wanted = {tensor for name, tensor in named if names is None or name in names}
     for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
+        buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer in wanted}
+        for name, buffer in buffers.items():
             module._buffers[name] = torch.empty_like(buffer, device=device)
-        if set(module._buffers) & module._non_persistent_buffers_set:
+        if set(buffers) & module._non_persistent_buffers_set:
             model._init_weights(module)  # its parameters are still without memory: only the buffers are filled
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in wanted:
+                continue
             if parameter not in moved:
                 moved[parameter] = torch.nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
             module.register_parameter(name, moved[parameter])

@@ -1,12 +1,13 @@
 """A tensor-parallel plan for a family that ships none, read off the structure of its modules.
 
-Inside an attention module the linear that takes in all heads closes it, the others open it. In any other module the
-linears that widen the hidden size are paired with the one that comes back to it. What fits no pair stays whole on every
-rank, which is always right.
+Inside an attention module the linear that takes in all heads closes it, the others open it. In any other module of a
+decoder layer the linears that widen the hidden size are paired with the one that comes back to it. What fits no pair
+stays whole on every rank, which is always right.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import nn
@@ -15,20 +16,54 @@ from transformers.pytorch_utils import Conv1D
 
 from ts_parallel.partition.attention_sites import AttentionSite
 
-_OUTPUT_NAMES = {"o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out"}
+# `model.layers.3.mlp` → `model.layers.3`
+_LAYER = re.compile(r".*?\.\d+(?=\.|$)")
+_OUTPUT_NAMES = {"o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "o", "out"}
 
 
 def derive_styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]) -> dict[str, str]:
     """Module name → `colwise` or `rowwise`."""
-    hidden_size = model.config.get_text_config().hidden_size
-    styles: dict[str, str] = {}
+    hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)
+    layers = {_layer_of(name) for name in attention} - {None}
+    linears: dict[str, dict[str, nn.Module]] = {name: {} for name, _ in model.named_modules()}
     for name, module in model.named_modules():
-        linears = {f"{name}.{leaf}": child for leaf, child in module.named_children() if is_linear(child)}
-        if name in attention:
-            styles |= _attention_styles(linears, attention[name])
-        elif name and not any(name.startswith(f"{owner}.") for owner in attention):
-            styles |= _mlp_styles(linears, hidden_size)
+        if is_linear(module):
+            linears[name.rpartition(".")[0]][name] = module
+    styles: dict[str, str] = {}
+    for name, site in attention.items():
+        styles |= _attention_styles(linears[name], site) or _attention_styles(
+            linears[name] | _beside(name, linears), site
+        )
+    for layer in layers:
+        own = {
+            name: found
+            for name, found in linears.items()
+            if _layer_of(name) == layer and not _is_inside(name, attention)
+        }
+        mlps = [_mlp_styles(found, hidden_size) for found in own.values()]
+        rest = {name: module for found in own.values() for name, module in found.items() if name not in styles}
+        # BERT and its kin keep the two linears of an MLP in modules of their own.
+        for found in [mlp for mlp in mlps if mlp] or [_mlp_styles(rest, hidden_size)]:
+            styles |= found
     return styles
+
+
+def _is_inside(name: str, attention: Mapping[str, AttentionSite]) -> bool:
+    return any(f"{name}.".startswith(f"{owner}.") for owner in attention)
+
+
+def _beside(attention: str, linears: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
+    """The linears in modules beside an attention module, where BERT and its kin keep the closing one."""
+    parent = attention.rpartition(".")[0]
+    if _layer_of(parent) == parent:  # what lies beside it there is the layer's MLP
+        return {}
+    near = [found for owner, found in linears.items() if owner.rpartition(".")[0] == parent and owner != attention]
+    return {name: module for found in near for name, module in found.items()}
+
+
+def _layer_of(name: str) -> str | None:
+    found = _LAYER.match(name)
+    return found[0] if found else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -52,7 +87,7 @@ def _attention_styles(linears: Mapping[str, nn.Module], site: AttentionSite) -> 
     return {name: "rowwise" if name in closing else "colwise" for name in linears}
 
 
-def _mlp_styles(linears: Mapping[str, nn.Module], hidden_size: int) -> dict[str, str]:
+def _mlp_styles(linears: Mapping[str, nn.Module], hidden_size: int | None) -> dict[str, str]:
     shapes = {name: in_and_out_features(module) for name, module in linears.items()}
     if len(shapes) < 2 or any(hidden_size not in shape for shape in shapes.values()):
         return {}

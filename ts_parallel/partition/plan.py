@@ -15,9 +15,10 @@ Styles of modules (transformers' names, plus `embedding` and `head`):
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -28,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ts_parallel.checkpoint.load import Slice
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.attention_sites import AttentionSite
-from ts_parallel.partition.derive import derive_styles
+from ts_parallel.partition.derive import derive_styles, in_and_out_features, is_linear
 
 _REPLICATED_STYLES = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"}
 _MODULE_STYLES = {"colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"}
@@ -38,6 +39,8 @@ _KEY_VALUE_NAME = re.compile(r"(^|_)(k|v|kv|key|value)(_|$)")
 # Fused query/key/value projections whose output is [all queries | all keys | all values]; in any other fused projection
 # each head has its query, key and value side by side, and cutting between heads is all that is needed.
 _CONCATENATED_QKV = {"c_attn", "qkv_proj", "Wqkv"}
+# … except in these families where each query head has its own key/value head.
+_SIDE_BY_SIDE_UNLESS_SHARED = {"gpt_bigcode"}
 _FUSED_GATE_UP = {"gate_up_proj"}
 # Families whose own plan gathers what can stay split once the fused parts are cut one by one.
 _BETTER_STYLES = {
@@ -90,6 +93,15 @@ class TensorParallelPlan:
     def local_bytes(self, rank: int) -> int:
         return sum(parameter.local_bytes(rank) for parameter in self.parameters.values())
 
+    def only(self, names: Collection[str]) -> TensorParallelPlan:
+        """The same plan for the parameters that have one of `names`."""
+        own = {
+            name: entry
+            for name, entry in self.parameters.items()
+            if any(alias in names for alias in (name, *entry.aliases))
+        }
+        return replace(self, parameters=own)
+
 
 def plan_tensor_parallel(model: PreTrainedModel, sites: Iterable[AttentionSite], size: int) -> TensorParallelPlan:
     """The plan for `size` ranks of a deferred, unsharded `model` whose attention calls are `sites`.
@@ -99,11 +111,14 @@ def plan_tensor_parallel(model: PreTrainedModel, sites: Iterable[AttentionSite],
     """
     attention = {site.module_name: site for site in sites}
     styles = {} if size == 1 else _styles(model, attention)
-    cuts = _Cuts(size, attention)
+    cuts = _Cuts(size, attention, model.config.model_type)
     slices: dict[str, tuple[Slice, ...]] = {}
     modules = dict(model.named_modules())
     for name, style in styles.items():
         slices |= cuts.of_style(name, style, modules)
+    for name, parameter in model.named_parameters():
+        if name not in slices and not any(f"{name}.".startswith(f"{planned}.") for planned in styles):
+            slices |= cuts.of_unplanned(name, parameter, modules)
     names = _names_of_parameters(model)
     parameters = {}
     for parameter, (name, *aliases) in names.items():
@@ -130,21 +145,31 @@ def _styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]) -> d
     shipped: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
     prefix = f"{model.base_model_prefix}."
     better = _BETTER_STYLES.get(model.config.model_type, {})
-    shipped |= {prefix + pattern: style for pattern, style in better.items()}
+    better = {prefix + pattern: style for pattern, style in better.items()}
+    _refuse_idle(better, names)  # our own entries; a shipped plan has some for parts that a model may lack
+    shipped |= better
     inside = [pattern for pattern in shipped if not pattern.startswith("lm_head")]
     styles = _match(shipped, names) if inside else derive_styles(model, attention)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = _embedding_of(model), model.get_output_embeddings()
     for name, module in model.named_modules():
-        if module is embedding:
+        if module is embedding and isinstance(module, nn.Embedding):
             styles[name] = "embedding"
         elif module is head:
             styles[name] = "head"
     return styles
 
 
+def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        embedding: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # some models of images have none
+        return None
+    return embedding
+
+
 def _match(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     """transformers' plan (`layers.*.mlp.up_proj`) spelled out for each name that it matches."""
-    compiled = [(re.compile(re.escape(p).replace(r"\*", r"[^.]+") + "$"), s) for p, s in patterns.items()]
+    compiled = [(_compile(pattern), style) for pattern, style in patterns.items()]
     styles = {}
     for name in names:
         for pattern, style in compiled:
@@ -153,12 +178,36 @@ def _match(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     return styles
 
 
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+") + "$")
+
+
+def _refuse_idle(patterns: Iterable[str], names: Iterable[str]) -> None:
+    """
+    Raises:
+        PlanError: a pattern matches no name; the nearest is named.
+    """
+    for pattern in patterns:
+        if not any(_compile(pattern).match(name) for name in names):
+            near = difflib.get_close_matches(
+                pattern, {re.sub(r"\.\d+\.", ".*.", name) for name in names}, n=1, cutoff=0
+            )
+            raise PlanError(f"the plan's {pattern!r} matches no module; the nearest is {near[0]!r}")
+
+
+def heads_of_rank(num_heads: int, rank: int, size: int) -> range:
+    """The heads that a rank keeps. Where there are fewer heads than ranks, neighbouring ranks keep the same one."""
+    first = rank * num_heads // size
+    return range(first, first + max(1, num_heads // size))
+
+
 class _Cuts:
     """Turns styles into slices. Knows which heads belong to which projection."""
 
-    def __init__(self, size: int, attention: Mapping[str, AttentionSite]) -> None:
+    def __init__(self, size: int, attention: Mapping[str, AttentionSite], model_type: str) -> None:
         self._size = size
         self._attention = attention
+        self._model_type = model_type
         self._split: set[str] = set()
 
     def is_split(self, attention_module: str) -> bool:
@@ -201,6 +250,27 @@ class _Cuts:
             return {name: self._cut(name, parameter.shape[dim], dim)}
         raise PlanError(f"tensor-parallel style {style!r} of the parameter {name!r} is not known")
 
+    def of_unplanned(
+        self, name: str, parameter: torch.Tensor, modules: Mapping[str, nn.Module]
+    ) -> dict[str, tuple[Slice, ...]]:
+        """Slices of a parameter that no style speaks of: none, unless it has a row for each head of a split attention.
+
+        Must be asked after all styles. A list of one module for each head is `apply_tensor_parallel`'s to cut.
+        """
+        site = self._site_of(name)
+        if site is None or not self.is_split(site.module_name) or not parameter.ndim:
+            return {}
+        count, owner = parameter.shape[0], modules[name.rpartition(".")[0]]
+        # One row as long as a head is the weight of a norm over a head, even where there are as many heads.
+        if count not in (site.num_heads, site.num_kv_heads) or parameter.shape in ((site.head_dim,), (site.value_dim,)):
+            return {}
+        if is_linear(owner) and in_and_out_features(owner)[1] == count:
+            raise PlanError(
+                f"{name!r} of model type {self._model_type!r} has a row for each of {count} heads and no plan to "
+                "split it: tensor_parallel_size must be 1"
+            )
+        return {name: tuple(Slice(0, (piece,)) for piece in self._heads(name, 0, count, count, site))}
+
     def _rows(self, name: str, module: nn.Linear | Conv1D, dim: int, splits_input: bool) -> tuple[Slice, ...]:
         features, site = module.weight.shape[dim], self._site_of(name)
         if site is not None and not splits_input and features == site.num_heads * site.value_dim:
@@ -216,7 +286,7 @@ class _Cuts:
         heads, kv_heads = site.num_heads, site.num_kv_heads
         self._require(heads % self._size == 0, f"{name}.weight", f"{heads} query heads", site)
         self._split.add(site.module_name)
-        if leaf in _CONCATENATED_QKV:
+        if leaf in _CONCATENATED_QKV and not (self._model_type in _SIDE_BY_SIDE_UNLESS_SHARED and heads == kv_heads):
             widths = (heads * site.head_dim, kv_heads * site.head_dim, kv_heads * site.value_dim)
             if sum(widths) != features:
                 raise PlanError(f"{name!r} has {features} output features, not {sum(widths)} as its heads would need")
@@ -231,16 +301,13 @@ class _Cuts:
         return tuple((piece,) for piece in self._heads(name, 0, features, count, site))
 
     def _heads(self, name: str, start: int, width: int, count: int, site: AttentionSite) -> list[tuple[int, int]]:
-        """`width` features from `start` that belong to `count` heads → `(start, length)` of each rank.
-
-        Where there are fewer heads than ranks, neighbouring ranks keep the same head.
-        """
+        """`width` features from `start` that belong to `count` heads → `(start, length)` of each rank."""
         self._require(
             count % self._size == 0 or self._size % count == 0, f"{name}.weight", f"{count} key/value heads", site
         )
         one = width // count
-        kept = max(1, count // self._size)
-        return [(start + rank * count // self._size * one, kept * one) for rank in range(self._size)]
+        kept = [heads_of_rank(count, rank, self._size) for rank in range(self._size)]
+        return [(start + heads.start * one, len(heads) * one) for heads in kept]
 
     def _cut(self, name: str, length: int, dim: int) -> tuple[Slice, ...]:
         return self._packed(name, length, 1, dim)

@@ -7,7 +7,7 @@ features; an attention module is told how many heads it has left.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ts_parallel.partition.attention_sites import AttentionSite
-from ts_parallel.partition.plan import TensorParallelPlan
+from ts_parallel.partition.plan import TensorParallelPlan, heads_of_rank
 from ts_parallel.topology import TensorParallelGroup
 
 Forward = Callable[..., torch.Tensor]
 
+_GROUPED_ROW_BYTES = 16  # rows of grouped_mm's operands begin at multiples of this
 _QUERY_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KEY_VALUE_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _QUERY_WIDTHS = ("hidden_size", "embed_dim", "split_size", "all_head_size")
@@ -30,8 +31,10 @@ _QUERY_WIDTHS = ("hidden_size", "embed_dim", "split_size", "all_head_size")
 def apply_tensor_parallel(model: PreTrainedModel, plan: TensorParallelPlan, group: TensorParallelGroup) -> None:
     """Turn the deferred `model` into rank `group.rank`'s part of it, in place, still deferred."""
     _shrink_parameters(model, plan, group.rank)
+    _choose_experts_kernel(model, plan)
     for name, site in plan.attention.items():
         _tell_heads(model.get_submodule(name), site, group.size)
+        _keep_own_heads(model.get_submodule(name), site, group)
     for name, style in plan.styles.items():
         module = model.get_submodule(name)
         _tell_features(module)
@@ -49,6 +52,15 @@ def _shrink_parameters(model: nn.Module, plan: TensorParallelPlan, rank: int) ->
         for name in (parameter_plan.name, *parameter_plan.aliases):  # one object under all names keeps it tied
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner).register_parameter(leaf, local)
+
+
+def _choose_experts_kernel(model: PreTrainedModel, plan: TensorParallelPlan) -> None:
+    """Leave torch's grouped matrix product where a rank's part of the experts has rows that it refuses."""
+    for name, style in plan.styles.items():
+        rows = [parameter for parameter in model.get_submodule(name).parameters() if parameter.ndim > 2]
+        if style == "experts" and any(row.shape[-1] * row.itemsize % _GROUPED_ROW_BYTES for row in rows):
+            model.set_experts_implementation("batched_mm")  # which can be traced
+            return
 
 
 def _tell_features(module: nn.Module) -> None:
@@ -80,6 +92,35 @@ def _tell_heads(module: nn.Module, site: AttentionSite, size: int) -> None:
         if getattr(config, "num_key_value_heads", None) == site.num_kv_heads:
             config.num_key_value_heads = kv_heads
         module.config = config
+
+
+class _OwnHeads(nn.ModuleList):
+    """A list of one module for each head, of which code sees this rank's heads; all keep their names.
+
+    Those of the other ranks stay: they are as small as a head, and the plan's parameters are the same on every rank.
+    """
+
+    def __init__(self, whole: nn.ModuleList, own: range) -> None:
+        super().__init__()
+        self._modules = whole._modules
+        self._own = own
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> nn.Module:  # type: ignore[override]  # one by one
+        return self.get_submodule(str(self._own[index]))
+
+
+def _keep_own_heads(module: nn.Module, site: AttentionSite, group: TensorParallelGroup) -> None:
+    """Show lists of one module for each head this rank's heads alone."""
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.ModuleList) and len(child) in (site.num_heads, site.num_kv_heads):
+            own = heads_of_rank(len(child), group.rank, group.size)
+            module.set_submodule(name, _OwnHeads(child, own))
 
 
 def _forward_of(

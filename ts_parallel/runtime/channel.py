@@ -1,46 +1,158 @@
-"""Rank 0's step plans on their way to the ranks that follow: numbers, over the CPU, in order."""
+"""All that one rank tells another: the leader's plans and inputs, hidden states from stage to stage, results back.
+
+From rank to rank, and no sender waits for its receiver. Knows ranks and tensors, not what they mean.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 
 from ts_parallel.runtime.step import StepPlan
+from ts_parallel.topology import Topology
 
 # The first message has room for most plans; only a longer one needs a second.
 FIRST_MESSAGE = 1024
-# A rank that hears nothing from rank 0 for so long takes it for dead; the engine gives signs of life well within it.
+# A rank that hears nothing for so long of what it waits for takes the sender for dead; the engine gives signs of life
+# well within it.
 PATIENCE = timedelta(seconds=120)
+
+_LEADER = 0
+
+
+class _Kind(IntEnum):
+    """Messages of one kind between two ranks arrive in order; those of different kinds do not wait for each other."""
+
+    NUMBERS = 1
+    HIDDEN = 2
+    RESULT = 3
+    INPUT = 4
 
 
 class StepChannel:
-    """One sender, rank 0, and all others receiving. Does nothing where there is one rank."""
+    """One rank's end of the traffic. Owns its process groups, and what is on its way out until it has arrived.
 
-    def __init__(self, world_size: int) -> None:
-        self._is_alone = world_size == 1
-        self._group = None if self._is_alone else dist.new_group(backend="gloo", timeout=PATIENCE)
+    Every rank makes one, at the same time. A send returns at once, and its tensor must not be written to afterwards; a
+    receive waits, at most `PATIENCE`, and raises RuntimeError then or where the sender is gone. Only hidden states stay
+    on the device; everything else goes over the CPU. One thread may send while another receives. A rank alone joins no
+    group and sends to nobody.
+    """
 
-    def send(self, plan: StepPlan) -> None:
-        if self._is_alone:
-            return
-        numbers = plan.encode()
-        first = torch.zeros(FIRST_MESSAGE, dtype=torch.int64)
-        first[0] = len(numbers)
-        fitting = min(len(numbers), FIRST_MESSAGE - 1)
-        first[1 : 1 + fitting] = numbers[:fitting]
-        dist.broadcast(first, 0, group=self._group)
-        if fitting < len(numbers):
-            dist.broadcast(numbers[fitting:].clone(), 0, group=self._group)
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._num_stages = topology.num_stages
+        self._tensor_parallel_rank = topology.tensor_parallel.rank
+        self._sending: deque[tuple[int, dist.Work, torch.Tensor]] = deque()  # with the number of plans before it
+        self._num_plans = 0
+        self._group: dist.ProcessGroup | None = None
+        self._hidden_group: dist.ProcessGroup | None = None
+        if topology.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            on_gpu = topology.device.type == "cuda"
+            self._hidden_group = dist.new_group(backend="nccl", timeout=PATIENCE) if on_gpu else self._group
 
-    def receive(self) -> StepPlan:
-        first = torch.empty(FIRST_MESSAGE, dtype=torch.int64)
-        dist.broadcast(first, 0, group=self._group)
+    def send_plan(self, plan: StepPlan) -> None:
+        """The leader's next plan to every other rank. With it, at most `num_stages` may be without a result."""
+        self._begin_plan()
+        messages = _to_messages(plan.encode())
+        for rank in range(1, self._topology.world_size):
+            for message in messages:
+                self._send(message, rank, _Kind.NUMBERS)
+
+    def receive_plan(self) -> StepPlan:
+        plan = StepPlan.decode(self.receive_numbers())
+        self._begin_plan()
+        return plan
+
+    def send_numbers(self, numbers: Sequence[int], rank: int) -> None:
+        """int64 numbers, any many, from the leader to `rank`, in one order with the plans."""
+        for message in _to_messages(torch.tensor(numbers, dtype=torch.int64)):
+            self._send(message, rank, _Kind.NUMBERS)
+
+    def receive_numbers(self) -> list[int]:
+        first = self._receive((FIRST_MESSAGE,), torch.int64, _LEADER, _Kind.NUMBERS)
         length = int(first[0])
-        numbers = first[1 : 1 + length].tolist()
+        numbers: list[int] = first[1 : 1 + length].tolist()
         if len(numbers) < length:
-            rest = torch.empty(length - len(numbers), dtype=torch.int64)
-            dist.broadcast(rest, 0, group=self._group)
-            numbers += rest.tolist()
-        return StepPlan.decode(numbers)
+            numbers += self._receive((length - len(numbers),), torch.int64, _LEADER, _Kind.NUMBERS).tolist()
+        return numbers
+
+    def send_onward(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Hidden states, on this rank's device, to this rank's like in the next stage; after the last comes the first.
+
+        Their number, shapes and types are not sent: the receiver knows them.
+        """
+        for tensor in tensors:
+            self._send(tensor, self._rank_beside(1), _Kind.HIDDEN)
+
+    def receive_inward(self, specs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[torch.Tensor]:
+        """What this rank's like in the stage before has sent onward, of these shapes and types, on this device."""
+        return [self._receive(shape, dtype, self._rank_beside(-1), _Kind.HIDDEN) for shape, dtype in specs]
+
+    def send_result(self, tensor: torch.Tensor) -> None:
+        """From the first rank of the last stage to the leader, where that is another one."""
+        self._send(tensor.cpu(), _LEADER, _Kind.RESULT)
+
+    def receive_result(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The leader: the next result, on the CPU."""
+        return self._receive(shape, dtype, self._topology.rank_at(self._num_stages - 1, 0), _Kind.RESULT)
+
+    def send_to(self, rank: int, tensor: torch.Tensor) -> None:
+        """An input tensor from the leader to another rank."""
+        self._send(tensor.cpu(), rank, _Kind.INPUT)
+
+    def receive_from_leader(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The next input tensor of the leader's, on this rank's device."""
+        return self._receive(shape, dtype, _LEADER, _Kind.INPUT).to(self._topology.device)
+
+    def flush(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sending:
+            self._let_go()
+
+    def _begin_plan(self) -> None:
+        """Let go of what was sent more than `num_stages` plans ago: as no more are in flight, it has arrived.
+
+        gloo's sends do not say that they are done before they are waited for, so there is no asking them.
+        """
+        self._num_plans += 1
+        while self._sending and self._num_plans - self._sending[0][0] > self._num_stages:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        _, work, _ = self._sending[0]
+        work.wait()
+        self._sending.popleft()
+
+    def _rank_beside(self, distance: int) -> int:
+        stage = (self._topology.stage + distance) % self._num_stages
+        return self._topology.rank_at(stage, self._tensor_parallel_rank)
+
+    def _send(self, tensor: torch.Tensor, rank: int, kind: _Kind) -> None:
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, rank, group=self._group_of(kind), tag=kind)
+        assert work is not None
+        self._sending.append((self._num_plans, work, tensor))
+
+    def _receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int, kind: _Kind) -> torch.Tensor:
+        device = self._topology.device if kind is _Kind.HIDDEN else "cpu"
+        tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+        dist.recv(tensor, rank, group=self._group_of(kind), tag=kind)
+        return tensor
+
+    def _group_of(self, kind: _Kind) -> dist.ProcessGroup | None:
+        return self._hidden_group if kind is _Kind.HIDDEN else self._group
+
+
+def _to_messages(numbers: torch.Tensor) -> list[torch.Tensor]:
+    """Their count and the first of them in a message of fixed length; the rest, if any, in another."""
+    first = torch.zeros(FIRST_MESSAGE, dtype=torch.int64)
+    first[0] = len(numbers)
+    fitting = min(len(numbers), FIRST_MESSAGE - 1)
+    first[1 : 1 + fitting] = numbers[:fitting]
+    return [first, numbers[fitting:].clone()] if fitting < len(numbers) else [first]

@@ -19,14 +19,18 @@ def bytes_per_token(sites: Sequence[AttentionSite], dtype: torch.dtype) -> int:
 
 
 def count_blocks(
-    sites: Sequence[AttentionSite], dtype: torch.dtype, block_size: int, num_bytes: int, max_model_len: int
+    sites_of_ranks: Sequence[Sequence[AttentionSite]],
+    dtype: torch.dtype,
+    block_size: int,
+    num_bytes: int,
+    max_model_len: int,
 ) -> int:
-    """How many blocks fit in `num_bytes`.
+    """How many blocks fit in `num_bytes` of each rank: as many as on the rank where a token takes most.
 
     Raises:
         ConfigError: not even one request of `max_model_len` tokens would fit.
     """
-    per_token = bytes_per_token(sites, dtype)
+    per_token = max(bytes_per_token(sites, dtype) for sites in sites_of_ranks)
     num_blocks = num_bytes // (per_token * block_size)
     if num_blocks * block_size < max_model_len:
         raise ConfigError(

@@ -7,15 +7,31 @@ one by one. PagedAttention: Kwon et al. 2023 (https://arxiv.org/abs/2309.06180).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ts_parallel.partition.attention_sites import AttentionPattern
+from ts_parallel.partition.attention_sites import AttentionSite
 from ts_parallel.runtime.kv_memory import KVMemory
 from ts_parallel.runtime.step import Chunk, StepPlan
+
+
+class _Mask:
+    """Which keys each query sees, for every window that a model's sites have; made once a step, not once a site."""
+
+    def __init__(self, distance: torch.Tensor) -> None:
+        """`distance` is how far each key lies behind its query: negative ahead of it, and where padded."""
+        self._distance = distance
+        self._of: dict[int | None, torch.Tensor] = {}
+
+    def of(self, window: int | None) -> torch.Tensor:
+        """True where a key is less than `window` behind, of the distance's shape."""
+        if window not in self._of:
+            seen = self._distance >= 0
+            self._of[window] = seen if window is None else seen & (self._distance < window)
+        return self._of[window]
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,7 @@ class _Decode:
 
     rows: torch.Tensor  # [B], their tokens among the step's
     slots: torch.Tensor  # [B × longest], the slots they read; padding reads slot 0
-    distance: torch.Tensor  # [B, longest], how far behind the new token; negative where padded
+    mask: _Mask  # of [B, longest]
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class _Prefill:
 
     rows: slice  # its tokens among the step's
     slots: torch.Tensor | None  # [L], None where all its tokens are new
-    distance: torch.Tensor  # [N, L], how far each key lies behind each query; negative ahead of it
+    mask: _Mask  # of [N, L]
 
 
 @dataclass(frozen=True)
@@ -93,65 +109,47 @@ def _lay_out_decodes(decodes: list[tuple[int, list[int]]], device: torch.device)
     padded = [number for _, own in decodes for number in (*own, *[0] * (longest - len(own)))]
     distance = lengths.unsqueeze(1) - 1 - torch.arange(longest, device=device)
     rows = torch.tensor([row for row, _ in decodes], device=device)
-    return _Decode(rows, torch.tensor(padded, device=device), distance)
+    return _Decode(rows, torch.tensor(padded, device=device), _Mask(distance))
 
 
 def _lay_out_prefill(chunk: Chunk, own: list[int], rows: slice, device: torch.device) -> _Prefill:
     queries = torch.arange(chunk.start, chunk.end, device=device)
     distance = queries.unsqueeze(1) - torch.arange(chunk.end, device=device)
-    return _Prefill(rows, torch.tensor(own, device=device) if chunk.start else None, distance)
+    return _Prefill(rows, torch.tensor(own, device=device) if chunk.start else None, _Mask(distance))
 
 
 class PagedAttention:
-    """The attention backend of one rank. Owns the KV memory and, during a step, the step's layout and call count."""
+    """The attention of one rank's stages over its KV memory. `sites` are its attention calls, in the memory's order."""
 
-    def __init__(self, memory: KVMemory) -> None:
+    def __init__(self, sites: Sequence[AttentionSite], memory: KVMemory) -> None:
+        self._sites = sites
         self._memory = memory
-        self._layout: StepLayout | None = None
-        self._site = 0
 
-    def begin(self, layout: StepLayout) -> None:
-        """Start a step: the next attention call is the first site's."""
-        self._layout, self._site = layout, 0
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pattern: AttentionPattern,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+    def __call__(
+        self, step: StepLayout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int
     ) -> torch.Tensor:
-        """See `AttentionBackend`."""
-        assert self._layout is not None
-        layout, site, memory = self._layout, self._site, self._memory
-        self._site += 1
-        queries, new_keys, new_values = query[0], key[0], value[0]  # [H, T, D], [KV, T, D], [KV, T, E]
-        memory.write(site, layout.slots, new_keys.transpose(0, 1), new_values.transpose(0, 1))
+        """Attention call number `site` of a step: `[1, H, T, D]`, `[1, KV, T, D]`, `[1, KV, T, E]` → `[1, T, H, E]`."""
+        memory, own = self._memory, self._sites[site]
+        queries, new_keys, new_values = query[0], key[0], value[0]
+        memory.write(site, step.slots, new_keys.transpose(0, 1), new_values.transpose(0, 1))
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, E]
-        rest = (pattern.window, scaling, softcap, sinks)
-        if layout.decode is not None:
-            rows, slots = layout.decode.rows, layout.decode.slots
-            shape = (len(rows), -1, key.shape[1])
-            keys = memory.keys[site].index_select(0, slots).view(*shape, key.shape[3]).transpose(1, 2)
-            values = memory.values[site].index_select(0, slots).view(*shape, value.shape[3]).transpose(1, 2)
-            grouped = (
-                queries[:, rows].transpose(0, 1).reshape(len(rows), key.shape[1], -1, key.shape[3])
-            )  # [B, KV, G, D]
-            mask = layout.decode.distance[:, None, None]  # [B, 1, 1, L]
-            attended = _attend(grouped, keys, values, mask, *rest)  # [B, KV, G, E]
-            output[rows] = attended.flatten(1, 2)
-        for prefill in layout.prefills:
-            own = queries[:, prefill.rows]
+        if (decode := step.decode) is not None:
+            shape = (len(decode.rows), -1, key.shape[1])
+            keys = memory.keys[site].index_select(0, decode.slots).view(*shape, key.shape[3]).transpose(1, 2)
+            values = memory.values[site].index_select(0, decode.slots).view(*shape, value.shape[3]).transpose(1, 2)
+            own_queries = queries[:, decode.rows].transpose(0, 1)
+            grouped = own_queries.reshape(len(decode.rows), key.shape[1], -1, key.shape[3])  # [B, KV, G, D]
+            is_seen = decode.mask.of(own.window)[:, None, None]  # [B, 1, 1, L]
+            output[decode.rows] = _attend(grouped, keys, values, is_seen, own).flatten(1, 2)
+        for prefill in step.prefills:
             keys, values = new_keys[:, prefill.rows], new_values[:, prefill.rows]  # [KV, N, D], [KV, N, E]
             if prefill.slots is not None:
                 keys = memory.keys[site].index_select(0, prefill.slots).transpose(0, 1)  # [KV, L, D]
                 values = memory.values[site].index_select(0, prefill.slots).transpose(0, 1)
-            grouped = own.reshape(key.shape[1], -1, *own.shape[1:])  # [KV, G, N, D]
-            attended = _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1), prefill.distance, *rest)
+            own_queries = queries[:, prefill.rows]
+            grouped = own_queries.reshape(key.shape[1], -1, *own_queries.shape[1:])  # [KV, G, N, D]
+            is_seen = prefill.mask.of(own.window)
+            attended = _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1), is_seen, own)
             output[prefill.rows] = attended.flatten(0, 1).transpose(0, 1)
         return output.unsqueeze(0)
 
@@ -160,20 +158,14 @@ def _attend(
     query: torch.Tensor,  # [X, Y, Q, D]
     key: torch.Tensor,  # [X, Y or 1, L, D]
     value: torch.Tensor,  # [X, Y or 1, L, E]
-    distance: torch.Tensor,  # broadcasts to [X, Y, Q, L]
-    window: int | None,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    is_seen: torch.Tensor,  # broadcasts to [X, Y, Q, L]
+    site: AttentionSite,
 ) -> torch.Tensor:
-    """Softmax attention of each query over the keys less than `window` behind it: `[X, Y, Q, E]`."""
-    is_seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    if softcap is None and sinks is None:
+    """Softmax attention of each query over the keys that it sees: `[X, Y, Q, E]`."""
+    assert not site.has_sinks, "attention sinks are refused when the runner is built"
+    if site.softcap is None:
         key, value = key.expand(*query.shape[:2], -1, -1), value.expand(*query.shape[:2], -1, -1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, scale=scaling)
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~is_seen, float("-inf"))
-    assert sinks is None, "attention sinks are refused when the runner is built"
-    return scores.softmax(dim=-1).to(value.dtype) @ value
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, scale=site.scaling)
+    scores = (query @ key.transpose(-1, -2)).float() * site.scaling
+    scores = site.softcap * torch.tanh(scores / site.softcap)
+    return scores.masked_fill(~is_seen, float("-inf")).softmax(dim=-1).to(value.dtype) @ value

@@ -2,99 +2,161 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
 from ts_parallel.errors import ConfigError, PlanError
-from ts_parallel.partition.attention_sites import attach, forward_arguments
 from ts_parallel.partition.build import RankModel
-from ts_parallel.partition.plan import ParameterPlan
+from ts_parallel.partition.causal_lm import POSITIONS, ROWS, TOKEN_IDS
 from ts_parallel.runtime.channel import StepChannel
+from ts_parallel.runtime.eager_stage import EagerStage
 from ts_parallel.runtime.kv_memory import KVMemory, count_blocks
 from ts_parallel.runtime.paged_attention import PagedAttention, lay_out
 from ts_parallel.runtime.sampling import sample
-from ts_parallel.runtime.step import StepPlan
+from ts_parallel.runtime.stage import Stage
+from ts_parallel.runtime.step import Chunk, StepPlan
 from ts_parallel.topology import Topology
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Runner:
-    """Owns this rank's model and KV memory. Rank 0 leads with `run`, the others `follow`."""
+    """Owns this rank's model and KV memory. The leader, rank 0, submits steps and collects results; others `follow`.
+
+    The first rank of the last stage chooses the tokens. It tells the leader of every step, also of one without tokens:
+    so nobody runs ahead of the pipeline by more than there are stages.
+    """
 
     def __init__(
         self, part: RankModel, topology: Topology, *, block_size: int, kv_cache_bytes: int, max_model_len: int
     ) -> None:
         refuse_unpageable(part, max_model_len)
         dtype = part.model.dtype
-        self.num_blocks = count_blocks(part.sites, dtype, block_size, kv_cache_bytes, max_model_len)
+        self.num_blocks = count_blocks(part.sites_of_ranks, dtype, block_size, kv_cache_bytes, max_model_len)
         self.block_size = block_size
-        self._part = part
+        self._topology = topology
         self._group = topology.tensor_parallel
         self._device = topology.device
-        self._attention = PagedAttention(KVMemory(part.sites, self.num_blocks, block_size, dtype, topology.device))
-        self._channel = StepChannel(topology.world_size)
-        self._head = _head_plan(part)
-        attach(part.model, self._attention)
+        self._weights = (part.plan.local_bytes(self._group.rank), part.seconds)
+        self._channel = StepChannel(topology)
+        self._submitted: deque[tuple[StepPlan, torch.Tensor | None]] = deque()  # with the result where it is here
+        self._head = _head_sizes(part)
+        self._vocabulary = sum(self._head)
+        sites = part.sites_of_ranks[topology.stage]
+        attention = PagedAttention(sites, KVMemory(sites, self.num_blocks, block_size, dtype, topology.device))
+        self._stage: Stage | EagerStage = (
+            Stage(part.stages[0], part.tensors, self._group, attention, part.release)
+            if part.stages
+            else EagerStage(part.model, attention)
+        )
 
     @property
     def weights(self) -> str:
         """What this rank has loaded, for its log."""
-        return (
-            f"{self._part.plan.local_bytes(self._group.rank) / 2**20:.0f} MiB of weights in {self._part.seconds:.2f} s"
-        )
+        num_bytes, seconds = self._weights
+        return f"{num_bytes / 2**20:.0f} MiB of weights in {seconds:.2f} s"
 
-    def run(self, plan: StepPlan) -> list[int]:
-        """Rank 0: run one step on all ranks; the token chosen for each sampled chunk, in the plan's order."""
-        self._channel.send(plan)
-        sampled = [chunk for chunk in plan.chunks if chunk.is_sampled]
-        logits = self._forward(plan) if plan.chunks else None
-        if logits is None or not sampled:
-            return []
-        return sample(logits, [chunk.sampling for chunk in sampled], [chunk.end for chunk in sampled])
+    @property
+    def num_stages(self) -> int:
+        """How many steps can be at work at once."""
+        return self._topology.num_stages
+
+    def submit(self, plan: StepPlan) -> None:
+        """The leader: start one step on all ranks. To be collected, unless it has no chunks; at most `num_stages` are
+        without result at any time."""
+        self._channel.send_plan(plan)
+        if plan.chunks:
+            self._submitted.append((plan, self._run_stage(plan)))
+
+    def collect(self) -> list[int]:
+        """The leader: wait for the oldest step submitted; the token of each sampled chunk, in the plan's order."""
+        plan, tokens = self._submitted.popleft()
+        if tokens is None:
+            tokens = self._channel.receive_result((_num_results(plan),), torch.int64)
+        sampled: list[int] = tokens[: len(_sampled(plan))].tolist()
+        return sampled
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """Rank 0: run one step on all ranks; the logits `[R, V]` of its sampled chunks."""
-        self._channel.send(plan)
-        logits = self._forward(plan)
-        assert logits is not None
+        """The leader, with nothing submitted: run one step; the float32 logits `[R, V]` of its sampled chunks."""
+        assert not self._submitted, "the oldest step's result comes first"
+        plan = replace(plan, wants_logits=True)
+        self._channel.send_plan(plan)
+        logits = self._run_stage(plan)
+        if logits is None:
+            logits = self._channel.receive_result((len(_sampled(plan)), self._vocabulary), torch.float32)
         return logits
 
     def follow(self) -> None:
-        """Other ranks: run rank 0's steps until its last."""
-        while not (plan := self._channel.receive()).is_last:
+        """Other ranks: run the leader's steps until its last."""
+        while not (plan := self._channel.receive_plan()).is_last:
             if plan.chunks:
-                self._forward(plan)
+                self._run_stage(plan)
+        self._channel.flush()
 
     def stop_followers(self) -> None:
-        self._channel.send(StepPlan(is_last=True))
+        """The leader, with nothing submitted: end the others, which have heard of it when this returns."""
+        self._channel.send_plan(StepPlan(is_last=True))
+        self._channel.flush()
 
     @torch.inference_mode()
-    def _forward(self, plan: StepPlan) -> torch.Tensor | None:
-        """The stage's part of a step; on rank 0 the logits of the sampled rows."""
+    def _run_stage(self, plan: StepPlan) -> torch.Tensor | None:
+        """This rank's part of a step. The result of the step where the leader has it itself; else it comes to it."""
         layout = lay_out(plan, self.block_size, self._device)
-        self._attention.begin(layout)
-        output = self._part.model(
-            **forward_arguments(layout.token_ids, layout.positions), logits_to_keep=layout.sampled_rows
+        inputs = {TOKEN_IDS: layout.token_ids, POSITIONS: layout.positions, ROWS: layout.sampled_rows}
+        sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+        received = self._channel.receive_inward(
+            [(crossing.shape(sizes), crossing.dtype) for crossing in self._stage.received]
         )
-        return self._gather_vocabulary(output.logits[0])
+        outputs = self._stage(layout, inputs, received)
+        if self._topology.stage < self.num_stages - 1:
+            self._channel.send_onward(outputs)
+            return None
+        logits = self._gather_vocabulary(outputs[0][0])
+        if logits is None:
+            return None
+        result = logits.float() if plan.wants_logits else _choose_tokens(plan, logits)
+        if self._topology.rank == 0:
+            return result
+        self._channel.send_result(result)
+        return None
 
     def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Every rank's `[R, V / ranks]` → rank 0's `[R, V]`."""
-        if self._head.slices is None or not len(logits):
-            return logits
-        sizes = [kept.length for kept in self._head.slices]
-        padded = torch.nn.functional.pad(logits, (0, max(sizes) - logits.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in sizes] if self._group.rank == 0 else None
+        """Every rank's `[R, V / ranks]` → `[R, V]` on the first of the stage, None on the others."""
+        if len(self._head) == 1 or not len(logits):
+            return logits if self._group.rank == 0 else None
+        padded = torch.nn.functional.pad(logits, (0, max(self._head) - logits.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in self._head] if self._group.rank == 0 else None
         dist.gather(padded, parts, group_dst=0, group=self._group.process_group)
-        return None if parts is None else torch.cat([p[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=-1)
+        if parts is None:
+            return None
+        return torch.cat([part[:, :size] for part, size in zip(parts, self._head, strict=True)], dim=-1)
 
 
-def _head_plan(part: RankModel) -> ParameterPlan:
-    """The parameter that the head multiplies with: its own, or the embedding's where they are tied."""
+def _sampled(plan: StepPlan) -> list[Chunk]:
+    return [chunk for chunk in plan.chunks if chunk.is_sampled]
+
+
+def _num_results(plan: StepPlan) -> int:
+    """A step without tokens has one that means nothing."""
+    return max(1, len(_sampled(plan)))
+
+
+def _choose_tokens(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
+    """int64 `[_num_results]`."""
+    sampled = _sampled(plan)
+    tokens = sample(logits, [chunk.sampling for chunk in sampled], [chunk.end for chunk in sampled]) if sampled else [0]
+    return torch.tensor(tokens)
+
+
+def _head_sizes(part: RankModel) -> list[int]:
+    """How many of the vocabulary's logits each rank of the last stage computes; one number where each computes all."""
     head = part.model.get_output_embeddings()
     name = next(name for name, module in part.model.named_modules() if module is head) + ".weight"
-    return next(entry for entry in part.plan.parameters.values() if name in (entry.name, *entry.aliases))
+    entry = next(entry for entry in part.whole_plan.parameters.values() if name in (entry.name, *entry.aliases))
+    return [kept.length for kept in entry.slices] if entry.slices else [entry.shape[0]]
 
 
 def refuse_unpageable(part: RankModel, max_model_len: int) -> None:
@@ -105,7 +167,7 @@ def refuse_unpageable(part: RankModel, max_model_len: int) -> None:
         PlanError: attention with sinks.
     """
     config = part.model.config.get_text_config()
-    if any(site.has_sinks for site in part.sites):
+    if any(site.has_sinks for sites in part.sites_of_ranks for site in sites):
         raise PlanError(f"{type(part.model).__name__} has attention sinks, which the paged attention cannot do yet")
     rope = getattr(config, "rope_parameters", None) or {}
     trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings

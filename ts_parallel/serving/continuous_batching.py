@@ -17,6 +17,7 @@ from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.answers import JSON, Answer, Usage, error_body
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.detokenizer import Detokenizer
+from ts_parallel.serving.keep_open import ROUTE as KEEP_OPEN
 
 # New requests join between two calls, so this bounds how long one of them waits while no token comes.
 SECONDS_PER_DRAIN = 0.02
@@ -84,11 +85,18 @@ class EngineDoor(Protocol):
 
 
 class ContinuousBatchingDrain:
-    """Owns the open jobs. `open_job` turns a raw request into a running job, or into a reply that is ready at once."""
+    """Owns the open jobs. `open_job` turns a raw request into a running job, or into a reply that is ready at once.
 
-    def __init__(self, engine: EngineDoor, open_job: Callable[[str, RawRequest], Job | Reply]) -> None:
+    Where there are replicas (`keep_open`), one request to `keep_open.ROUTE` is never answered.
+    """
+
+    def __init__(
+        self, engine: EngineDoor, open_job: Callable[[str, RawRequest], Job | Reply], has_replicas: bool = False
+    ) -> None:
         self._engine = engine
         self._open_job = open_job
+        self._has_replicas = has_replicas
+        self._kept_open: str | None = None
         self._jobs: dict[str, Job] = {}
         self._ready: dict[str, Reply] = {}
         self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
@@ -98,10 +106,12 @@ class ContinuousBatchingDrain:
         names: dict[int, str] = dict(context.request_ids)
         for request_id in self._jobs.keys() - set(names.values()):
             self._forget(request_id)
+        if self._kept_open not in names.values():
+            self._kept_open = None
         for index, request_id in names.items():
-            if request_id not in self._jobs and request_id not in self._ended:
+            if request_id not in self._jobs and request_id not in self._ended and request_id != self._kept_open:
                 self._register(request_id, raw_request(data[index], context, index))
-        if self._jobs and not self._ready:
+        if (self._jobs or self._kept_open) and not self._ready:
             self._engine.router.wait(SECONDS_PER_DRAIN)
         context.stopping_criteria = {}
         bodies = [""] * len(data)
@@ -117,6 +127,12 @@ class ContinuousBatchingDrain:
         return bodies
 
     def _register(self, request_id: str, request: RawRequest) -> None:
+        if self._has_replicas and request.route == KEEP_OPEN:
+            if self._kept_open is None:
+                self._kept_open = request_id
+            else:
+                self._ready[request_id] = Reply.whole("{}")
+            return
         opened = self._open_job(request_id, request)
         if isinstance(opened, Job):
             self._jobs[request_id] = opened

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import random
-import resource
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from ts_parallel.config import HandlerConfig, parse_config
+from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine, EngineThread
 from ts_parallel.engine.request import GenerationParams, make_request
 from ts_parallel.engine.scheduler import Scheduler
-from ts_parallel.errors import CheckpointError, ConfigError, NotFoundError, RequestError, StartupError
-from ts_parallel.partition.build import build_rank_model
+from ts_parallel.errors import CheckpointError, ConfigError, NotFoundError, RequestError
+from ts_parallel.partition.build import PipelinePlace, build_rank_model
 from ts_parallel.partition.deferred import read_model_config
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.answers import Answer, Completion, CompletionStream, TextStream, WholeText, model_list
 from ts_parallel.serving.bodies import RawRequest, parse_completion, parse_native
 from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain, Job, Reply
 from ts_parallel.serving.detokenizer import Detokenizer
-from ts_parallel.topology import Topology, open_topology
-
-logger = logging.getLogger(__name__)
-
-CANNOT_START = "ts_parallel cannot start:"
-_SECONDS_TO_ANSWER_BEFORE_EXIT = 1.0
+from ts_parallel.serving.keep_open import has_replicas, keep_one_open
+from ts_parallel.serving.worker import exit_soon, follow_in_thread, log_loaded, log_ready, start_rank
+from ts_parallel.topology import Topology
 
 
 class TextGenerationService:
@@ -51,30 +43,22 @@ class TextGenerationService:
         return self._drain.handle(data, context)
 
     def _load(self, context: Any) -> None:
-        try:
-            config = parse_config((context.model_yaml_config or {}).get("handler"))
-            folder = Path(context.system_properties["model_dir"]) / config.model_path
-            topology = open_topology(config.tensor_parallel_size, config.device, num_threads=config.num_threads)
-        except StartupError as error:
-            _give_up([str(error)], is_told=os.environ.get("RANK", "0") == "0")
-        failure, runner, service = None, None, None
-        try:
+        def load(config: HandlerConfig, folder: Path, topology: Topology) -> tuple[Runner, GenerationService | None]:
             runner = make_runner(config, folder, topology)
-            service = GenerationService(folder, context.model_name, runner, config) if topology.rank == 0 else None
-        except StartupError as refused:
-            failure = str(refused)
-        errors = topology.gather_errors(failure)  # TorchServe looks at one rank's answer only: they must agree
-        if errors:
-            _give_up(errors, is_told=topology.rank == 0)
-        assert runner is not None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        logger.info("ts_parallel rank %d: %s, peak memory %.0f MiB", topology.rank, runner.weights, peak)
+            leads = topology.rank == 0
+            return runner, GenerationService(folder, context.model_name, runner, config) if leads else None
+
+        topology, (runner, service) = start_rank(context, HandlerConfig, load)
+        log_loaded(topology, runner.weights)
         if service is None:
-            threading.Thread(target=_follow, args=(runner,), name="follow", daemon=True).start()
+            follow_in_thread(runner.follow)
             return
         service.engine.start()
-        self._drain = ContinuousBatchingDrain(service.engine, service.open_job)
-        logger.info("ts_parallel is ready: %s on %d ranks", context.model_name, topology.world_size)
+        replicas = has_replicas(context.model_yaml_config)
+        self._drain = ContinuousBatchingDrain(service.engine, service.open_job, replicas)
+        if replicas:
+            keep_one_open(context.model_name, context.manifest["model"]["modelVersion"])
+        log_ready(topology, context.model_name)
 
 
 class GenerationService:
@@ -87,7 +71,7 @@ class GenerationService:
         self._started_at = int(time.time())
         self._tokenizer = read_tokenizer(folder)
         self._eos_ids = read_eos_ids(folder, model_config)
-        self.engine = EngineThread(make_engine(runner, config), on_failure=_exit_soon)
+        self.engine = EngineThread(make_engine(runner, config), on_failure=exit_soon)
 
     def open_job(self, request_id: str, request: RawRequest) -> Job | Reply:
         """Route one request. What cannot be served becomes a reply of its own; nothing is raised."""
@@ -145,7 +129,10 @@ class GenerationService:
 def make_runner(config: HandlerConfig, folder: Path, topology: Topology) -> Runner:
     """This rank's model, loaded and ready to step."""
     max_model_len = resolve_max_model_len(config.max_model_len, read_model_config(folder))
-    part = build_rank_model(folder, config.dtype, topology.tensor_parallel, topology.device)
+    place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
+    part = build_rank_model(
+        folder, config.dtype, topology.tensor_parallel, topology.device, None if config.eager else place
+    )
     return Runner(
         part,
         topology,
@@ -157,10 +144,13 @@ def make_runner(config: HandlerConfig, folder: Path, topology: Topology) -> Runn
 
 def make_engine(runner: Runner, config: HandlerConfig) -> Engine:
     blocks = BlockManager(runner.num_blocks, runner.block_size)
-    return Engine(
-        runner,
-        Scheduler(blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens),
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_stages=runner.num_stages,
     )
+    return Engine(runner, scheduler)
 
 
 def resolve_max_model_len(wanted: int | None, model_config: PretrainedConfig) -> int:
@@ -180,9 +170,14 @@ def resolve_max_model_len(wanted: int | None, model_config: PretrainedConfig) ->
 
 def read_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+    names = sorted(tokenizer.vocab_files_names.values())
+    if names and not any((folder / name).is_file() for name in names):
+        # transformers makes a tokenizer with an empty vocabulary then.
+        raise CheckpointError(f"no usable tokenizer in {folder}: it has none of {names}")
+    return tokenizer
 
 
 def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]:
@@ -191,27 +186,3 @@ def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]
     if (folder / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
     return frozenset([eos] if isinstance(eos, int) else eos or [])
-
-
-def _follow(runner: Runner) -> None:
-    try:
-        runner.follow()
-    except Exception:
-        logger.exception("rank 0 was lost")
-        _exit_soon()
-
-
-def _give_up(errors: list[str], is_told: bool) -> NoReturn:
-    """End this worker with one clear line. The exit status is 0, or torchrun would bury the line under a report."""
-    if is_told:
-        for error in dict.fromkeys(errors):
-            print(f"{CANNOT_START} {error}", flush=True)
-    sys.stdout.flush()
-    os._exit(0)  # at once: threads of half-built process groups would have the last word
-
-
-def _exit_soon() -> None:
-    """End this worker once its open requests have had the time to be answered; TorchServe starts another."""
-    timer = threading.Timer(_SECONDS_TO_ANSWER_BEFORE_EXIT, os._exit, args=(1,))
-    timer.daemon = True
-    timer.start()

@@ -1,0 +1,35 @@
+"""Ranks that run encoders they share: `encoder.py FOLDER…`, each with a model and, in `inputs.pt`, task and inputs.
+
+Every rank writes what its part of the model gives to `output-RANK.pt`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from ts_parallel.partition.build import PipelinePlace, build_batch_model
+from ts_parallel.runtime.stage import Stage
+from ts_parallel.topology import Topology, open_topology
+
+
+@torch.inference_mode()
+def run(folder: Path, topology: Topology) -> None:
+    task, inputs = torch.load(folder / "inputs.pt", weights_only=True)
+    group = topology.tensor_parallel
+    part = build_batch_model(folder, task, "float32", group, PipelinePlace(), topology.device)
+    (output,) = Stage(part.stages[0], part.tensors, group)(None, inputs)
+    torch.save(output, folder / f"output-{topology.rank}.pt")
+
+
+def main(folders: list[Path]) -> None:
+    topology = open_topology(2, "cpu", num_threads=1)
+    for folder in folders:
+        run(folder, topology)
+    topology.close()
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])

@@ -1,0 +1,86 @@
+"""A traced model's stages, run one after another in this process on one whole sequence, beside the plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from families import random_model
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.build import PipelinePlace, StagedModel, all_tensors, cut_causal_lm, shard_causal_lm
+from ts_parallel.partition.causal_lm import POSITIONS, ROWS, TOKEN_IDS
+from ts_parallel.partition.stages import StageGraph
+from ts_parallel.partition.trace import TracedGroup
+from ts_parallel.runtime.stage import Stage
+
+ALONE = TracedGroup(0, 1)
+
+
+class EagerAttention:
+    """A stage's attention calls on one sequence, computed as transformers' own `eager` implementation does."""
+
+    def __init__(self, sites: Sequence[AttentionSite]) -> None:
+        self._sites = sites
+
+    def __call__(
+        self, step: None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int
+    ) -> torch.Tensor:
+        own, length, groups = self._sites[site], query.shape[2], query.shape[1] // key.shape[1]
+        assert (own.num_heads, own.num_kv_heads) == (query.shape[1], key.shape[1])
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        scores = query @ key.mT * own.scaling
+        if own.softcap is not None:
+            scores = torch.tanh(scores / own.softcap) * own.softcap
+        distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
+        is_seen = (distance >= 0) & (distance < (own.window or length))
+        mask = torch.zeros(length, length, dtype=scores.dtype).masked_fill(~is_seen, torch.finfo(scores.dtype).min)
+        weights = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        return (weights @ value).transpose(1, 2).contiguous()
+
+
+def stage_model(config: PretrainedConfig, num_stages: int = 1, dtype: torch.dtype = torch.float32) -> StagedModel:
+    sharded = shard_causal_lm(config, dtype, ALONE)
+    return cut_causal_lm(sharded, PipelinePlace(num_ranks=num_stages))
+
+
+def sequence(length: int, vocabulary: int = 97, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The model inputs of one sequence of which all logits are wanted."""
+    token_ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(seed))
+    return {TOKEN_IDS: token_ids, POSITIONS: torch.arange(length).unsqueeze(0), ROWS: torch.arange(length)}
+
+
+@torch.inference_mode()
+def run_stages(
+    stages: Sequence[StageGraph], tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The last one's output, each stage made of no more than what it says that it needs."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+    carried: list[torch.Tensor] = []
+    for graph in stages:
+        own = {name: tensors[name] for name in graph.tensors.values()}
+        stage = Stage(graph, own, ALONE, EagerAttention(graph.sites))
+        assert [(tuple(tensor.shape), tensor.dtype) for tensor in carried] == [
+            (crossing.shape(sizes), crossing.dtype) for crossing in stage.received
+        ]
+        carried = stage(None, {name: inputs[name] for name in stage.inputs}, carried)
+    (output,) = carried
+    return output
+
+
+def plain_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """Random weights in float32, transformers' own attention."""
+    model = random_model(config, seed).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@torch.inference_mode()
+def plain_logits(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(token_ids, use_cache=False).logits
+    return logits
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in all_tensors(model).items()}

@@ -1,0 +1,205 @@
+"""Which bytes of a checkpoint make up which parameter: under its name or an older one, or in several tensors.
+
+What transformers stacks and joins after reading (a mixture's experts, stored one by one) is read straight to its place
+instead, so that a rank reads only what it keeps. Knows no file and no device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
+from ts_parallel.checkpoint.load import LoadItem, Slice
+from ts_parallel.errors import CheckpointError
+from ts_parallel.partition.plan import ParameterPlan, TensorParallelPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """`stored` fills the box of a whole parameter that begins at `corner` and has its shape.
+
+    The box has length 1 in the leading dims that the stored tensor lacks: it is one of a stack.
+    """
+
+    stored: StoredTensor
+    corner: tuple[int, ...]
+
+    @property
+    def box(self) -> tuple[tuple[int, int], ...]:
+        """`(start, length)` along each dim of the parameter."""
+        lengths = (1,) * (len(self.corner) - len(self.stored.shape)) + self.stored.shape
+        return tuple(zip(self.corner, lengths, strict=True))
+
+
+def match_checkpoint(
+    model: PreTrainedModel, plan: TensorParallelPlan, index: CheckpointIndex
+) -> dict[str, tuple[Source, ...]]:
+    """Each parameter's sources, found under any of its names; together they fill it.
+
+    Raises:
+        CheckpointError: one is missing, has another shape than the model's, or is made from what is stored by an
+            operation other than stacking and joining experts.
+    """
+    direct, converted = index_by_model_name(model, index)
+    sources: dict[str, tuple[Source, ...]] = {}
+    missing = []
+    for name, entry in plan.parameters.items():
+        names = (name, *entry.aliases)
+        stored = next((direct[alias] for alias in names if alias in direct), None)
+        parts = next((converted[alias] for alias in names if alias in converted), None)
+        if stored is not None:
+            sources[name] = (_whole(entry, stored),)
+        elif parts is not None:
+            sources[name] = _joined(entry, parts)
+        else:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+        raise CheckpointError(f"the checkpoint has no tensor for {missing[0]!r}{more} of {type(model).__name__}")
+    unused = len(index) - len({part.stored.name for parts in sources.values() for part in parts})
+    if unused:
+        logger.info("%d tensors of the checkpoint belong to no parameter of %s", unused, type(model).__name__)
+    return sources
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The stored tensors that `converter` makes one parameter of, by its source patterns, in the order of its list."""
+
+    converter: WeightConverter
+    by_pattern: Mapping[str, list[StoredTensor]]
+
+
+def index_by_model_name(
+    model: PreTrainedModel, index: CheckpointIndex
+) -> tuple[dict[str, StoredTensor], dict[str, _Parts]]:
+    """The index under the names that this version of transformers gives the model's parameters: older checkpoints have
+    other names for some, and a checkpoint of the base model alone lacks its prefix. Apart from them, by the first name
+    that it would have, what a converter would have to work on."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    parameters = model.state_dict()
+    direct: dict[str, StoredTensor] = {}
+    groups: dict[str, dict[str, list[StoredTensor]]] = defaultdict(lambda: defaultdict(list))
+    for old_name in sorted(index, key=dot_natural_key):  # transformers' order: expert 10 after expert 9
+        name, pattern = rename_source_key(old_name, renamings, converters, model.base_model_prefix, parameters)
+        if pattern is None:
+            direct[name] = index[old_name]
+        else:
+            groups[name][pattern].append(index[old_name])
+    converted = {name: _Parts(converter_of[next(iter(found))], found) for name, found in groups.items()}
+    return direct, converted
+
+
+def _whole(entry: ParameterPlan, stored: StoredTensor) -> Source:
+    if stored.shape != entry.shape:
+        raise CheckpointError(
+            f"{entry.name!r} has shape {list(stored.shape)} in {stored.file}, not {list(entry.shape)}"
+        )
+    return Source(stored, (0,) * len(entry.shape))
+
+
+def _joined(entry: ParameterPlan, parts: _Parts) -> tuple[Source, ...]:
+    """Experts on dim 0, each one's patterns (gate, then up) one after the other on dim 1."""
+    _refuse_other_operations(entry, parts.converter)
+    sources = []
+    begin = 0
+    for pattern in parts.converter.source_patterns:
+        stack = parts.by_pattern.get(pattern, [])
+        if len(stack) != entry.shape[0]:
+            raise CheckpointError(
+                f"{entry.name!r} is a stack of {entry.shape[0]} tensors like {pattern!r}, "
+                f"the checkpoint has {len(stack)}"
+            )
+        rows = stack[0].shape[0] if stack[0].shape else 0
+        for stored in stack:
+            if len(stored.shape) != len(entry.shape) - 1 or stored.shape != (rows, *entry.shape[2:]):
+                raise CheckpointError(
+                    f"{stored.name!r} has shape {list(stored.shape)} in {stored.file}, which does not fit into "
+                    f"{entry.name!r} of shape {list(entry.shape)}"
+                )
+        sources += [Source(stored, (row, begin, *(0,) * len(entry.shape[2:]))) for row, stored in enumerate(stack)]
+        begin += rows
+    if begin != entry.shape[1]:
+        raise CheckpointError(
+            f"the stored parts of {entry.name!r} have {begin} rows for each of dim 0, not {entry.shape[1]}"
+        )
+    return tuple(sources)
+
+
+def _refuse_other_operations(entry: ParameterPlan, converter: WeightConverter) -> None:
+    """Only stacking on dim 0, and after it joining on dim 1, need no more than the right place for each byte."""
+    for operation, known in zip_longest(converter.operations, ((MergeModulelist, 0), (Concatenate, 1))):
+        if operation is None or (known and isinstance(operation, known[0]) and operation.dim == known[1]):
+            continue
+        raise CheckpointError(
+            f"{entry.name!r} would have to be made of {converter.source_patterns[0]!r} by {operation!r}; only "
+            "experts can be stacked and joined while they are read"
+        )
+
+
+def load_items(
+    tensors: Mapping[str, torch.Tensor], plan: TensorParallelPlan, sources: Mapping[str, tuple[Source, ...]], rank: int
+) -> list[LoadItem]:
+    """What is to be read so that `tensors`, the parameters of `rank` by name, hold its part of `sources`."""
+    return [
+        item
+        for name, entry in plan.parameters.items()
+        for source in sources[name]
+        for item in _item(tensors[name].detach(), entry.slices[rank] if entry.slices else None, source)
+    ]
+
+
+def _item(local: torch.Tensor, kept: Slice | None, source: Source) -> Iterator[LoadItem]:
+    """The part of `local` that `source` fills, a contiguous view; none where the rank keeps nothing of it."""
+    view, cut = local, None
+    num_stacked = len(source.corner) - len(source.stored.shape)
+    for dim, (start, length) in enumerate(source.box):
+        if kept is None or dim != kept.dim:
+            view = view.narrow(dim, start, length)
+            continue
+        assert dim >= num_stacked  # our plans cut inside each expert, never between experts
+        first, cut = _overlap(kept, start, start + length, dim - num_stacked)
+        if cut.length == 0:
+            return
+        view = view.narrow(dim, first, cut.length)
+    for _ in range(num_stacked):
+        view = view[0]
+    yield LoadItem(view, source.stored, cut)
+
+
+def _overlap(kept: Slice, begin: int, end: int, dim: int) -> tuple[int, Slice]:
+    """What of `kept` lies in `[begin, end)`: where it starts among the kept rows, and its pieces counted from `begin`.
+
+    Pieces follow each other in the order of the dim, so those inside the box are neighbours in the rank's part too.
+    """
+    pieces: list[tuple[int, int]] = []
+    first, done = 0, 0
+    for start, length in kept.pieces:
+        low, high = max(start, begin), min(start + length, end)
+        if low < high:
+            if not pieces:
+                first = done + low - start
+            pieces.append((low - begin, high - low))
+        done += length
+    return first, Slice(dim, tuple(pieces))

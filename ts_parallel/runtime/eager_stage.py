@@ -1,0 +1,49 @@
+"""The model's own modules in place of a traced stage: slower, and a way to find out whether a trace is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ts_parallel.partition.attention_sites import AttentionPattern, attach
+from ts_parallel.partition.causal_lm import call_causal_lm
+from ts_parallel.partition.stages import Crossing
+from ts_parallel.runtime.paged_attention import PagedAttention, StepLayout
+
+
+class EagerStage:
+    """Runs a whole causal language model, as `Stage` does one stage. Owns the call count of a step."""
+
+    received: tuple[Crossing, ...] = ()
+
+    def __init__(self, model: PreTrainedModel, attention: PagedAttention) -> None:
+        self._model = model
+        self._attention = attention
+        self._step: StepLayout | None = None
+        self._site = 0
+        attach(model, self)
+
+    def __call__(
+        self, step: StepLayout, inputs: Mapping[str, torch.Tensor], received: Sequence[torch.Tensor] = ()
+    ) -> list[torch.Tensor]:
+        self._step, self._site = step, 0
+        return [call_causal_lm(self._model, inputs)]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pattern: AttentionPattern,
+        scaling: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `AttentionBackend`. What the site is like was noted before; here its number counts."""
+        assert self._step is not None
+        self._site += 1
+        return self._attention(self._step, query, key, value, self._site - 1)
