@@ -103,6 +103,12 @@ class HandlerConfig(ModelConfig):
     """Tokens of one KV block."""
     kv_cache_memory: Bytes = Field(default=512 * 2**20, ge=1)
     """Bytes of KV cache on each rank."""
+    max_num_waiting: Count = Field(default=1024, ge=0)
+    """Most requests that wait beside those that run; more are refused with 429."""
+    enable_prefix_caching: bool = True
+    """Whether prompts that begin alike share what was computed for one of them."""
+    max_prefill_slowdown: float = Field(default=1.8, gt=1)
+    """How many times as long a step of decoding requests may take while prompts are prefilled beside them."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
 

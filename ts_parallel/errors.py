@@ -8,6 +8,7 @@ TSParallelError
 │   └── PlanError           the model cannot be split as asked, or cannot be run at all
 └── RequestError      400   this request alone is refused
     ├── NotFoundError 404   no such route
+    ├── BusyError     429   too many requests wait already
     └── EngineError   500   the engine failed while it ran this request
 """
 
@@ -52,6 +53,11 @@ class RequestError(TSParallelError):
 class NotFoundError(RequestError):
     status = 404
     kind = "not_found_error"
+
+
+class BusyError(RequestError):
+    status = 429
+    kind = "rate_limit_error"
 
 
 class EngineError(RequestError):

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from ts_parallel.runtime.sampling import sample, uniform
-from ts_parallel.runtime.step import SamplingParams
+from ts_parallel.runtime import sampling
+from ts_parallel.runtime.sampling import uniform
+from ts_parallel.runtime.step import Chunk, SamplingParams
 
 PROBABILITIES = [0.4, 0.05, 0.3, 0.05, 0.2]
 LOGITS = torch.tensor(PROBABILITIES).log()
 NUM_DRAWS = 2000
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """The token of each row at its position, in requests that are alike but for these."""
+    rows = zip(params, positions, strict=True)
+    return sampling.sample(logits, [Chunk("", (1,), position - 1, (), True, own) for own, position in rows])
 
 
 def draw(params: SamplingParams, num_draws: int = NUM_DRAWS, logits: torch.Tensor = LOGITS) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ts_parallel.errors import RequestError
-from ts_parallel.serving.bodies import RawRequest, parse_completion, parse_native
+from ts_parallel.runtime.step import SamplingParams
+from ts_parallel.serving.bodies import RawRequest, SamplingDefaults, parse_chat, parse_completion, parse_native
 
 
 def raw(body: object, content_type: str = "application/json") -> RawRequest:
@@ -118,9 +119,67 @@ def test_fields_that_benchmark_clients_send_are_accepted() -> None:
     assert body.ignore_eos and body.stream and body.stream_options and body.stream_options.continuous_usage_stats
 
 
-@pytest.mark.parametrize(
-    "field", [{"n": 2}, {"stop": ["x"]}, {"logprobs": 3}, {"echo": True}, {"logit_bias": {"5": 1}}]
-)
+@pytest.mark.parametrize("field", [{"n": 2}, {"logprobs": 3}, {"echo": True}, {"suffix": "x"}, {"best_of": 2}])
 def test_openai_field_that_would_be_ignored_is_refused_instead(field: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(field))):
         parse_completion(raw({"prompt": "x", **field}))
+
+
+def test_all_sampling_fields_reach_the_generation_parameters() -> None:
+    fields: dict[str, object] = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "typical_p": 0.9,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"7": -3.5},
+        "min_tokens": 2,
+        "stop_token_ids": [3],
+        "priority": -1,
+        "ignore_eos": True,
+    }
+    params = parse_completion(raw({"prompt": "x", **fields})).generation_params(0.5, random_seed=1)
+    assert params.sampling == SamplingParams(
+        0.5, 1.0, 1, 5, 0.1, 0.9, 1.2, presence_penalty=0.5, frequency_penalty=-0.5, logit_bias=((7, -3.5),)
+    )
+    assert (params.min_tokens, params.stop_token_ids, params.priority, params.ignore_eos) == (2, (3,), -1, True)
+
+
+def test_what_is_left_open_is_the_models_own_default() -> None:
+    defaults = SamplingDefaults(top_p=0.8, top_k=20, repetition_penalty=1.1)
+    own = parse_completion(raw({"prompt": "x", "top_p": 1.0})).generation_params(0.5, 1, defaults).sampling
+    assert (own.top_p, own.top_k, own.repetition_penalty) == (1.0, 20, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ({"top_k": -2}, "greater than or equal to -1"),
+        ({"min_p": 1.5}, "less than or equal to 1"),
+        ({"presence_penalty": 3}, "less than or equal to 2"),
+        ({"logit_bias": {"x": 1}}, "'x' is no token id"),
+        ({"logit_bias": {"5": 101}}, "not between -100 and 100"),
+        ({"stop": ["a", ""]}, "empty stop string"),
+        ({"stop": ["a"] * 17}, "at most 16"),
+    ],
+)
+def test_bad_sampling_field_is_named(field: dict[str, object], says: str) -> None:
+    with pytest.raises(RequestError, match=says) as refusal:
+        parse_completion(raw({"prompt": "x", **field}))
+    assert refusal.value.parameter == next(iter(field))
+
+
+def test_chat_messages_may_come_in_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = parse_chat(raw({"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 4}))
+    assert body.template_messages() == [{"role": "user", "content": "ab"}]
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [{"content": "x"}], [{"role": "user", "content": 5}], "hello", [{"role": "user", "content": [{}]}]]
+)
+def test_bad_messages_are_refused(messages: object) -> None:
+    with pytest.raises(RequestError) as refusal:
+        parse_chat(raw({"messages": messages})).template_messages()
+    assert refusal.value.parameter == "messages"

@@ -112,8 +112,9 @@ class FrontEnd:
         answer: Answer = TextStream() if shape == "text" else WholeText()
         if shape == "events":
             answer = CompletionStream(request_id, "m", include_usage=False, has_usage_in_each=False)
-        self.engine.submit(Request(request_id, (0,), max_tokens))
-        return Job(answer, Detokenizer(Letters()), num_prompt_tokens=1)
+        own = Request(request_id, (0,), max_tokens)
+        self.engine.submit(own)
+        return Job(answer, Detokenizer(Letters()), own)
 
     def round_trip(self, **routes: str) -> dict[str, Sent]:
         """What each job that is not left out is sent. A job that has ended is named no more."""

@@ -35,7 +35,7 @@ from ts_parallel.partition.match import match_checkpoint
 from ts_parallel.partition.trace import TracedGroup
 from ts_parallel.runtime.kv_memory import count_blocks
 from ts_parallel.runtime.runner import refuse_unpageable
-from ts_parallel.serving.text_generation import read_eos_ids, read_tokenizer, resolve_max_model_len
+from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer, resolve_max_model_len
 
 
 def serve(

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Protocol
 
@@ -50,6 +51,8 @@ class Engine:
     def __init__(self, runner: StepRunner, scheduler: Scheduler) -> None:
         self._runner = runner
         self._scheduler = scheduler
+        self._started: deque[float] = deque()  # when each step in flight was
+        self._last_result = 0.0
 
     @property
     def has_requests(self) -> bool:
@@ -62,7 +65,11 @@ class Engine:
     def abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
 
-    def step(self, paused: Collection[str] = (), deliver: Callable[[list[TokenOutput]], None] | None = None) -> bool:
+    def step(
+        self,
+        paused: Collection[str] = (),
+        deliver: Callable[[list[TokenOutput]], None] | None = None,
+    ) -> bool:
         """Start one step of all requests but the `paused` ones, and deliver the tokens of the oldest one in flight.
 
         It is waited for once every stage has a step, or where without its tokens nobody could run. False where nobody
@@ -70,12 +77,17 @@ class Engine:
         """
         plan = self._scheduler.schedule(paused)
         if plan.chunks:
+            self._started.append(time.perf_counter())
             self._runner.submit(plan)
             if self._scheduler.num_in_flight < self._runner.num_stages:
                 return True
         if not self._scheduler.num_in_flight:
             return False
-        outputs = self._scheduler.update(self._runner.collect())
+        token_ids = self._runner.collect()
+        now = time.perf_counter()
+        # With several steps in flight, a step takes the time since the one before it was done.
+        outputs = self._scheduler.update(token_ids, now - max(self._last_result, self._started.popleft()))
+        self._last_result = now
         if deliver is not None:
             deliver(outputs)
         return True
@@ -106,6 +118,11 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def num_open(self) -> int:
+        """The requests that were submitted and whose mailboxes are not closed."""
+        return self.router.num_open
 
     def start(self) -> None:
         self._thread.start()

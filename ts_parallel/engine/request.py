@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ts_parallel.errors import RequestError
@@ -18,6 +18,11 @@ class GenerationParams:
     max_tokens: int | None = None
     sampling: SamplingParams = SamplingParams()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    """The answer does not end by a stop token before it has so many."""
+    stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    """Who waits is admitted in this order, the lowest first."""
 
 
 @dataclass(eq=False)
@@ -33,11 +38,17 @@ class Request:
     max_tokens: int
     sampling: SamplingParams = SamplingParams()
     eos_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    priority: int = 0
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_in_flight: int = 0
     """Its chunks that were scheduled and whose step has given no result yet."""
     block_ids: list[int] = field(default_factory=list)
+    num_remembered: int = 0
+    """How many of its blocks others may begin with."""
+    num_cached: int | None = None
+    """How many tokens it did not have to compute when it was first admitted."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,7 +63,17 @@ class Request:
         num_prompt = len(self.prompt_ids)
         if end <= num_prompt:
             return self.prompt_ids[start:end]
-        return (*self.prompt_ids[start:], *self.output_ids[max(0, start - num_prompt) : end - num_prompt])
+        return (
+            *self.prompt_ids[start:],
+            *self.output_ids[max(0, start - num_prompt) : end - num_prompt],
+        )
+
+    def sampling_now(self) -> SamplingParams:
+        """How its next token is chosen: no end before `min_tokens`."""
+        if len(self.output_ids) >= self.min_tokens or not self.eos_ids:
+            return self.sampling
+        forbidden = tuple((token_id, float("-inf")) for token_id in sorted(self.eos_ids))
+        return replace(self.sampling, logit_bias=self.sampling.logit_bias + forbidden)
 
     def finish_reason(self) -> FinishReason | None:
         """Why the last token was the last; None where it was not."""
@@ -62,7 +83,12 @@ class Request:
 
 
 def make_request(
-    request_id: str, prompt_ids: list[int], params: GenerationParams, *, eos_ids: frozenset[int], max_model_len: int
+    request_id: str,
+    prompt_ids: list[int],
+    params: GenerationParams,
+    *,
+    eos_ids: frozenset[int],
+    max_model_len: int,
 ) -> Request:
     """A request whose lengths are within the engine's.
 
@@ -85,5 +111,18 @@ def make_request(
             f"(max_model_len {max_model_len})",
             "max_tokens",
         )
-    ends = frozenset() if params.ignore_eos else eos_ids
-    return Request(request_id, tuple(prompt_ids), max_tokens, params.sampling, ends)
+    if params.min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens is {params.min_tokens}, more than max_tokens, {max_tokens}",
+            "min_tokens",
+        )
+    ends = (frozenset() if params.ignore_eos else eos_ids) | frozenset(params.stop_token_ids)
+    return Request(
+        request_id,
+        tuple(prompt_ids),
+        max_tokens,
+        params.sampling,
+        ends,
+        params.min_tokens,
+        params.priority,
+    )

@@ -31,6 +31,10 @@ class TokenRouter:
         self._mailboxes: dict[str, Delivery] = {}
         self._emptied_at: dict[str, float] = {}
 
+    @property
+    def num_open(self) -> int:
+        return len(self._mailboxes)
+
     def open(self, request_id: str) -> None:
         with self._changed:
             self._mailboxes[request_id] = Delivery()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ts_parallel.engine.block_manager import BlockManager
+from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import FinishReason, Request
 from ts_parallel.runtime.step import Chunk, StepPlan
 
@@ -27,10 +28,16 @@ class TokenOutput:
 
 
 class Scheduler:
-    """Owns the requests: `waiting` in order of arrival, `running` in order of admission. And what is in flight."""
+    """Owns the requests: `waiting` by priority, then arrival, `running` by admission. And what is in flight."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, num_stages: int = 1
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_stages: int = 1,
+        pacer: PrefillPacer | None = None,
     ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -39,6 +46,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_stages = num_stages
+        self._pacer = pacer
 
     @property
     def num_in_flight(self) -> int:
@@ -46,7 +54,12 @@ class Scheduler:
         return len(self._in_flight)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Let it wait behind all whose priority is not worse."""
+        behind = next(
+            (at for at, other in enumerate(self.waiting) if other.priority > request.priority),
+            None,
+        )
+        self.waiting.insert(len(self.waiting) if behind is None else behind, request)
 
     def abort(self, request_id: str) -> None:
         """Forget a request; one that is not here any more is nobody's loss."""
@@ -63,32 +76,42 @@ class Scheduler:
         for. So an empty step says that the oldest result in flight is needed first, or, without any, nobody can run.
         """
         budget, num_seats = self._max_num_batched_tokens, self._num_seats(paused)
+        prefill_budget = self._most_prefill_tokens()
         step: list[tuple[Request, Chunk]] = []
         active = [request for request in self.running if request.num_behind and request.request_id not in paused]
         for request in sorted(active, key=lambda request: request.num_behind > 1):
-            if not budget or len(step) == num_seats:
+            is_prefill = request.num_behind > 1
+            num_tokens = min(request.num_behind, budget, prefill_budget if is_prefill else 1)
+            if not num_tokens or len(step) == num_seats:
                 break
-            num_tokens = min(request.num_behind, budget)
             if request in self.running and self._make_room(request, request.num_computed + num_tokens):
                 step.append((request, self._chunk(request, num_tokens)))
                 budget -= num_tokens
+                prefill_budget -= num_tokens * is_prefill
             elif request in self.running:
                 budget = 0  # it waits for blocks of others, who may neither start anew nor be joined in the meantime
-        while budget and len(step) < num_seats and self._can_admit(paused):
+        while budget and prefill_budget and len(step) < num_seats and self._can_admit(paused):
             request = self.waiting.popleft()
-            num_tokens = min(request.num_behind, budget)
+            request.num_computed = self._blocks.take_prefix(request, self._blocks.find_prefix(request))
+            if request.num_cached is None:
+                request.num_cached = request.num_computed
+            num_tokens = min(request.num_behind, budget, prefill_budget)
             self.running.append(request)
             step.append((request, self._chunk(request, num_tokens)))
             budget -= num_tokens
+            prefill_budget -= num_tokens
         if step:
             self._in_flight.append(step)
         return StepPlan(tuple(chunk for _, chunk in step))
 
-    def update(self, token_ids: list[int]) -> list[TokenOutput]:
+    def update(self, token_ids: list[int], seconds: float | None = None) -> list[TokenOutput]:
         """Enter what the oldest step in flight has computed: `token_ids` of its sampled chunks, in order.
 
-        A token of a request that was aborted in the meantime is dropped.
+        A token of a request that was aborted in the meantime is dropped. `seconds` is what the step took, if known.
         """
+        if self._pacer is not None and seconds is not None:
+            sizes = [len(chunk.token_ids) for _, chunk in self._in_flight[0]]
+            self._pacer.observe(sizes.count(1), sum(size for size in sizes if size > 1), seconds)
         running = set(self.running)
         outputs = []
         tokens = iter(token_ids)
@@ -104,6 +127,12 @@ class Scheduler:
                 self.running.remove(request)
                 self._blocks.release(request)
         return outputs
+
+    def _most_prefill_tokens(self) -> int:
+        """How many tokens of prompts a step may have: all that fit, unless somebody waits for a next token."""
+        if self._pacer is None or not any(request.output_ids for request in self.running):
+            return self._max_num_batched_tokens
+        return self._pacer.most_prefill_tokens()
 
     def _num_seats(self, paused: Collection[str]) -> int:
         """How many requests one step may take, so that those which can run make a step for each stage."""
@@ -121,20 +150,25 @@ class Scheduler:
         if not self.waiting or len(self.running) == self._max_num_seqs:
             return False
         request = self.waiting[0]
-        return request.request_id not in paused and self._blocks.can_hold(request, request.num_tokens)
+        return request.request_id not in paused and self._blocks.can_admit(request, self._blocks.find_prefix(request))
 
     def _chunk(self, request: Request, num_tokens: int) -> Chunk:
         start, end = request.num_computed, request.num_computed + num_tokens
         self._blocks.hold(request, end)
         request.num_computed = end
+        self._blocks.remember(request)
         request.num_in_flight += 1
+        sampling = request.sampling_now()
+        needs_history = sampling.needs_history and end == request.num_tokens
         return Chunk(
             request_id=request.request_id,
             token_ids=request.token_ids(start, end),
             start=start,
             block_ids=tuple(request.block_ids),
             is_sampled=end == request.num_tokens,
-            sampling=request.sampling,
+            sampling=sampling,
+            prompt_ids=request.prompt_ids if needs_history else (),
+            output_ids=tuple(request.output_ids) if needs_history else (),
         )
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -155,4 +189,5 @@ class Scheduler:
         self._blocks.release(request)
         request.num_computed = 0
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        ahead = next((at for at, other in enumerate(self.waiting) if other.priority >= request.priority), None)
+        self.waiting.insert(len(self.waiting) if ahead is None else ahead, request)

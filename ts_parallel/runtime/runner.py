@@ -147,7 +147,7 @@ def _num_results(plan: StepPlan) -> int:
 def _choose_tokens(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
     """int64 `[_num_results]`."""
     sampled = _sampled(plan)
-    tokens = sample(logits, [chunk.sampling for chunk in sampled], [chunk.end for chunk in sampled]) if sampled else [0]
+    tokens = sample(logits, sampled) if sampled else [0]
     return torch.tensor(tokens)
 
 

@@ -5,17 +5,48 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Greedy where `temperature` is 0."""
+    """How the next token is chosen; the defaults change nothing. Greedy where `temperature` is 0.
+
+    The names and meanings are vLLM's and transformers'. Penalties come first, then `logit_bias`, then temperature and,
+    each on what the one before has left: top_k, top_p, min_p, typical_p.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    """Only so many of the most likely tokens; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this times as likely as the most likely one."""
+    typical_p: float = 1.0
+    """Only the tokens whose surprise is nearest to the expected one, until they have this probability together."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that prompt or answer have, and multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer has."""
+    frequency_penalty: float = 0.0
+    """Taken off it as often as the answer has the token."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """`(token id, what is added to its logit)`; minus infinity forbids a token."""
+
+    @property
+    def needs_history(self) -> bool:
+        return (
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+        ) != (1.0, 0.0, 0.0)
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.needs_history or bool(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -32,6 +63,9 @@ class Chunk:
     block_ids: tuple[int, ...]
     is_sampled: bool
     sampling: SamplingParams = SamplingParams()
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+    """All tokens up to now, where `sampling` needs them."""
 
     @property
     def end(self) -> int:
@@ -54,13 +88,19 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     def encode(self) -> torch.Tensor:
-        """int64 `[N]`, all but the requests' names: two flags, then each chunk's counts, sampling and numbers."""
+        """int64 `[N]`, all but the requests' names: two flags, then each chunk's counts, numbers and sampling."""
         numbers = [int(self.is_last), int(self.wants_logits)]
         for chunk in self.chunks:
-            numbers += (len(chunk.token_ids), len(chunk.block_ids), chunk.start, int(chunk.is_sampled))
-            numbers += _encode_sampling(chunk.sampling)
-            numbers += chunk.token_ids
-            numbers += chunk.block_ids
+            rows = (
+                chunk.token_ids,
+                chunk.block_ids,
+                chunk.prompt_ids,
+                chunk.output_ids,
+                _encode_sampling(chunk),
+            )
+            numbers += (chunk.start, int(chunk.is_sampled), *map(len, rows))
+            for row in rows:
+                numbers += row
         return torch.tensor(numbers, dtype=torch.int64)
 
     @staticmethod
@@ -68,20 +108,67 @@ class StepPlan:
         """The plan of `encode`'s numbers; its chunks have no `request_id`."""
         chunks, at = [], 2
         while at < len(numbers):
-            num_tokens, num_blocks, start, is_sampled = numbers[at : at + 4]
-            sampling = _decode_sampling(*numbers[at + 4 : at + 7])
-            blocks_at = at + 7 + num_tokens
-            token_ids, at = tuple(numbers[at + 7 : blocks_at]), blocks_at + num_blocks
-            chunks.append(Chunk("", token_ids, start, tuple(numbers[blocks_at:at]), bool(is_sampled), sampling))
+            start, is_sampled, *lengths = numbers[at : at + 7]
+            ends = list(accumulate(lengths, initial=at + 7))
+            token_ids, block_ids, prompt_ids, output_ids, sampling = (
+                tuple(numbers[first:end]) for first, end in pairwise(ends)
+            )
+            params = _decode_sampling(sampling)
+            chunks.append(
+                Chunk(
+                    "",
+                    token_ids,
+                    start,
+                    block_ids,
+                    bool(is_sampled),
+                    params,
+                    prompt_ids,
+                    output_ids,
+                )
+            )
+            at = ends[-1]
         return StepPlan(tuple(chunks), bool(numbers[0]), bool(numbers[1]))
 
 
-def _encode_sampling(params: SamplingParams) -> tuple[int, int, int]:
-    """The bits of the two floats, and the seed, which counts modulo 2**64, as int64s."""
-    temperature, top_p = struct.unpack("<qq", struct.pack("<dd", params.temperature, params.top_p))
-    return temperature, top_p, (params.seed + 2**63) % 2**64 - 2**63
+_DEFAULT = SamplingParams()
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
-def _decode_sampling(temperature: int, top_p: int, seed: int) -> SamplingParams:
-    floats = struct.unpack("<dd", struct.pack("<qq", temperature, top_p))
-    return SamplingParams(temperature=floats[0], top_p=floats[1], seed=seed % 2**64)
+def _encode_sampling(chunk: Chunk) -> tuple[int, ...]:
+    """Nothing for the defaults; else the seed, which counts modulo 2**64, top_k, and the bits of all that is real."""
+    params = chunk.sampling
+    if params == _DEFAULT:
+        return ()
+    token_ids = [token_id for token_id, _ in params.logit_bias]
+    reals = [
+        *(getattr(params, name) for name in _FLOATS),
+        *(bias for _, bias in params.logit_bias),
+    ]
+    seed = (params.seed + 2**63) % 2**64 - 2**63
+    return (seed, params.top_k, *_bits(reals), *token_ids)
+
+
+def _decode_sampling(numbers: Sequence[int]) -> SamplingParams:
+    if not numbers:
+        return _DEFAULT
+    num_biases = (len(numbers) - 2 - len(_FLOATS)) // 2
+    reals = _reals(numbers[2 : len(numbers) - num_biases])
+    biases = tuple(zip(numbers[len(numbers) - num_biases :], reals[len(_FLOATS) :], strict=True))
+    named = dict(zip(_FLOATS, reals[: len(_FLOATS)], strict=True))
+    return SamplingParams(seed=numbers[0] % 2**64, top_k=numbers[1], logit_bias=biases, **named)
+
+
+def _bits(reals: Sequence[float]) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(reals)}q", struct.pack(f"<{len(reals)}d", *reals))
+
+
+def _reals(bits: Sequence[int]) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(bits)}d", struct.pack(f"<{len(bits)}q", *bits))

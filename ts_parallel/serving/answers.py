@@ -19,13 +19,18 @@ EVENTS = "text/event-stream"
 class Usage:
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
+    """Of the prompt's, those that an earlier request had computed."""
 
-    def as_dict(self) -> dict[str, int]:
-        return {
+    def as_dict(self) -> dict[str, Any]:
+        usage: dict[str, Any] = {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
         }
+        if self.num_cached_tokens:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.num_cached_tokens}
+        return usage
 
 
 def error_body(error: RequestError) -> str:
@@ -90,14 +95,14 @@ class CompletionStream(Answer):
     content_type = EVENTS
 
     def __init__(self, request_id: str, model: str, *, include_usage: bool, has_usage_in_each: bool) -> None:
-        self._head = completion_head(request_id, model)
+        self._head = self._make_head(request_id, model)
         self._include_usage = include_usage
         self._has_usage_in_each = has_usage_in_each
 
     def advance(self, text: str, usage: Usage, finish_reason: str | None) -> str | None:
         if not text and not finish_reason:
             return None
-        chunk = {**self._head, "choices": [_choice(text, finish_reason)]}
+        chunk = {**self._head, "choices": [self._choice(text, finish_reason)]}
         if self._include_usage:
             chunk["usage"] = usage.as_dict() if self._has_usage_in_each else None
         events = _event(chunk)
@@ -107,6 +112,43 @@ class CompletionStream(Answer):
 
     def fail(self, error: RequestError) -> str:
         return f"data: {error_body(error)}\n\n"
+
+    def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
+        return completion_head(request_id, model)
+
+    def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return _choice(text, finish_reason)
+
+
+class ChatCompletion(WholeText):
+    """One OpenAI chat completion object."""
+
+    def __init__(self, request_id: str, model: str) -> None:
+        super().__init__()
+        self._head = chat_head(request_id, model, "chat.completion")
+
+    def _body(self, text: str, usage: Usage, finish_reason: str) -> str:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return json.dumps({**self._head, "choices": [choice], "usage": usage.as_dict()})
+
+
+class ChatCompletionStream(CompletionStream):
+    """OpenAI chat completion chunks as server-sent events; the first says who speaks."""
+
+    _has_spoken = False
+
+    def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
+        return chat_head(request_id, model, "chat.completion.chunk")
+
+    def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
+        delta = {"content": text} if self._has_spoken else {"role": "assistant", "content": text}
+        self._has_spoken = True
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def chat_head(request_id: str, model: str, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def completion_head(request_id: str, model: str) -> dict[str, Any]:

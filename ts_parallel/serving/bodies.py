@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ts_parallel.config import did_you_mean
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import RequestError
 from ts_parallel.runtime.step import SamplingParams
 
+_MOST_STOPS = 16
 _LONGEST_ECHO = 60  # characters of a bad value that an error repeats
 
 
@@ -24,14 +26,91 @@ class _Body(BaseModel):
 B = TypeVar("B", bound=_Body)
 
 
-class _GenerationBody(_Body):
-    max_tokens: int | None = Field(default=None, ge=1)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request leaves open, as the model's generation_config.json has it."""
 
-    def generation_params(self, temperature: float, random_seed: int, ignore_eos: bool = False) -> GenerationParams:
-        seed = random_seed if self.seed is None else self.seed
-        return GenerationParams(self.max_tokens, SamplingParams(temperature, self.top_p, seed), ignore_eos)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class _GenerationBody(_Body):
+    """The fields that every way to generate has; names and meanings are OpenAI's where it has them, else vLLM's."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    typical_p: float | None = Field(default=None, gt=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: int = Field(default=0, ge=0)
+    ignore_eos: bool = False
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases_are_token_ids_with_numbers(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for token_id, bias in (value or {}).items():
+            if not re.fullmatch(r"\d{1,9}", token_id):
+                raise ValueError(f"{token_id!r} is no token id")
+            if not -100 <= bias <= 100:
+                raise ValueError(f"the bias of token {token_id} is {bias}, not between -100 and 100")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_few_and_not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > _MOST_STOPS:
+            raise ValueError(f"{len(stops)} stop strings, at most {_MOST_STOPS} are looked for")
+        if isinstance(value, list) and "" in value:
+            raise ValueError("an empty stop string")
+        return value
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or ()))
+
+    def generation_params(
+        self, temperature: float, random_seed: int, defaults: SamplingDefaults = SamplingDefaults()
+    ) -> GenerationParams:
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_p=_or(self.top_p, defaults.top_p),
+            seed=_or(self.seed, random_seed),
+            top_k=max(0, _or(self.top_k, defaults.top_k)),
+            min_p=_or(self.min_p, defaults.min_p),
+            typical_p=_or(self.typical_p, defaults.typical_p),
+            repetition_penalty=_or(self.repetition_penalty, defaults.repetition_penalty),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+        )
+        return GenerationParams(
+            max_tokens=self.max_tokens,
+            sampling=sampling,
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            priority=self.priority,
+        )
+
+
+N = TypeVar("N", int, float)
+
+
+def _or(value: N | None, default: N) -> N:
+    return default if value is None else value
 
 
 class NativeBody(_GenerationBody):
@@ -47,17 +126,19 @@ class StreamOptions(_Body):
     continuous_usage_stats: bool = False
 
 
-class CompletionBody(_GenerationBody):
+class _OpenAIBody(_GenerationBody):
+    model: str | None = None
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class CompletionBody(_OpenAIBody):
     """`POST v1/completions`: https://platform.openai.com/docs/api-reference/completions/create."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    model: str | None = None
     max_tokens: int | None = Field(default=16, ge=1)
-    temperature: float | None = Field(default=1.0, ge=0, le=100)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    user: str | None = None
 
     def single_prompt(self) -> str | list[int]:
         """The prompt, taken out of a list of one."""
@@ -69,17 +150,72 @@ class CompletionBody(_GenerationBody):
         return prompt  # type: ignore[return-value]
 
 
+class ChatBody(_OpenAIBody):
+    """`POST v1/chat/completions`: https://platform.openai.com/docs/api-reference/chat/create."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _messages_have_roles_and_texts(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for number, message in enumerate(value):
+            if not isinstance(message.get("role"), str):
+                raise ValueError(f"message {number} has no role")
+            if not isinstance(message.get("content"), (str, list, type(None))):
+                raise ValueError(f"the content of message {number} is neither a text nor a list of parts")
+        return value
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them: parts of type text are joined.
+
+        Raises:
+            RequestError: a part is no text.
+        """
+        return [{**message, "content": _text_of(message.get("content"))} for message in self.messages]
+
+
+def _text_of(content: str | list[Any] | None) -> str:
+    if not isinstance(content, list):
+        return content or ""
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(f"only parts of type 'text' can be read, got {_echo(part)}", "messages")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class TokenizeBody(_Body):
+    """`POST tokenize`."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(_Body):
+    """`POST detokenize`."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
 # Fields of OpenAI's API that change nothing at these values and are refused at others.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (),
+    "logprobs": (False,),
     "n": (1,),
-    "presence_penalty": (0,),
-    "stop": ([], ""),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
     "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
 }
 
 
@@ -131,19 +267,32 @@ def parse_native(request: RawRequest) -> NativeBody:
     """A JSON object, or raw text that is the prompt."""
     if (text := request.text()) is not None:
         return NativeBody(prompt=text)
-    fields = request.fields()
-    _refuse_unknown(fields, NativeBody)
-    return _validated(NativeBody, fields)
+    return parse_plain(NativeBody, request)
 
 
 def parse_completion(request: RawRequest) -> CompletionBody:
+    return _parse_openai(CompletionBody, request)
+
+
+def parse_chat(request: RawRequest) -> ChatBody:
+    return _parse_openai(ChatBody, request)
+
+
+def parse_plain(body: type[B], request: RawRequest) -> B:
+    """A JSON object of the fields of `body`."""
+    fields = request.fields()
+    _refuse_unknown(fields, body)
+    return _validated(body, fields)
+
+
+def _parse_openai(body: type[B], request: RawRequest) -> B:
     fields = dict(request.fields())
     for name, neutral in _NEUTRAL.items():
         value = fields.pop(name, None)
         if value is not None and value not in neutral:
             raise RequestError(f"{name!r} is not supported, got {_echo(value)}", name)
-    _refuse_unknown(fields, CompletionBody)
-    return _validated(CompletionBody, fields)
+    _refuse_unknown(fields, body)
+    return _validated(body, fields)
 
 
 def _refuse_unknown(fields: Mapping[str, Any], body: type[_Body]) -> None:

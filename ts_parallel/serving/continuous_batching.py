@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import Delivery, TokenRouter
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.answers import JSON, Answer, Usage, error_body
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.detokenizer import Detokenizer
 from ts_parallel.serving.keep_open import ROUTE as KEEP_OPEN
+from ts_parallel.serving.stop_strings import StopStrings
 
 # New requests join between two calls, so this bounds how long one of them waits while no token comes.
 SECONDS_PER_DRAIN = 0.02
 # A job that has ended may be named once more in the next call.
 _NUM_ENDED_REMEMBERED = 4096
 
-_PHRASES = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error"}
+_PHRASES = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Job:
 
     answer: Answer
     detokenizer: Detokenizer
-    num_prompt_tokens: int
+    request: Request
+    stops: StopStrings = field(default_factory=lambda: StopStrings(()))
     num_completion_tokens: int = 0
     has_begun: bool = False
 
@@ -66,14 +69,25 @@ class Job:
         if delivery.error is not None:
             error = EngineError(delivery.error)
             return Reply(self.answer.fail(error), False, True) if self.has_begun else Reply.refusal(error)
-        self.num_completion_tokens += len(delivery.token_ids)
-        text = self.detokenizer.add(delivery.token_ids, delivery.is_last)
-        usage = Usage(self.num_prompt_tokens, self.num_completion_tokens)
-        body = self.answer.advance(text, usage, delivery.finish_reason)
+        text = self._read(delivery)
+        finish_reason = "stop" if self.stops.has_stopped else delivery.finish_reason
+        usage = Usage(len(self.request.prompt_ids), self.num_completion_tokens, self.request.num_cached or 0)
+        body = self.answer.advance(text, usage, finish_reason)
         if body is None:
             return None
         is_first, self.has_begun = not self.has_begun, True
-        return Reply(body, is_first, delivery.is_last, content_type=self.answer.content_type)
+        return Reply(body, is_first, finish_reason is not None, content_type=self.answer.content_type)
+
+    def _read(self, delivery: Delivery) -> str:
+        """The text of new tokens, one by one, for none after a stop string counts."""
+        pieces = []
+        for number, token_id in enumerate(delivery.token_ids, 1):
+            is_last = delivery.is_last and number == len(delivery.token_ids)
+            self.num_completion_tokens += 1
+            pieces.append(self.stops.add(self.detokenizer.add([token_id], is_last), is_last))
+            if self.stops.has_stopped:
+                break
+        return "".join(pieces)
 
 
 class EngineDoor(Protocol):

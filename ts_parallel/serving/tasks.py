@@ -18,7 +18,7 @@ from ts_parallel.partition.deferred import choose_dtype, read_model_config
 from ts_parallel.partition.encoder import ModelCall, call_of_task
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.micro_batching import Collator
-from ts_parallel.serving.text_generation import read_tokenizer
+from ts_parallel.serving.model_files import read_tokenizer
 
 _WHAT: Mapping[Any, str] = {str: "a text", list: "nested lists of numbers"}
 _MOST_LABELS = 5  # as many as transformers' pipeline for images answers with

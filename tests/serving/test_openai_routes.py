@@ -1,0 +1,192 @@
+"""What OpenAI's clients expect, through a real TorchServe: chat, stops, penalties, tokens, and a prompt asked twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from http_client import events, post
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ts_parallel.cli.archive import handler_config
+from ts_parallel.cli.serve import running
+from ts_parallel.cli.torchserve import TorchServe, free_ports
+
+pytestmark = pytest.mark.torchserve
+
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'cat' %}{{ raise_exception('no cats') }}{% endif %}"
+    "{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if tools %}tools: {{ tools | length }}\n{% endif %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+PROMPT = "Return a new list containing"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, with a chat template and with defaults of its own for sampling."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(DEMO_MODEL, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.7, "top_k": 1}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[TorchServe]:
+    """Two stages: what sampling needs must reach the last."""
+    config = handler_config(folder, "cpu", pipeline_parallel_size=2, dtype="float32", kv_cache_memory="64MiB")
+    with running(config, folder, "demo", "127.0.0.1", free_ports(1)[0], False, threading.Event()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def expected(
+    plain: tuple[Any, Any], prompt: str, max_tokens: int, *, add_special_tokens: bool = True, **options: Any
+) -> str:
+    """transformers' own greedy answer."""
+    model, tokenizer = plain
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=add_special_tokens)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens, pad_token_id=1, **options)
+    text: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def ask(server: TorchServe, route: str, **fields: Any) -> dict[str, Any]:
+    status, text = post(f"{server.url}/1.0/{route}", fields)
+    assert status == 200, text
+    answer: dict[str, Any] = json.loads(text)
+    return answer
+
+
+def complete(server: TorchServe, **fields: Any) -> dict[str, Any]:
+    choice: dict[str, Any] = ask(server, "v1/completions", **{"prompt": PROMPT, "temperature": 0, **fields})["choices"][
+        0
+    ]
+    return choice
+
+
+def complete_ids(server: TorchServe, **fields: Any) -> list[int]:
+    """The greedy answer as the tokens that its text has."""
+    text = complete(server, **fields)["text"]
+    ids: list[int] = ask(server, "tokenize", prompt=text, add_special_tokens=False)["tokens"]
+    return ids
+
+
+def test_chat_is_the_completion_of_its_template(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a list?"}]
+    answer = ask(server, "v1/chat/completions", messages=messages, temperature=0, max_tokens=20)
+    prompt = "system: Be brief.\nuser: What is a list?\nassistant:"  # a template brings its own special tokens
+    text = expected(plain, prompt, 20, add_special_tokens=False)
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": text}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    other = ask(server, "v1/chat/completions", messages=messages, tools=tools, temperature=0, max_tokens=20)
+    assert other["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
+
+
+def test_chat_streams_deltas_and_says_first_who_speaks(server: TorchServe) -> None:
+    fields = {"messages": [{"role": "user", "content": "What is a list?"}], "temperature": 0, "max_tokens": 12}
+    whole = ask(server, "v1/chat/completions", **fields)["choices"][0]["message"]["content"]
+    *chunks, done = events(post(f"{server.url}/1.0/v1/chat/completions", {**fields, "stream": True})[1])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert done == "[DONE]"
+    assert [delta.get("role") for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
+    assert "".join(delta["content"] for delta in deltas) == whole
+
+
+def test_messages_that_the_template_refuses_are_a_400(server: TorchServe) -> None:
+    status, text = post(f"{server.url}/1.0/v1/chat/completions", {"messages": [{"role": "cat", "content": "x"}]})
+    assert status == 400
+    assert "no cats" in json.loads(text)["error"]["message"]
+
+
+def test_answer_ends_before_a_stop_string(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    text = expected(plain, PROMPT, 40)
+    stop = text[8:12]
+    choice = complete(server, max_tokens=40, stop=[stop, "never to be seen"])
+    assert (choice["text"], choice["finish_reason"]) == (text[: text.index(stop)], "stop")
+    fields = {"prompt": PROMPT, "temperature": 0, "max_tokens": 40, "stop": stop, "stream": True}
+    *chunks, _ = events(post(f"{server.url}/1.0/v1/completions", fields)[1])
+    pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert "".join(pieces) == choice["text"]
+    included = complete(server, max_tokens=40, stop=stop, include_stop_str_in_output=True)
+    assert included["text"] == choice["text"] + stop
+
+
+def test_repetition_penalty_is_transformers_own(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    penalised = expected(plain, PROMPT, 30, repetition_penalty=1.3)
+    assert complete(server, max_tokens=30, repetition_penalty=1.3)["text"] == penalised
+    assert penalised != complete(server, max_tokens=30)["text"]
+
+
+def test_bias_forbids_a_token(server: TorchServe) -> None:
+    (first, *_) = complete_ids(server, max_tokens=1)
+    assert complete_ids(server, max_tokens=1, logit_bias={str(first): -100})[0] != first
+
+
+def test_stop_tokens_end_an_answer_but_not_before_min_tokens(server: TorchServe) -> None:
+    ids = complete_ids(server, max_tokens=10)
+    stop = next(token_id for token_id in ids[1:] if token_id != ids[0])
+    answer = ask(server, "v1/completions", prompt=PROMPT, temperature=0, max_tokens=10, stop_token_ids=[stop])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == ids.index(stop) + 1
+    fields = {"stop_token_ids": [stop], "min_tokens": 10, "max_tokens": 10}
+    longer = ask(server, "v1/completions", prompt=PROMPT, temperature=0, **fields)
+    assert longer["usage"]["completion_tokens"] == 10
+
+
+def test_defaults_are_those_of_generation_config(server: TorchServe) -> None:
+    texts = {
+        ask(server, "v1/completions", prompt=PROMPT, max_tokens=12, seed=n)["choices"][0]["text"] for n in range(5)
+    }
+    assert texts == {complete(server, max_tokens=12)["text"]}  # top_k 1 leaves nothing to chance
+    hot = {complete(server, max_tokens=12, seed=n, temperature=1.5, top_k=-1)["text"] for n in range(5)}
+    assert len(hot) > 1
+
+
+def test_tokens_go_there_and_back(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    tokens = ask(server, "tokenize", prompt=PROMPT)
+    assert tokens["tokens"] == plain[1](PROMPT).input_ids
+    assert tokens["count"] == len(tokens["tokens"])
+    assert PROMPT in ask(server, "detokenize", tokens=tokens["tokens"])["prompt"]
+
+
+def test_prompt_that_was_asked_before_is_reported_as_cached(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    prompt = PROMPT + " in which they were found there and then, one after the other, until there are none"
+    answers = [ask(server, "v1/completions", prompt=prompt, temperature=0, max_tokens=20) for _ in range(2)]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["choices"][0]["text"] == expected(plain, prompt, 20)
+    details = answers[1]["usage"]["prompt_tokens_details"]
+    assert 16 <= details["cached_tokens"] < answers[1]["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "parameter"),
+    [
+        ("v1/completions", {"prompt": "x", "logit_bias": {"99999999": 1}}, "logit_bias"),
+        ("v1/completions", {"prompt": "x", "max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+        ("v1/chat/completions", {"messages": []}, "messages"),
+        ("v1/chat/completions", {"message": []}, "message"),
+        ("detokenize", {"tokens": [-1]}, "tokens"),
+        ("tokenize", {}, "prompt"),
+    ],
+)
+def test_bad_field_is_a_400_that_names_it(
+    server: TorchServe, route: str, fields: dict[str, Any], parameter: str
+) -> None:
+    status, text = post(f"{server.url}/1.0/{route}", fields)
+    assert (status, json.loads(text)["error"]["param"]) == (400, parameter)
