@@ -22,13 +22,15 @@ SCRIPT = Path(__file__).parents[1] / "ranks" / "peak_memory.py"
 LARGE = FAMILIES["llama"](
     hidden_size=2048,
     intermediate_size=5504,
-    num_hidden_layers=16,
+    num_hidden_layers=8,
     num_attention_heads=16,
     num_key_value_heads=4,
     vocab_size=8192,
     dtype="bfloat16",
 )
-SMALL = 350.0  # MB; Python, torch and transformers themselves
+# MB. Measured with torch 2.13 and transformers 5.23: importing them takes 349; torch.export's own modules 44, the graph
+# 1.4 a layer, oneDNN 9, what is being packed as much as the largest weight.
+IMPORTS, TRACE = 400.0, 60.0
 
 
 def save_large_model(folder: Path, config: PretrainedConfig) -> int:
@@ -68,4 +70,5 @@ def test_rank_peaks_at_its_own_part_of_the_checkpoint(tp: int, pp: int, folder: 
     assert sorted(rank["rank"] for rank in ranks) == [0, 1]
     for rank in ranks:
         assert rank["own_mb"] == pytest.approx(num_bytes / 2e6, rel=0.02 if tp == 2 else 0.15), rank
-        assert rank["own_mb"] < rank["peak_mb"] <= rank["own_mb"] * 1.15 + SMALL, rank
+        assert rank["start_mb"] < IMPORTS, rank
+        assert rank["own_mb"] < rank["peak_mb"] - rank["start_mb"] <= rank["own_mb"] * 1.15 + TRACE, rank

@@ -99,14 +99,14 @@ class GenerationService:
 
     def _open_native(self, request_id: str, request: RawRequest) -> Job:
         body = parse_native(request)
-        prompt = list(self._tokenizer(body.prompt).input_ids)
+        prompt = self._tokens(body.prompt)
         return self._run(request_id, prompt, body, body.temperature, TextStream() if body.stream else WholeText())
 
     def _open_completion(self, request_id: str, request: RawRequest) -> Job:
         body = parse_completion(request)
         prompt = body.single_prompt()
         if isinstance(prompt, str):
-            prompt = list(self._tokenizer(prompt).input_ids) if prompt else []
+            prompt = self._tokens(prompt)
         answer: Answer = Completion(request_id, self._name)
         if body.stream:
             answer = CompletionStream(request_id, self._name, **_usage_options(body))
@@ -120,6 +120,10 @@ class GenerationService:
         if body.max_completion_tokens is not None:
             body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
         return self._run(request_id, self._chat_prompt(body), body, self._temperature(body), answer)
+
+    def _tokens(self, text: str) -> list[int]:
+        """None for an empty text, though a tokenizer may begin each with a token of its own."""
+        return list(self._tokenizer(text).input_ids) if text else []
 
     def _chat_prompt(self, body: ChatBody) -> list[int]:
         if not self._tokenizer.chat_template:
