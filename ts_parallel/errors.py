@@ -6,6 +6,7 @@ TSParallelError
 │   ├── TopologyError       the ranks that were started are not the ranks that were asked for
 │   ├── CheckpointError     a file is missing, cut off, or does not fit the model
 │   └── PlanError           the model cannot be split as asked, or cannot be run at all
+├── RemoteError             a server answers otherwise than its clients expect (`cli/stream_client.py`)
 └── RequestError      400   this request alone is refused
     ├── NotFoundError 404   no such route
     ├── BusyError     429   too many requests wait already

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ts_parallel.errors import CheckpointError
-from ts_parallel.partition.build import RankModel, all_tensors, build_rank_model, shard_causal_lm
+from ts_parallel.partition.build import PipelinePlace, RankModel, all_tensors, build_rank_model, shard_causal_lm
 from ts_parallel.partition.deferred import read_model_config
 from ts_parallel.topology import TensorParallelGroup
 
@@ -35,9 +35,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def build(folder: Path, dtype: str = "float32", group: TensorParallelGroup = ALONE) -> RankModel:
-    """The whole model, untraced; what traced stages load is compared with it."""
-    return build_rank_model(folder, dtype, group, torch.device("cpu"), place=None)
+def build(
+    folder: Path, dtype: str = "float32", group: TensorParallelGroup = ALONE, place: PipelinePlace | None = None
+) -> RankModel:
+    """Untraced, unless a place is given: that takes longer."""
+    return build_rank_model(folder, dtype, group, torch.device("cpu"), place)
 
 
 def change(original: Path, folder: Path, **renamed: str) -> dict[str, torch.Tensor]:
@@ -85,6 +87,34 @@ def test_two_ranks_together_hold_every_parameter(family: str, checkpoints: dict[
                 whole.narrow(kept.dim, begin, length).copy_(local.narrow(kept.dim, start, length))
                 start += length
         assert torch.equal(whole, stored[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_rank_of_a_stage_holds_its_own_parameters_and_no_others(family: str, checkpoints: dict[str, Path]) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(checkpoints[family]).state_dict()
+    held = []
+    for rank in range(2):
+        part = build(checkpoints[family], place=PipelinePlace(rank, 2))
+        own = {name for name, tensor in part.model.named_parameters() if not tensor.is_meta}
+        assert own == {name for name in part.plan.parameters if name in dict(part.model.named_parameters())}
+        for name in own:
+            assert torch.equal(part.model.get_parameter(name), plain[name]), name
+        for name in part.stages[0].tensors.values():
+            assert not part.tensors[name].is_meta, name
+        assert own < part.whole_plan.parameters.keys()
+        held.append(own)
+    assert held[0] | held[1] == {name for name, _ in part.model.named_parameters()}
+    assert held[0] & held[1] == {entry.name for entry in part.plan.parameters.values() if entry.aliases}
+
+
+def test_tensor_that_another_rank_misses_is_missed_by_all(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Or one rank would wait for another that has given up."""
+    tensors = change(checkpoints["llama"], tmp_path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    for rank in range(2):
+        with pytest.raises(CheckpointError, match=r"no tensor for 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+            build(tmp_path, place=PipelinePlace(rank, 2))
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])

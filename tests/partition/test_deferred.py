@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,8 +87,10 @@ def test_70b_model_is_planned_from_its_config_alone(
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **LLAMA_3_70B}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setenv("COLUMNS", "160")
+    started = time.process_time()
     with at_most_500_mb_more():
         plan(str(tmp_path), tensor_parallel_size=8)
+    assert time.process_time() - started < 120  # traced, all of its 80 layers
     printed = capsys.readouterr().out
     megabytes = 2 * (NUM_PARAMETERS_70B + 7 * NUM_NORM_WEIGHTS_70B) / 8 / 1e6
     assert printed.count(f"{megabytes:,.1f}") == 8

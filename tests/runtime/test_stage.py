@@ -85,3 +85,21 @@ def test_cast_to_another_type_is_kept() -> None:
     weight, x = torch.randn(4, 4), torch.randn(1, 3, 4)
     (output,) = stage_of(lambda w, x: (x @ w).to(torch.bfloat16), weight)(None, {"x": x})
     assert output.dtype == torch.bfloat16
+
+
+def test_what_the_code_makes_itself_lies_where_the_weights_are() -> None:
+    """The trace is made on the CPU, and says so in each call that makes a tensor."""
+    kept = torch.arange(4.0)
+    function = lambda w, x: (x @ w + torch.arange(4, device=x.device) * kept).to(x.device)  # noqa: E731
+    stage = stage_of(function, torch.empty(4, 4, device="meta"))
+    (output,) = stage(None, {"x": torch.empty(1, 5, 4, device="meta")})
+    assert output.is_meta and output.shape == (1, 5, 4)
+
+
+def test_no_name_stands_for_two_things() -> None:
+    """Operations whose names begin as those of the function's globals do."""
+    function = lambda w, x: torch.ops.aten._softmax(torch.softmax(x @ w, -1), -1, False) @ w  # noqa: E731
+    weight, x = torch.randn(4, 4), torch.randn(1, 3, 4)
+    stage = stage_of(function, weight)
+    (output,) = stage(None, {"x": x})
+    assert torch.equal(output, function(weight, x))

@@ -56,7 +56,7 @@ def compare(runner: Runner, config: HandlerConfig, folder: Path, max_tokens: int
     prompts = make_prompts(read_model_config(folder), max_tokens)
     requests = [Request(str(index), tuple(prompt), max_tokens) for index, prompt in enumerate(prompts)]
     outputs = make_engine(runner, config).generate(requests)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=config.dtype).eval()
     rows = []
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = generate_plainly(plain, prompt, max_tokens)
