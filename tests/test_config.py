@@ -26,6 +26,9 @@ DEFAULTS = {
     "max_num_batched_tokens": 512,
     "block_size": 16,
     "kv_cache_memory": 512 * 2**20,
+    "max_num_waiting": 1024,
+    "enable_prefix_caching": True,
+    "max_prefill_slowdown": 1.8,
     "eager": False,
 }
 BATCH_DEFAULTS = {
@@ -59,6 +62,9 @@ def test_every_key_reaches_its_field() -> None:
         "max_num_batched_tokens": 7,
         "block_size": 8,
         "kv_cache_memory": 1000,
+        "max_num_waiting": 0,
+        "enable_prefix_caching": False,
+        "max_prefill_slowdown": 2.5,
     }
     assert section.keys() | {"eager"} == DEFAULTS.keys()
     assert parse_config(section).model_dump() == {**section, "eager": False}

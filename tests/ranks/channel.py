@@ -19,8 +19,8 @@ LARGE = 3_000_000  # numbers, which no socket takes at once
 
 
 def plan_of(num_numbers: int, first: int) -> StepPlan:
-    """A plan of so many numbers: its flags, a chunk's head of seven, and token ids counted from `first`."""
-    num_tokens = num_numbers - 2 - 7 - 2
+    """A plan of so many numbers: flags, a chunk's head of seven, token ids counted from `first`, blocks, sampling."""
+    num_tokens = num_numbers - 2 - 7 - 2 - 9
     sampling = SamplingParams(0.7, 0.9, 2**64 - 1)
     plan = StepPlan((Chunk("", tuple(range(first, first + num_tokens)), 3, (9, 8), True, sampling),), wants_logits=True)
     assert len(plan.encode()) == num_numbers
@@ -28,11 +28,11 @@ def plan_of(num_numbers: int, first: int) -> StepPlan:
 
 
 PLANS = [
-    plan_of(14, 0),
+    plan_of(23, 0),
     StepPlan(),
     plan_of(FIRST_MESSAGE - 1, 100),  # the longest that fits in one message
     plan_of(FIRST_MESSAGE, 200),
-    plan_of(20, 300),  # nothing of the longer one before is left in it
+    plan_of(29, 300),  # nothing of the longer one before is left in it
     plan_of(5 * FIRST_MESSAGE, 400),
     StepPlan(is_last=True),
 ]
