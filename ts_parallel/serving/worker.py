@@ -57,8 +57,10 @@ def log_loaded(topology: Topology, what: str) -> None:
 
 
 def _peak_mib() -> float:
-    """The most memory that this program has had. getrusage counts on from the process that started it, so Linux is asked
-    for its own figure first."""
+    """The most memory that this program has had.
+
+    getrusage counts on from the process that started it, so Linux is asked for its own figure first.
+    """
     status = Path("/proc/self/status")
     if status.is_file() and "VmHWM:" in (text := status.read_text()):
         return int(text.partition("VmHWM:")[2].split()[0]) / 1024
