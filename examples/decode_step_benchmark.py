@@ -20,6 +20,7 @@ from benchmark import PROMPT_TOKENS, make_model, make_prompts
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ts_parallel.partition.build import build_rank_model
+from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def make_runner(folder: Path, topology: Topology) -> Runner:
-    part = build_rank_model(folder, "auto", topology.tensor_parallel, topology.device)
+    part = build_rank_model(folder, "auto", topology.tensor_parallel, topology.device, pack=pack_weight)
     return Runner(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=2**28, max_model_len=MOST_TOKENS)
 
 

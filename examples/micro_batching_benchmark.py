@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import BertConfig, BertModel
 
-from ts_parallel.partition.stages import Crossing
+from ts_parallel.partition.program import Crossing
 from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.serving.micro_batching import MicroBatcher
@@ -40,7 +40,7 @@ PIPELINE_SIZES = (2, 4)
 NUM_MICRO_BATCHES = (4, 8, 16)
 LAPS = (1, 2)
 
-OUTPUT = Crossing("x", torch.float32, (lambda sizes: sizes["x"][0], lambda sizes: sizes["x"][1]))
+OUTPUT = Crossing("x", torch.float32, ("x[0]", "x[1]"))
 Inputs = Mapping[str, torch.Tensor]
 
 
@@ -49,7 +49,7 @@ class Encoder:
 
     inputs = ("input_ids",)
     received: Sequence[Crossing] = ()
-    sent = (Crossing("vectors", torch.float32, (lambda sizes: sizes["input_ids"][0], lambda _: 384)),)
+    sent = (Crossing("vectors", torch.float32, ("input_ids[0]", 384)),)
 
     def __init__(self) -> None:
         sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

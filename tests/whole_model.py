@@ -8,9 +8,9 @@ import torch
 from families import random_model
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ts_parallel.partition.attention_sites import AttentionSite
-from ts_parallel.partition.build import PipelinePlace, StagedModel, all_tensors, cut_causal_lm, shard_causal_lm
-from ts_parallel.partition.causal_lm import POSITIONS, ROWS, TOKEN_IDS
+from ts_parallel.partition.build import StagedModel, all_tensors, cut_causal_lm, shard_causal_lm
+from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, AttentionSite, PipelinePlace
+from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.trace import TracedGroup
 from ts_parallel.runtime.stage import Stage
@@ -60,7 +60,7 @@ def run_stages(
     carried: list[torch.Tensor] = []
     for graph in stages:
         own = {name: tensors[name] for name in graph.tensors.values()}
-        stage = Stage(graph, own, ALONE, EagerAttention(graph.sites))
+        stage = Stage(write_stage(graph), own, ALONE, EagerAttention(graph.sites))
         assert [(tuple(tensor.shape), tensor.dtype) for tensor in carried] == [
             (crossing.shape(sizes), crossing.dtype) for crossing in stage.received
         ]

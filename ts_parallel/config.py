@@ -105,12 +105,27 @@ class HandlerConfig(ModelConfig):
     """Bytes of KV cache on each rank."""
     max_num_waiting: Count = Field(default=1024, ge=0)
     """Most requests that wait beside those that run; more are refused with 429."""
+    max_request_seconds: float | None = Field(default=None, gt=0)
+    """Longest that a request may take, waiting included; unset: as long as it asks for."""
     enable_prefix_caching: bool = True
     """Whether prompts that begin alike share what was computed for one of them."""
     max_prefill_slowdown: float = Field(default=1.8, gt=1)
     """How many times as long a step of decoding requests may take while prompts are prefilled beside them."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
+
+    def resolve_max_model_len(self, positions: int | None) -> int:
+        """The configured length, or all the `positions` that the model was trained for.
+
+        Raises:
+            ConfigError: the model has fewer positions than were asked for.
+        """
+        wanted = self.max_model_len or positions
+        if wanted is None:
+            raise ConfigError("config.json names no max_position_embeddings: set max_model_len")
+        if positions is not None and wanted > positions:
+            raise ConfigError(f"max_model_len {wanted} is more than the model's max_position_embeddings {positions}")
+        return wanted
 
     @model_validator(mode="after")
     def _eager_is_one_stage(self) -> HandlerConfig:

@@ -10,7 +10,8 @@ TSParallelError
 └── RequestError      400   this request alone is refused
     ├── NotFoundError 404   no such route
     ├── BusyError     429   too many requests wait already
-    └── EngineError   500   the engine failed while it ran this request
+    ├── EngineError   500   the engine failed while it ran this request
+    └── TimedOutError 504   the request took longer than it may
 """
 
 from __future__ import annotations
@@ -64,3 +65,8 @@ class BusyError(RequestError):
 class EngineError(RequestError):
     status = 500
     kind = "server_error"
+
+
+class TimedOutError(RequestError):
+    status = 504
+    kind = "timeout_error"

@@ -225,3 +225,34 @@ def test_finished_request_that_nobody_read_is_forgotten_too(monkeypatch: pytest.
         wait_until(lambda: bench.thread.router.wait(0))
         monkeypatch.setattr(engine_module, "SECONDS_TO_FORGET", -1.0)
         wait_until(lambda: not bench.thread.router.wait(0))
+
+
+def test_companions_run_side_by_side_and_are_aborted_together() -> None:
+    with started() as bench:
+        requests = [Request(name, (0,), 10**6) for name in ("a", "a/1", "a/2")]
+        bench.thread.submit(*requests)
+        assert bench.thread.num_open == 3
+        wait_until(lambda: all(request.output_ids for request in requests))
+        bench.thread.abort("a")
+        assert bench.thread.num_open == 0
+        wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
+
+
+def test_request_that_is_stopped_keeps_its_mailbox() -> None:
+    with started() as bench:
+        bench.submit("a", 10**6)
+        wait_until(lambda: bool(bench.thread.router.take("a").token_ids))
+        bench.thread.stop("a")
+        wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
+        bench.thread.router.take("a")
+        bench.thread.abort("a")
+
+
+def test_request_whose_time_is_over_gives_its_blocks_back() -> None:
+    with started() as bench:
+        bench.thread.submit(Request("a", (0,), 10**6), Request("a/1", (0,), 3), seconds=0.2)
+        assert bench.read_to_the_end("a/1").finish_reason == "length"
+        assert bench.read_to_the_end("a").error == "the request took longer than its 0.2 s"
+        wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
+        bench.submit("b", 2)
+        assert bench.read_to_the_end("b") == Delivery([1, 2], "length")

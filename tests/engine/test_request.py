@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ts_parallel.engine.request import GenerationParams, Request, make_request
 from ts_parallel.errors import RequestError
-from ts_parallel.runtime.step import SamplingParams
+from ts_parallel.runtime.step import SamplingParams, TokenLogprobs
 
 EOS = frozenset({7, 8})
 
@@ -103,3 +103,35 @@ def test_any_slice_of_tokens_is_that_of_prompt_and_output_together(
     start, end = sorted(min(bound, len(whole)) for bound in ends)
     made = Request("a", tuple(prompt), max_tokens=9, output_ids=output)
     assert made.token_ids(start, end) == whole[start:end]
+
+
+class OneToken:
+    """A guide for an answer of one token."""
+
+    error = None
+
+    def __init__(self) -> None:
+        self.is_finished = False
+
+    def allowed(self) -> tuple[int, ...]:
+        return (1 << 5,)
+
+    def accept(self, token_id: int) -> None:
+        self.is_finished = True
+
+
+def test_answer_ends_where_its_guide_is_finished() -> None:
+    guide = OneToken()
+    made = make_request("a", [1], GenerationParams(5), eos_ids=EOS, max_model_len=10, guide=guide)
+    assert made.finish_reason() is None
+    made.append(5)
+    assert made.output_ids == [5] and made.finish_reason() == "stop"
+
+
+def test_prompt_is_to_be_scored_until_all_but_its_first_token_are() -> None:
+    made = make([1, 2, 3], GenerationParams(2, scores_prompt=True))
+    assert made.has_prompt_to_score
+    made.prompt_logprobs += [TokenLogprobs(-1.0), TokenLogprobs(-2.0)]
+    assert not made.has_prompt_to_score
+    assert not make([1, 2, 3], GenerationParams(2)).has_prompt_to_score
+    assert not make([1], GenerationParams(2, scores_prompt=True)).has_prompt_to_score

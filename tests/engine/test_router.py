@@ -10,6 +10,7 @@ import pytest
 from ts_parallel.engine import router as router_module
 from ts_parallel.engine.router import Delivery, TokenRouter
 from ts_parallel.engine.scheduler import TokenOutput
+from ts_parallel.runtime.step import TokenLogprobs
 
 
 def opened(*request_ids: str) -> TokenRouter:
@@ -145,3 +146,36 @@ def test_delivery_does_not_make_a_forgotten_mailbox_remembered(clock: SimpleName
     clock.now += 61
     router.deliver([TokenOutput("a", 1, None)])
     assert router.forgotten(60) == ["a"]
+
+
+def test_request_whose_time_is_over_fails_once(clock: SimpleNamespace) -> None:
+    router = TokenRouter()
+    for name, seconds in (("short", 5.0), ("long", 50.0), ("endless", None), ("done", 5.0)):
+        router.open(name, seconds)
+    router.deliver([TokenOutput("done", 1, "length"), TokenOutput("short", 1, None)])
+    clock.now += 4
+    assert router.expire() == []
+    clock.now += 1
+    assert router.expire() == ["short"]
+    assert router.expire() == []
+    assert router.wait(0)
+    failed = router.take("short")
+    assert failed == Delivery([1], error="the request took longer than its 5 s", fault="time")
+    assert failed.is_last
+    assert router.take("done") == Delivery([1], "length")
+    router.close("long")
+    clock.now += 1000
+    assert router.expire() == []
+
+
+def test_logprobs_come_along_with_their_tokens() -> None:
+    router, logprobs = opened("a"), TokenLogprobs(-1.5, ((3, -0.5),))
+    router.deliver([TokenOutput("a", 1, None, logprobs)])
+    assert router.take("a") == Delivery([1], logprobs=[logprobs])
+
+
+def test_answer_that_cannot_go_on_is_an_error_of_its_form() -> None:
+    router = opened("a")
+    router.deliver([TokenOutput("a", 1, "stop", error="too complex")])
+    delivery = router.take("a")
+    assert (delivery.error, delivery.fault, delivery.is_last) == ("too complex", "form", True)

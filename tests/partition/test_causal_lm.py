@@ -13,8 +13,9 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from whole_model import plain_logits, plain_model, run_stages, sequence, stage_model, tensors_of
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.causal_lm import TOKEN_IDS, trace_causal_lm
+from ts_parallel.partition.causal_lm import trace_causal_lm
 from ts_parallel.partition.deferred import build_deferred
+from ts_parallel.partition.program import TOKEN_IDS
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreT
 from ts_parallel.cli.plan import plan
 from ts_parallel.errors import CheckpointError, ConfigError, PlanError
 from ts_parallel.partition.build import shard_causal_lm
-from ts_parallel.partition.deferred import build_deferred, choose_dtype, materialise, read_model_config
+from ts_parallel.partition.deferred import build_deferred, materialise
+from ts_parallel.partition.model_config import choose_dtype, read_model_config
 from ts_parallel.topology import TensorParallelGroup
 
 LLAMA_3_70B: dict[str, Any] = {

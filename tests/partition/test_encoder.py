@@ -14,8 +14,10 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ts_parallel.errors import CheckpointError, ConfigError, PlanError
-from ts_parallel.partition.build import PipelinePlace, RankModel, build_batch_model, cut_dense, shard_dense
+from ts_parallel.partition.build import build_rank_model, cut_dense, shard_dense
 from ts_parallel.partition.encoder import ModelCall, call_of_task, longest_text
+from ts_parallel.partition.load import RankModel
+from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import TensorParallelGroup
 
@@ -96,7 +98,7 @@ def save(folder: Path, model_type: str) -> tuple[str, Inputs, torch.Tensor]:
 
 
 def build(folder: Path, task: str, rank: int = 0, num_ranks: int = 1) -> RankModel:
-    return build_batch_model(folder, task, "float32", ALONE, PipelinePlace(rank, num_ranks), CPU)
+    return build_rank_model(folder, "float32", ALONE, CPU, PipelinePlace(rank, num_ranks), task)
 
 
 @torch.inference_mode()
@@ -104,10 +106,10 @@ def run(parts: list[RankModel], inputs: Inputs) -> torch.Tensor:
     carried: list[torch.Tensor] = []
     sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
     for part in parts:
-        stage = Stage(part.stages[0], part.tensors, ALONE)
+        stage = Stage(part.program.stages[0], part.tensors, ALONE)
         assert [crossing.shape(sizes) for crossing in stage.received] == [tuple(tensor.shape) for tensor in carried]
         carried = stage(None, {name: inputs[name] for name in stage.inputs}, carried)
-    assert tuple(carried[0].shape) == parts[-1].output.shape(sizes)
+    assert tuple(carried[0].shape) == parts[-1].program.outputs[0].shape(sizes)
     return carried[0]
 
 
@@ -122,12 +124,12 @@ def test_one_stage_and_two_are_the_plain_model(model_type: str, tmp_path: Path) 
     parts = [build(tmp_path, task, rank, 2) for rank in range(2)]
     assert_close(run(parts, inputs), expected)
     for part in parts:
-        assert 0 < part.plan.local_bytes(0) < 0.75 * part.whole_plan.local_bytes(0)
+        assert 0 < part.program.plan.local_bytes(0) < 0.75 * part.program.whole_plan.local_bytes(0)
     (whole,) = (build(tmp_path, task),)
     assert_close(run([whole], inputs), expected)
     one = {name: tensor[1:2] for name, tensor in inputs.items()}
     assert_close(run([whole], one), expected[1:2])
-    assert set().union(*(part.plan.parameters for part in parts)) == whole.whole_plan.parameters.keys()
+    assert set().union(*(part.program.plan.parameters for part in parts)) == whole.program.whole_plan.parameters.keys()
 
 
 @pytest.mark.parametrize("model_type", WHOLE)

@@ -17,9 +17,12 @@ from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist,
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.load import byte_ranges
 from ts_parallel.errors import CheckpointError
-from ts_parallel.partition.build import ShardedModel, build_rank_model, shard_causal_lm
-from ts_parallel.partition.deferred import materialise, read_model_config
-from ts_parallel.partition.match import Source, load_items, match_checkpoint
+from ts_parallel.partition.build import ShardedModel, build_eager_model, shard_causal_lm
+from ts_parallel.partition.deferred import materialise
+from ts_parallel.partition.load import load_items
+from ts_parallel.partition.match import match_checkpoint
+from ts_parallel.partition.model_config import read_model_config
+from ts_parallel.partition.program import Source, Sources
 from ts_parallel.topology import TensorParallelGroup
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -38,7 +41,7 @@ def deferred(folder: Path, rank: int = 0, size: int = 1) -> ShardedModel:
     return shard_causal_lm(read_model_config(folder), torch.float32, TensorParallelGroup(rank, size))
 
 
-def match(folder: Path) -> dict[str, tuple[Source, ...]]:
+def match(folder: Path) -> Sources:
     part = deferred(folder)
     return match_checkpoint(part.model, part.plan, read_index(folder))
 
@@ -94,9 +97,7 @@ def test_other_families_experts_are_those_that_transformers_stacks(family: str, 
     )  # fmt: skip
     save_random_model(tmp_path, config)
     assert any(".experts.3." in name for name in read_index(tmp_path))
-    ours = build_rank_model(
-        tmp_path, "float32", TensorParallelGroup(0, 1), torch.device("cpu"), None
-    ).model.state_dict()
+    ours = build_eager_model(tmp_path, "float32", TensorParallelGroup(0, 1), torch.device("cpu")).tensors
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(ours[name], tensor), name
 

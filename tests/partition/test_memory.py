@@ -17,20 +17,19 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from ts_parallel.partition.deferred import build_deferred
+from ts_parallel.partition.prepared import CACHE_VARIABLE
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "peak_memory.py"
 LARGE = FAMILIES["llama"](
     hidden_size=2048,
     intermediate_size=5504,
-    num_hidden_layers=8,
+    num_hidden_layers=5,
     num_attention_heads=16,
     num_key_value_heads=4,
     vocab_size=8192,
     dtype="bfloat16",
 )
-# MB. Measured with torch 2.13 and transformers 5.23: importing them takes 349; torch.export's own modules 44, the graph
-# 1.4 a layer, oneDNN 9, what is being packed as much as the largest weight.
-IMPORTS, TRACE = 400.0, 60.0
+PYTHON_AND_TORCH = 350.0  # MB
 
 
 def save_large_model(folder: Path, config: PretrainedConfig) -> int:
@@ -61,7 +60,12 @@ def test_rank_peaks_at_its_own_part_of_the_checkpoint(tp: int, pp: int, folder: 
     num_bytes = save_large_model(folder, LARGE)
     assert num_bytes > 500e6
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        CACHE_VARIABLE: str(tmp_path / "programs"),
+    }
     result = subprocess.run(
         [*command, str(folder), str(tp), str(pp)], capture_output=True, text=True, timeout=180, env=environment
     )
@@ -69,6 +73,5 @@ def test_rank_peaks_at_its_own_part_of_the_checkpoint(tp: int, pp: int, folder: 
     ranks = [json.loads(line) for line in result.stdout.splitlines()]
     assert sorted(rank["rank"] for rank in ranks) == [0, 1]
     for rank in ranks:
-        assert rank["own_mb"] == pytest.approx(num_bytes / 2e6, rel=0.02 if tp == 2 else 0.15), rank
-        assert rank["start_mb"] < IMPORTS, rank
-        assert rank["own_mb"] < rank["peak_mb"] - rank["start_mb"] <= rank["own_mb"] * 1.15 + TRACE, rank
+        assert rank["own_mb"] == pytest.approx(num_bytes / 2e6, rel=0.02 if tp == 2 else 0.2), rank
+        assert rank["start_mb"] + rank["own_mb"] < rank["peak_mb"] <= rank["own_mb"] * 1.15 + PYTHON_AND_TORCH, rank

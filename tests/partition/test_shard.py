@@ -20,8 +20,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.attention_sites import AttentionPattern, attach, find_attention_sites
-from ts_parallel.partition.build import RankModel, build_rank_model, eager_part, shard_causal_lm
+from ts_parallel.partition.build import build_eager_model, eager_program, shard_causal_lm
 from ts_parallel.partition.deferred import build_deferred
+from ts_parallel.partition.load import RankModel
 from ts_parallel.partition.plan import plan_tensor_parallel
 from ts_parallel.partition.shard import apply_tensor_parallel
 from ts_parallel.topology import TensorParallelGroup
@@ -68,6 +69,7 @@ def attend(
 @torch.inference_mode()
 def logits_of(part: RankModel, token_ids: torch.Tensor) -> torch.Tensor:
     backend: Any = SimpleNamespace(attend=attend)
+    assert part.model is not None
     attach(part.model, backend)
     positions = torch.arange(token_ids.shape[1]).unsqueeze(0)
     ones = torch.ones_like(token_ids)
@@ -81,7 +83,7 @@ def assert_ranks_compute_what_the_plain_model_does(folder: Path, size: int) -> N
     token_ids = torch.randint(plain.config.vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = plain(token_ids, use_cache=False).logits[0]
-    parts = [build_rank_model(folder, "float32", group, torch.device("cpu"), None) for group in open_groups(size)]
+    parts = [build_eager_model(folder, "float32", group, torch.device("cpu")) for group in open_groups(size)]
     with ThreadPoolExecutor(size) as ranks:
         shares = list(ranks.map(logits_of, parts, [token_ids] * size))
     assert expected.std() > 0.3  # or anything would be close to it
@@ -196,7 +198,7 @@ def test_ties_are_kept(family: str) -> None:
 )
 def test_sites_have_the_heads_of_their_rank(family: str, size: int, heads: tuple[int, int]) -> None:
     sharded = shard_causal_lm(FAMILIES[family](), torch.float32, TensorParallelGroup(0, size))
-    (sites,) = eager_part(sharded).sites_of_ranks
+    (sites,) = eager_program(sharded).sites_of_ranks
     assert {(site.num_heads, site.num_kv_heads) for site in sites} == {heads}
     whole = {(site.num_heads, site.num_kv_heads) for site in sharded.sites}
     assert whole == {(4, 4 if family in ("gpt2", "opt") else 2)}

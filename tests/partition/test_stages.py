@@ -15,18 +15,18 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from whole_model import ALONE, plain_logits, plain_model, run_stages, sequence, tensors_of
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import AttentionSite
 from ts_parallel.partition.build import (
-    PipelinePlace,
     ShardedModel,
     StagedModel,
     all_tensors,
     cut_causal_lm,
     cut_into_stages,
-    part_of,
+    program_of,
     shard_causal_lm,
 )
-from ts_parallel.partition.causal_lm import TOKEN_IDS, trace_causal_lm
+from ts_parallel.partition.causal_lm import trace_causal_lm
+from ts_parallel.partition.program import TOKEN_IDS, AttentionSite, PipelinePlace
+from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import LayerCosts, Places, check_borders, choose_borders, cut, find_layers, shares
 from ts_parallel.partition.trace import TracedGroup, TracedModel
 
@@ -154,8 +154,10 @@ def test_every_stage_reads_the_positions_and_only_the_last_one_the_wanted_rows()
 def test_rank_has_its_stages_sites_and_plan() -> None:
     place = PipelinePlace(rank=1, num_ranks=2, virtual_stages=2)
     whole = cut_into_stages(*traced("llama")[:2], place, traced("llama")[2])
-    part = part_of(whole, place)
-    assert part.stages == (whole.stages[1], whole.stages[3])
+    part = program_of(whole, place, {})
+    expected = [write_stage(stage) for stage in (whole.stages[1], whole.stages[3])]
+    assert [stage.source for stage in part.stages] == [stage.source for stage in expected]
+    assert part.inputs_by_stage[1::2] == tuple(stage.inputs for stage in part.stages)
     assert [[site.module_name for site in sites] for sites in part.sites_of_ranks] == [
         [f"model.layers.{layer}.self_attn" for layer in layers] for layers in ((0, 2), (1, 3))
     ]

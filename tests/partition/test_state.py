@@ -40,13 +40,13 @@ def one_rank() -> Iterator[Topology]:
 
 def build(folder: Path, topology: Topology) -> tuple[RankModel, dict[str, DTensor]]:
     part = build_rank_model(folder, "float32", topology.tensor_parallel, topology.device)
-    return part, rank_state_dict(part.model, part.plan, topology.mesh["tp"])
+    return part, rank_state_dict(part.tensors, part.program.plan, topology.mesh["tp"])
 
 
 def copy_and_forget(part: RankModel) -> dict[str, torch.Tensor]:
-    before = {name: tensor.clone() for name, tensor in part.model.state_dict().items()}
-    for parameter in part.model.parameters():
-        parameter.fill_(float("nan"))
+    before = {name: part.tensors[name].clone() for name in part.program.plan.parameters}
+    for name in before:
+        part.tensors[name].fill_(float("nan"))
     return before
 
 
@@ -54,10 +54,11 @@ def copy_and_forget(part: RankModel) -> dict[str, torch.Tensor]:
 def test_state_shares_the_parameters_memory(family: str, one_rank: Topology, tmp_path: Path) -> None:
     save_random_model(tmp_path, MODELS[family])
     part, state = build(tmp_path, one_rank)
-    assert state.keys() == part.plan.parameters.keys()
-    for name, parameter in part.model.named_parameters():
+    assert state.keys() == part.program.plan.parameters.keys()
+    for name in state:
+        parameter = part.tensors[name]
         assert state[name].to_local().data_ptr() == parameter.data_ptr(), name
-        assert tuple(state[name].shape) == part.plan.parameters[name].shape
+        assert tuple(state[name].shape) == part.program.plan.parameters[name].shape
         state[name].to_local().fill_(7)
         assert torch.equal(parameter, torch.full_like(parameter, 7)), name
 
@@ -73,8 +74,8 @@ def test_state_is_filled_from_safetensors_as_they_are(one_rank: Topology, tmp_pa
     part, state = build(tmp_path, one_rank)
     before = copy_and_forget(part)
     load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
-    for name, tensor in part.model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    for name, tensor in before.items():
+        assert torch.equal(part.tensors[name], tensor), name
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def test_state_of_two_ranks_is_loaded_into_one(name: str, folders: dict[str, Pat
     part, state = build(folders[name] / "model", one_rank)
     before = copy_and_forget(part)
     load(state, checkpoint_id=folders[name] / "of_all_ranks")
-    for key, tensor in part.model.state_dict().items():
-        assert torch.equal(tensor, before[key]), key
+    for key, tensor in before.items():
+        assert torch.equal(part.tensors[key], tensor), key
 
 
 @pytest.mark.ranks
@@ -109,4 +110,4 @@ def test_state_of_one_rank_is_loaded_into_two(name: str, folders: dict[str, Path
     part, _ = build(folders[name] / "model", one_rank)
     for rank in range(2):
         equal = json.loads((folders[name] / f"equal-{rank}.json").read_text())
-        assert equal == dict.fromkeys(part.plan.parameters, True)
+        assert equal == dict.fromkeys(part.program.plan.parameters, True)

@@ -13,10 +13,11 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from whole_model import ALONE, plain_logits, plain_model, run_stages, sequence, stage_model, tensors_of
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.build import PipelinePlace, ShardedModel, all_tensors, cut_into_stages, shard_causal_lm
-from ts_parallel.partition.causal_lm import ROWS, TOKEN_IDS, trace_causal_lm
+from ts_parallel.partition.build import ShardedModel, all_tensors, cut_into_stages, shard_causal_lm
+from ts_parallel.partition.causal_lm import trace_causal_lm
 from ts_parallel.partition.deferred import build_deferred
 from ts_parallel.partition.plan import plan_tensor_parallel
+from ts_parallel.partition.program import ROWS, TOKEN_IDS, PipelinePlace
 from ts_parallel.partition.trace import TracedGroup, TracedModel, all_gather_marker, all_reduce_marker
 from ts_parallel.topology import TensorParallelGroup
 

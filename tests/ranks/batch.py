@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ts_parallel.partition.stages import Crossing
+from ts_parallel.partition.program import Crossing
 from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
@@ -20,9 +20,9 @@ WIDTH = 6
 VOCABULARY = 11
 Inputs = Mapping[str, torch.Tensor]
 
-HIDDEN = Crossing("hidden", torch.float64, (lambda s: s["ids"][0], lambda s: s["ids"][1], lambda _: WIDTH))
-LENGTHS = Crossing("lengths", torch.int64, (lambda s: s["ids"][0],))
-OUTPUT = Crossing("output", torch.float64, (lambda s: s["ids"][0], lambda _: WIDTH))
+HIDDEN = Crossing("hidden", torch.float64, ("ids[0]", "ids[1]", WIDTH))
+LENGTHS = Crossing("lengths", torch.int64, ("ids[0]",))
+OUTPUT = Crossing("output", torch.float64, ("ids[0]", WIDTH))
 
 
 class Layer:

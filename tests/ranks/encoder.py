@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ts_parallel.partition.build import PipelinePlace, build_batch_model
+from ts_parallel.partition.build import build_rank_model
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import Topology, open_topology
 
@@ -19,8 +19,8 @@ from ts_parallel.topology import Topology, open_topology
 def run(folder: Path, topology: Topology) -> None:
     task, inputs = torch.load(folder / "inputs.pt", weights_only=True)
     group = topology.tensor_parallel
-    part = build_batch_model(folder, task, "float32", group, PipelinePlace(), topology.device)
-    (output,) = Stage(part.stages[0], part.tensors, group)(None, inputs)
+    part = build_rank_model(folder, "float32", group, topology.device, task=task)
+    (output,) = Stage(part.program.stages[0], part.tensors, group)(None, inputs)
     torch.save(output, folder / f"output-{topology.rank}.pt")
 
 

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from ts_parallel.partition.build import PipelinePlace, build_rank_model
+from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.runtime.runner import Runner
+from ts_parallel.serving.text_generation import load_model
 from ts_parallel.topology import Topology, open_topology
 
 
@@ -20,11 +23,13 @@ def peak_mb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
-def measure(folder: Path, topology: Topology) -> dict[str, float]:
+def measure(folder: Path, topology: Topology, settings: dict[str, Any]) -> dict[str, float]:
+    """As a rank of a server does it."""
     start = peak_mb()
-    place = PipelinePlace(topology.stage, topology.num_stages)
-    part = build_rank_model(folder, "auto", topology.tensor_parallel, topology.device, place)
-    own, seconds = part.plan.local_bytes(topology.tensor_parallel.rank) / 1e6, part.seconds
+    config = parse_config({"model_path": str(folder), "device": "cpu", "kv_cache_memory": "1MiB", **settings})
+    assert isinstance(config, HandlerConfig)
+    part = load_model(config, folder, topology)
+    own, seconds = part.program.plan.local_bytes(topology.tensor_parallel.rank) / 1e6, part.seconds
     after_loading = peak_mb()
     Runner(part, topology, block_size=16, kv_cache_bytes=2**20, max_model_len=16)
     return {
@@ -39,7 +44,9 @@ def measure(folder: Path, topology: Topology) -> dict[str, float]:
 
 def main(folder: Path, tp: int, pp: int) -> None:
     topology = open_topology(tp, "cpu", num_threads=1, pipeline_parallel_size=pp)
-    print(json.dumps(measure(folder, topology)), flush=True)
+    settings = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    line = json.dumps(measure(folder, topology, settings))
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())  # at once, or the ranks' lines mix
     topology.close()
 
 

@@ -1,12 +1,13 @@
 """Run by torchrun: `pipelined_runner.py MODEL REPORT NUM_STAGES TENSOR_PARALLEL_SIZE`.
 
-Rank 0 reports tokens and logits.
+Rank 0 reports tokens, log-probabilities and logits.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ts_parallel.config import parse_config
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
-from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 from ts_parallel.serving import text_generation
@@ -32,13 +33,14 @@ def make_runner(folder: Path, topology: Topology) -> Runner:
 
 
 def requests() -> list[Request]:
-    """Nine prompts of 1 to 25 tokens, every other one hot."""
+    """Nine prompts of 1 to 25 tokens, every other one hot; every third is scored, some with their prompts."""
     generator = torch.Generator().manual_seed(0)
     lengths = range(1, 26, 3)
     prompts = [tuple(torch.randint(2048, (length,), generator=generator).tolist()) for length in lengths]
     samplings = [SamplingParams(1.0, 0.95, 2**64 - 1 - index) if index % 2 else SamplingParams() for index in range(9)]
+    samplings[::3] = [replace(sampling, num_logprobs=2) for sampling in samplings[::3]]
     return [
-        Request(str(index), prompt, max_tokens=12, sampling=sampling)
+        Request(str(index), prompt, max_tokens=12, sampling=sampling, scores_prompt=index % 6 == 0)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
     ]
 
@@ -52,14 +54,24 @@ def lead(runner: Runner) -> dict[str, Any]:
     )
     engine = Engine(runner, scheduler)
     engine.sign_of_life()
-    tokens = engine.generate(requests())
-    assert not engine.has_requests
+    outputs: list[TokenOutput] = []
+    running = requests()
+    for request in running:
+        engine.add(request)
+    while engine.has_requests:
+        engine.step(deliver=outputs.extend)
+    outputs.sort(key=lambda output: output.request_id)
+    scores = [output.logprobs for output in outputs] + [own for request in running for own in request.prompt_logprobs]
     assert not engine.step()
     engine.sign_of_life()
     chunks = (Chunk("a", (5, 6, 7), 0, (1,), True), Chunk("b", (8, 9), 0, (0,), True), Chunk("c", (3,), 0, (2,), False))
     logits = runner.logits(StepPlan(chunks))
     runner.stop_followers()
-    return {"tokens": tokens, "logits": logits.tolist()}
+    return {
+        "tokens": [request.output_ids for request in running],
+        "logprobs": [own for score in scores if score for own in (score.logprob, *(value for _, value in score.top))],
+        "logits": logits.tolist(),
+    }
 
 
 def main(folder: Path, report: Path, num_stages: int, tensor_parallel_size: int) -> None:

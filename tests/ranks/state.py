@@ -21,9 +21,9 @@ from ts_parallel.topology import Topology, open_topology
 
 def save_and_load(folder: Path, topology: Topology) -> None:
     part = build_rank_model(folder / "model", "float32", topology.tensor_parallel, topology.device)
-    state = rank_state_dict(part.model, part.plan, topology.mesh["tp"])
+    state = rank_state_dict(part.tensors, part.program.plan, topology.mesh["tp"])
     save(state, checkpoint_id=folder / "of_all_ranks")
-    parameters = part.model.state_dict()
+    parameters = part.tensors
     before = {name: parameters[name].clone() for name in state}
     for name in state:
         parameters[name].fill_(float("nan"))

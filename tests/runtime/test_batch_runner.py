@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ts_parallel.errors import EngineError
-from ts_parallel.partition.stages import Crossing
+from ts_parallel.partition.program import Crossing
 from ts_parallel.runtime.batch_runner import BatchRunner, decode_specs, encode_specs
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "batch.py"
@@ -82,7 +82,7 @@ class Doubling:
 
     inputs = ("x",)
     received = ()
-    sent = (Crossing("x", torch.float32, (lambda sizes: sizes["x"][0],)),)
+    sent = (Crossing("x", torch.float32, ("x[0]",)),)
 
     def __call__(
         self, step: None, inputs: Mapping[str, torch.Tensor], received: Sequence[torch.Tensor]

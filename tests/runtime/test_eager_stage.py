@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, save_random_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ts_parallel.partition.build import PipelinePlace, build_rank_model
+from ts_parallel.partition.build import build_eager_model, build_rank_model
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology
@@ -31,8 +31,9 @@ def topology() -> Iterator[Topology]:
     topology.close()
 
 
-def make_runner(folder: Path, topology: Topology, place: PipelinePlace | None) -> Runner:
-    part = build_rank_model(folder, "float32", topology.tensor_parallel, topology.device, place)
+def make_runner(folder: Path, topology: Topology, is_eager: bool) -> Runner:
+    build = build_eager_model if is_eager else build_rank_model
+    part = build(folder, "float32", topology.tensor_parallel, topology.device)
     return Runner(part, topology, block_size=8, kv_cache_bytes=2**20, max_model_len=24)
 
 
@@ -54,7 +55,7 @@ def test_eager_steps_are_those_of_the_traced_stage_and_of_the_plain_model(
 ) -> None:
     save_random_model(tmp_path, FAMILIES[family](num_hidden_layers=2))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    eager, traced = make_runner(tmp_path, topology, None), make_runner(tmp_path, topology, PipelinePlace())
+    eager, traced = make_runner(tmp_path, topology, True), make_runner(tmp_path, topology, False)
     for chunks in STEPS:
         logits = eager.logits(step(chunks))
         assert torch.equal(logits, traced.logits(step(chunks)))
@@ -66,7 +67,7 @@ def test_step_that_broke_off_leaves_the_next_one_right(
 ) -> None:
     """Its attention calls are counted from the first site again."""
     save_random_model(tmp_path, FAMILIES["llama"](num_hidden_layers=2))
-    runner = make_runner(tmp_path, topology, None)
+    runner = make_runner(tmp_path, topology, True)
     stage: Any = runner._stage
     wanted = runner.logits(step(STEPS[0]))
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from families import FAMILIES, save_random_model
 
 from ts_parallel.partition.build import build_rank_model
-from ts_parallel.runtime.linears import pack_linear
-from ts_parallel.runtime.stage import Stage
+from ts_parallel.runtime.linears import linear_layer, pack_weight
 from ts_parallel.topology import TensorParallelGroup
 
 CAN_PACK = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -26,35 +25,29 @@ def test_packed_linear_is_the_plain_one_bit_for_bit(shape: tuple[int, ...], has_
     weight = torch.randn(1000, 768, dtype=torch.bfloat16) / 28
     bias = torch.randn(1000, dtype=torch.bfloat16) if has_bias else None
     hidden = torch.randn(shape, dtype=torch.bfloat16)
-    linear = pack_linear(weight, bias)
-    assert linear is not None
+    packed = pack_weight(weight)
+    assert packed.is_mkldnn
     with torch.inference_mode():
-        assert torch.equal(linear(hidden), F.linear(hidden, weight, bias))
+        assert torch.equal(linear_layer(packed, bias)(hidden), F.linear(hidden, weight, bias))
+        assert torch.equal(linear_layer(weight, bias)(hidden), F.linear(hidden, weight, bias))
 
 
 def test_small_weights_and_float32_stay_plain() -> None:
-    assert pack_linear(torch.zeros(64, 64, dtype=torch.bfloat16), None) is None
-    assert pack_linear(torch.zeros(1024, 1024), None) is None
+    for weight in (torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(1024, 1024)):
+        assert pack_weight(weight) is weight
 
 
 @needs_packing
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_plain_weight_is_given_up_unless_the_embedding_needs_it(is_tied: bool, tmp_path: Path) -> None:
+def test_weight_is_packed_unless_the_embedding_needs_it(is_tied: bool, tmp_path: Path) -> None:
     config = FAMILIES["llama"](hidden_size=512, vocab_size=1024, tie_word_embeddings=is_tied)
     save_random_model(tmp_path, config, dtype=torch.bfloat16)
-    alone = TensorParallelGroup(0, 1)
-    part = build_rank_model(tmp_path, "auto", alone, torch.device("cpu"))
+    alone, cpu = TensorParallelGroup(0, 1), torch.device("cpu")
+    plain = build_rank_model(tmp_path, "auto", alone, cpu).tensors
+    packed = build_rank_model(tmp_path, "auto", alone, cpu, pack=pack_weight).tensors
+    assert not any(tensor.is_mkldnn for tensor in plain.values())
     kept = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if is_tied else set())
-    large = {name for name, tensor in part.tensors.items() if tensor.numel() >= 2**18}
-    Stage(part.stages[0], part.tensors, alone, release=part.release)
-    assert large - part.tensors.keys() == large - kept
-    for name in large - kept:
-        assert part.model.get_parameter(name).is_meta
-
-
-def test_nothing_is_packed_where_nobody_gives_the_weights_up(tmp_path: Path) -> None:
-    save_random_model(tmp_path, FAMILIES["llama"](hidden_size=512), dtype=torch.bfloat16)
-    alone = TensorParallelGroup(0, 1)
-    part = build_rank_model(tmp_path, "auto", alone, torch.device("cpu"))
-    stage = Stage(part.stages[0], part.tensors, alone)
-    assert "_packed" not in stage.source
+    large = {name for name, tensor in plain.items() if tensor.numel() >= 2**18}
+    assert {name for name, tensor in packed.items() if tensor.is_mkldnn} == large - kept
+    for name, tensor in packed.items():
+        assert torch.equal(tensor.to_dense() if tensor.is_mkldnn else tensor, plain[name]), name

@@ -189,6 +189,17 @@ def test_layout_packs_the_chunks_one_after_another() -> None:
     assert [prefill.rows for prefill in layout.prefills] == [slice(0, 3), slice(4, 6)]
 
 
+def test_rows_of_a_prompt_that_is_scored_come_before_the_sampled_one() -> None:
+    plan = StepPlan(
+        (
+            Chunk("a", (11, 12, 13), 3, (5, 2), is_sampled=False, next_ids=(12, 13, 14)),
+            Chunk("b", (21,), 4, (0, 7), is_sampled=True),
+            Chunk("c", (31, 32), 0, (1,), is_sampled=True, next_ids=(32,)),
+        )
+    )
+    assert lay_out(plan, BLOCK_SIZE, CPU).sampled_rows.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_step_that_samples_nothing_has_no_sampled_rows() -> None:
     layout = lay_out(StepPlan((Chunk("a", (1, 2), 0, (0,), is_sampled=False),)), BLOCK_SIZE, CPU)
     assert layout.sampled_rows.shape == (0,)

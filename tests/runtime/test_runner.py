@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Co
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
-from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.errors import ConfigError, PlanError
-from ts_parallel.partition.build import build_rank_model, eager_part, shard_causal_lm
+from ts_parallel.partition.build import build_rank_model, eager_program, shard_causal_lm
 from ts_parallel.runtime.runner import Runner, refuse_unpageable
 from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
@@ -167,6 +167,81 @@ def test_preempted_request_produces_the_same_tokens(
         assert output == logits[len(request.prompt_ids) - 1 : -1].argmax(dim=-1).tolist()
 
 
+def likelihoods(plain: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """`[T - 1, V]`: the plain model's log-probabilities of what follows each token."""
+    with torch.no_grad():
+        logprobs: torch.Tensor = plain(torch.tensor([token_ids])).logits[0, :-1].log_softmax(dim=-1)
+    return logprobs
+
+
+@pytest.mark.parametrize("num_blocks", [4, 40])
+def test_logprobs_of_prompt_and_answer_are_the_plain_models_however_the_steps_go(
+    topology: Topology, plain: PreTrainedModel, num_blocks: int
+) -> None:
+    """Prompts longer than a step, one of them asked twice, with preemptions and without."""
+    runner = make_runner(topology, num_blocks)
+    scheduler = Scheduler(BlockManager(num_blocks, BLOCK_SIZE), max_num_seqs=4, max_num_batched_tokens=10)
+    engine, outputs = Engine(runner, scheduler), list[TokenOutput]()
+    asking = SamplingParams(temperature=1.0, num_logprobs=3)
+    prompts = [prompt(length, seed=length) for length in (19, 14, 19, 1)]
+    requests = [Request(str(n), own, 6, asking, scores_prompt=n > 0) for n, own in enumerate(prompts)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_requests:
+        engine.step(deliver=outputs.extend)
+    for request in requests:
+        expected = likelihoods(plain, [*request.prompt_ids, *request.output_ids])
+        own = [output.logprobs for output in outputs if output.request_id == request.request_id]
+        assert len(own) == 6 and len(request.prompt_logprobs) == (len(request.prompt_ids) - 1) * request.scores_prompt
+        found = [logprobs for logprobs in (*request.prompt_logprobs, *own) if logprobs is not None]
+        following = [*request.prompt_ids, *request.output_ids][-len(found) :]
+        for row, token_id, logprobs in zip(expected[-len(found) :], following, found, strict=True):
+            assert logprobs.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
+            assert [value for _, value in logprobs.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    assert requests[0].num_cached == requests[2].num_cached == 0  # whose prompt is scored has none of its rows yet
+
+
+class Countdown:
+    """A guide that lets each token be one of three, by how many there are already, and ends after seven."""
+
+    error = None
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.token_ids) == 7
+
+    def allowed(self) -> tuple[int, ...]:
+        words = [0] * 32
+        for token_id in self.choices(len(self.token_ids)):
+            words[token_id // 64] |= 1 << token_id % 64
+        return tuple(word - 2**64 if word >> 63 else word for word in words)
+
+    def accept(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+
+    def choices(self, number: int) -> tuple[int, ...]:
+        return tuple((number * 97 + step) % 2048 for step in (3, 700, 1999))
+
+
+@pytest.mark.parametrize("num_blocks", [4, 40])
+def test_guided_answer_takes_the_best_of_what_is_allowed_even_after_a_preemption(
+    topology: Topology, plain: PreTrainedModel, num_blocks: int
+) -> None:
+    runner = make_runner(topology, num_blocks)
+    scheduler = Scheduler(BlockManager(num_blocks, BLOCK_SIZE), max_num_seqs=4, max_num_batched_tokens=10)
+    guides = [Countdown() for _ in range(3)]
+    requests = [Request(str(n), prompt(12, seed=n), 20, guide=guide) for n, guide in enumerate(guides)]
+    outputs = Engine(runner, scheduler).generate(requests)
+    assert scheduler.figures().stats.num_preemptions > 0 or num_blocks == 40
+    for request, guide, output in zip(requests, guides, outputs, strict=True):
+        assert output == guide.token_ids and len(output) == 7
+        rows = likelihoods(plain, [*request.prompt_ids, *output])[-7:]
+        assert output == [max(guide.choices(at), key=lambda token: row[token]) for at, row in enumerate(rows)]
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(("num_stages", "tensor_parallel_size"), [(1, 2), (2, 2), (3, 1)])
 def test_stages_give_the_tokens_and_logits_of_one_rank(
@@ -188,6 +263,8 @@ def test_stages_give_the_tokens_and_logits_of_one_rank(
     report = json.loads((tmp_path / "report.json").read_text())
     alone = stages.lead(stages.make_runner(DEMO_MODEL, topology))
     assert report["tokens"] == alone["tokens"]
+    assert len(report["logprobs"]) > 100
+    assert report["logprobs"] == pytest.approx(alone["logprobs"], rel=1e-4)
     logits, wanted = torch.tensor(report["logits"]), torch.tensor(alone["logits"])
     assert logits.shape == wanted.shape == (2, 2048)
     assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -213,7 +290,7 @@ TINY = {
 
 def refuse(config: PretrainedConfig, max_model_len: int) -> None:
     sharded = shard_causal_lm(config, torch.bfloat16, TensorParallelGroup(0, 1))
-    refuse_unpageable(eager_part(sharded), max_model_len)
+    refuse_unpageable(eager_program(sharded), max_model_len)
 
 
 def test_rotary_frequencies_that_change_with_the_batch_are_refused_where_they_do() -> None:

@@ -19,8 +19,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from ts_parallel.runtime.sampling import adjust, sample
-from ts_parallel.runtime.step import Chunk, SamplingParams
+from ts_parallel.runtime import sampling
+from ts_parallel.runtime.sampling import adjust, choose, sample
+from ts_parallel.runtime.step import Chunk, SamplingParams, read_logprobs
 
 NUM_TOKENS = 24
 NUM_DRAWS = 1500
@@ -32,6 +33,13 @@ def logits(seed: int) -> torch.Tensor:
 
 def chunk(params: SamplingParams, position: int = 1, **tokens: tuple[int, ...]) -> Chunk:
     return Chunk("", (1,), position - 1, (), True, params, **tokens)
+
+
+def allow(*token_ids: int) -> tuple[int, ...]:
+    """The mask of `Chunk.allowed`."""
+    bits = sum(1 << token_id for token_id in token_ids)
+    words = [bits >> 64 * at & (2**64 - 1) for at in range(bits.bit_length() // 64 + 1)]
+    return tuple(word - 2**64 if word >> 63 else word for word in words)
 
 
 def drawn(own: torch.Tensor, params: SamplingParams) -> set[int]:
@@ -117,3 +125,61 @@ def test_logits_of_a_row_are_left_as_they_were() -> None:
     before = own.clone()
     adjust(own, chunk(SamplingParams(presence_penalty=1.0, logit_bias=((3, 1.0),)), output_ids=(1, 2)))
     assert torch.equal(own, before)
+
+
+def test_only_what_is_allowed_comes_greedy_or_hot() -> None:
+    own = logits(1)
+    allowed = allow(3, 5, 11)
+    best = max((3, 5, 11), key=lambda token: float(own[token]))
+    assert best != int(own.argmax())
+    assert sample(own[None], [chunk(SamplingParams(), allowed=allowed)]) == [best]
+    chunks = [chunk(SamplingParams(5.0), position, allowed=allowed) for position in range(1, 200)]
+    assert set(sample(own.expand(len(chunks), -1), chunks)) == {3, 5, 11}
+    narrow = SamplingParams(1.0, top_k=1, logit_bias=((5, 50.0), (7, 90.0)))
+    assert sample(own[None], [chunk(narrow, allowed=allowed)]) == [5]
+
+
+@pytest.mark.parametrize("size", [60, 64, 65, 128, 200])
+def test_mask_reaches_every_word_and_what_it_leaves_out_is_forbidden(size: int) -> None:
+    for token in {0, 31, 59, 63, 64, 127, 150} & set(range(size)):
+        own = torch.zeros(1, size)
+        assert sample(own, [chunk(SamplingParams(), allowed=allow(token))]) == [token]
+
+
+def test_typical_sampling_does_not_stumble_over_what_is_forbidden() -> None:
+    own = logits(2)
+    forbidding = SamplingParams(1.0, typical_p=0.9, logit_bias=((0, -math.inf),))
+    kept = drawn(own, forbidding)
+    without = own.clone()
+    without[0] = -1e9
+    assert kept == drawn(without, SamplingParams(1.0, typical_p=0.9)) and 0 not in kept
+
+
+@given(seed=st.integers(0, 10**6), num_top=st.integers(0, NUM_TOKENS), temperature=st.sampled_from([0.0, 0.7]))
+def test_logprobs_are_those_of_the_raw_logits_whatever_chooses_the_token(
+    seed: int, num_top: int, temperature: float
+) -> None:
+    own = logits(seed)
+    params = SamplingParams(temperature, 0.9, seed, logit_bias=((2, 30.0),), num_logprobs=num_top)
+    asking = chunk(params)
+    token, *numbers = choose(own[None], [asking])
+    assert token == 2  # which the raw logits hardly ever prefer
+    ((found,),) = read_logprobs([asking], numbers)
+    expected = own.log_softmax(dim=-1)
+    assert found.logprob == float(expected[2])
+    assert [logprob for _, logprob in found.top] == expected.sort(descending=True).values[:num_top].tolist()
+    assert [float(expected[token]) for token, _ in found.top] == [logprob for _, logprob in found.top]
+
+
+def test_nothing_is_scored_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "score", None)
+    chunks = [chunk(SamplingParams()), chunk(SamplingParams(0.5, seed=3))]
+    assert len(choose(logits(0).expand(2, -1), chunks)) == 2
+
+
+def test_asking_for_logprobs_changes_no_token() -> None:
+    own = torch.stack([logits(seed) for seed in range(6)])
+    params = [SamplingParams(0.8 * (row % 2), seed=row) for row in range(6)]
+    asked = [SamplingParams(0.8 * (row % 2), seed=row, num_logprobs=row) for row in range(6)]
+    plain = choose(own, [chunk(one) for one in params])
+    assert choose(own, [chunk(one) for one in asked])[:6] == plain

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from ts_parallel.partition.program import StageCode
+from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import Places, cut
 from ts_parallel.partition.trace import InputSpec, trace
 from ts_parallel.runtime.stage import Stage
@@ -29,7 +31,10 @@ class Model(nn.Module):
         return self._function(self.weight, x)
 
 
-def stage_of(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], weight: torch.Tensor) -> Stage:
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def code_of(function: Function) -> StageCode:
     model = Model(function)
 
     def call(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -38,10 +43,14 @@ def stage_of(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], wei
 
     traced = trace(model, SPEC, call, {"T": 64})  # type: ignore[arg-type]
     (graph,) = cut(Places(traced, "", 1), (), ())
-    return Stage(graph, {"weight": weight}, ALONE)
+    return write_stage(graph)
 
 
-FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+def stage_of(function: Function, weight: torch.Tensor) -> Stage:
+    return Stage(code_of(function), {"weight": weight}, ALONE)
+
+
+FUNCTIONS: dict[str, Function] = {
     "add with alpha": lambda w, x: torch.add(x @ w, x, alpha=0.5),
     "subtract from a number": lambda w, x: 1.0 - x @ w,
     "subtract with alpha": lambda w, x: torch.sub(x @ w, x, alpha=2),
@@ -68,8 +77,8 @@ def test_function_computes_what_the_model_does_bit_for_bit(name: str, num_tokens
 
 
 def test_each_tensor_is_forgotten_after_its_last_use() -> None:
-    stage = stage_of(lambda w, x: ((x @ w).relu() + 1.0).tanh(), torch.eye(4))
-    *body, last = [line.strip() for line in stage.source.splitlines()[1:]]
+    code = code_of(lambda w, x: ((x @ w).relu() + 1.0).tanh())
+    *body, last = [line.strip() for line in code.source.splitlines()[1:]]
     made = [line.split(" = ")[0] for line in body if " = " in line]
     forgotten = [line.removeprefix("del ") for line in body if line.startswith("del ")]
     assert sorted(forgotten) == sorted(made[:-1])
@@ -77,8 +86,8 @@ def test_each_tensor_is_forgotten_after_its_last_use() -> None:
 
 
 def test_what_changes_nothing_is_left_out() -> None:
-    stage = stage_of(lambda w, x: torch.dropout((x @ w).to(torch.float32) * 1.0, 0.5, False), torch.eye(4))
-    assert [name for name in ("dropout(", "_to(", "_mul(") if name in stage.source] == []
+    code = code_of(lambda w, x: torch.dropout((x @ w).to(torch.float32) * 1.0, 0.5, False))
+    assert [name for name in ("dropout(", "_to(", "_mul(") if name in code.source] == []
 
 
 def test_cast_to_another_type_is_kept() -> None:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ts_parallel.runtime.sampling import uniform
-from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
+from ts_parallel.runtime.sampling import choose, uniform
+from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan, TokenLogprobs, read_logprobs
 
 NUMBERS = st.integers(0, 2**62)
+REALS = st.floats(allow_nan=False)
 SAMPLING = st.builds(
     SamplingParams,
-    temperature=st.floats(0, allow_nan=False),
-    top_p=st.floats(0, 1, exclude_min=True),
+    temperature=REALS,
+    top_p=REALS,
     seed=st.integers(0, 2**64 - 1),
+    top_k=NUMBERS,
+    min_p=REALS,
+    typical_p=REALS,
+    repetition_penalty=REALS,
+    presence_penalty=REALS,
+    frequency_penalty=REALS,
+    logit_bias=st.lists(st.tuples(NUMBERS, REALS), max_size=3).map(tuple),
+    num_logprobs=st.none() | st.integers(0, 20),
 )
-# What is not sent stays at its default.
+# All but the request's name.
 CHUNKS = st.builds(
     Chunk,
     request_id=st.just(""),
@@ -26,6 +37,10 @@ CHUNKS = st.builds(
     block_ids=st.lists(NUMBERS, max_size=4).map(tuple),
     is_sampled=st.booleans(),
     sampling=SAMPLING,
+    prompt_ids=st.lists(NUMBERS, max_size=3).map(tuple),
+    output_ids=st.lists(NUMBERS, max_size=3).map(tuple),
+    next_ids=st.lists(NUMBERS, max_size=3).map(tuple),
+    allowed=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3).map(tuple),
 )
 
 
@@ -56,3 +71,37 @@ def test_plan_counts_the_tokens_of_all_chunks() -> None:
     assert StepPlan(chunks).num_tokens == 3
     assert [chunk.end for chunk in chunks] == [5, 1]
     assert StepPlan().num_tokens == 0
+
+
+def test_every_field_of_sampling_is_sent() -> None:
+    """The test above would not see one that is neither built there nor sent."""
+    defaults = SamplingParams()
+    for name in SamplingParams.__dataclass_fields__:
+        value = ((3, 0.5),) if name == "logit_bias" else 7
+        sampling = SamplingParams(**{name: value})
+        assert sampling != defaults
+        plan = StepPlan((Chunk("", (5,), 0, (1,), True, sampling),))
+        assert StepPlan.decode(plan.encode().tolist()) == plan
+
+
+def test_logprobs_come_back_to_the_chunks_and_rows_they_are_of() -> None:
+    two, none, zero = (SamplingParams(num_logprobs=count) for count in (2, None, 0))
+    chunks = (
+        Chunk("a", (1, 2, 3), 0, (0,), False, two, next_ids=(2, 3, 0)),
+        Chunk("b", (1,), 0, (1,), True, none),
+        Chunk("c", (1, 2), 0, (2,), True, zero, next_ids=(2,)),
+        Chunk("d", (1,), 4, (3,), True, two),
+    )
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 7).log_softmax(dim=-1)
+    logits[6] = torch.tensor([math.log(0.5), math.log(0.25), -math.inf, math.log(0.25)])
+    numbers = choose(logits, chunks)
+    assert len(numbers) == StepPlan(chunks).num_results == 3 + 3 * 5 + 2 * 1 + 5
+    assert numbers[:3] == [3, 3, 0]
+    first, second, third, last = read_logprobs(chunks, numbers[3:])
+    row = logits.log_softmax(dim=-1)[0].tolist()
+    best = ((3, row[3]), (2, row[2]))
+    assert first == tuple(TokenLogprobs(row[token], best) for token in (2, 3, 0))
+    assert second == ()
+    assert third == (TokenLogprobs(row[2]), TokenLogprobs(row[3]))
+    assert [token.logprob for token in last] == [pytest.approx(math.log(0.5))]
+    assert last[0].top[0] == (0, last[0].logprob)

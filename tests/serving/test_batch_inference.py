@@ -105,7 +105,7 @@ class Context:
     content_types: dict[int, str] = field(default_factory=dict)
 
     def get_all_request_header(self, index: int) -> dict[str, str]:
-        return self.headers.get(index, {})
+        return self.headers.get(index, {"Host": "localhost"})
 
     def set_response_status(self, code: int, phrase: str, index: int) -> None:
         self.statuses[index] = (code, phrase)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ts_parallel.errors import RequestError
 from ts_parallel.runtime.step import SamplingParams
-from ts_parallel.serving.bodies import RawRequest, SamplingDefaults, parse_chat, parse_completion, parse_native
+from ts_parallel.serving.bodies import (
+    RawRequest,
+    SamplingDefaults,
+    choice_params,
+    parse_chat,
+    parse_completion,
+    parse_native,
+)
+from ts_parallel.serving.structured_output import Form
 
 
 def raw(body: object, content_type: str = "application/json") -> RawRequest:
@@ -87,15 +97,19 @@ def test_long_bad_values_are_not_repeated_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "single"), [("x", "x"), ([1, 2], [1, 2]), (["x"], "x"), ([[1, 2]], [1, 2]), ([], [])]
+    ("prompt", "prompts"),
+    [
+        ("x", ["x"]),
+        ([1, 2], [[1, 2]]),
+        (["x"], ["x"]),
+        (["x", "y"], ["x", "y"]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        ([], [[]]),
+        ([[]], [[]]),
+    ],
 )
-def test_completion_prompt_is_text_or_token_ids(prompt: object, single: object) -> None:
-    assert parse_completion(raw({"prompt": prompt})).single_prompt() == single
-
-
-def test_several_prompts_in_one_request_are_refused() -> None:
-    with pytest.raises(RequestError, match="2 prompts"):
-        parse_completion(raw({"prompt": ["x", "y"]})).single_prompt()
+def test_completion_prompts_are_texts_or_token_ids(prompt: object, prompts: object) -> None:
+    assert parse_completion(raw({"prompt": prompt})).prompts == prompts
 
 
 def test_fields_that_benchmark_clients_send_are_accepted() -> None:
@@ -119,10 +133,106 @@ def test_fields_that_benchmark_clients_send_are_accepted() -> None:
     assert body.ignore_eos and body.stream and body.stream_options and body.stream_options.continuous_usage_stats
 
 
-@pytest.mark.parametrize("field", [{"n": 2}, {"logprobs": 3}, {"echo": True}, {"suffix": "x"}, {"best_of": 2}])
+@pytest.mark.parametrize("field", [{"suffix": "x"}, {"best_of": 2}, {"tool_choice": "required"}])
 def test_openai_field_that_would_be_ignored_is_refused_instead(field: dict[str, object]) -> None:
-    with pytest.raises(RequestError, match=next(iter(field))):
-        parse_completion(raw({"prompt": "x", **field}))
+    with pytest.raises(RequestError, match=next(iter(field))) as refusal:
+        _ = parse_completion(raw({"prompt": "x", **field})).num_choices
+    assert refusal.value.parameter == next(iter(field))
+
+
+def test_number_of_answers_may_be_said_twice_but_not_contradicted() -> None:
+    assert parse_completion(raw({"prompt": "x"})).num_choices == 1
+    assert parse_completion(raw({"prompt": "x", "n": 3, "best_of": 3})).num_choices == 3
+    with pytest.raises(RequestError, match=r"best_of is 3.*n, 2"):
+        _ = parse_completion(raw({"prompt": "x", "n": 2, "best_of": 3})).num_choices
+
+
+def test_each_answer_has_a_seed_of_its_own_that_comes_of_the_requests() -> None:
+    params = parse_completion(raw({"prompt": "x", "seed": 7})).generation_params(1.0, 1)
+    seeds = [choice_params(params, number).sampling.seed for number in range(100)]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 100
+    assert seeds == [choice_params(params, number).sampling.seed for number in range(100)]
+    other = parse_completion(raw({"prompt": "x", "seed": 8})).generation_params(1.0, 1)
+    assert not set(seeds) & {choice_params(other, number).sampling.seed for number in range(100)}
+
+
+def test_logprobs_are_counted_as_each_interface_does() -> None:
+    assert parse_completion(raw({"prompt": "x"})).num_logprobs is None
+    assert parse_completion(raw({"prompt": "x", "logprobs": 0})).num_logprobs == 0
+    assert parse_native(raw({"prompt": "x", "logprobs": 4})).num_logprobs == 4
+    body = parse_completion(raw({"prompt": "x", "logprobs": 5, "echo": True}))
+    params = body.generation_params(0.0, 1)
+    assert (params.sampling.num_logprobs, params.scores_prompt) == (5, True)
+    assert not parse_completion(raw({"prompt": "x", "logprobs": 5})).generation_params(0.0, 1).scores_prompt
+    messages = [{"role": "user", "content": "x"}]
+    for fields, wanted in (({}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 6}, 6)):
+        assert parse_chat(raw({"messages": messages, **fields})).num_logprobs == wanted
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Form("json", {"type": "object"}, "response_format")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+                }
+            },
+            Form("json", SCHEMA, "response_format"),
+        ),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, Form("json", SCHEMA, "structured_outputs")),
+        ({"structured_outputs": {"json_object": True}}, Form("json", {"type": "object"}, "structured_outputs")),
+        ({"structured_outputs": {"regex": "a+"}}, Form("regex", "a+", "structured_outputs")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Form("choice", ["a", "b"], "structured_outputs")),
+        ({"structured_outputs": {"grammar": "g"}}, Form("grammar", "g", "structured_outputs")),
+        ({"guided_json": SCHEMA}, Form("json", SCHEMA, "guided_json")),
+        ({"guided_regex": "a+"}, Form("regex", "a+", "guided_regex")),
+        ({"guided_choice": ["a"]}, Form("choice", ["a"], "guided_choice")),
+        ({"guided_grammar": "g"}, Form("grammar", "g", "guided_grammar")),
+    ],
+)
+def test_form_of_an_answer_is_found_wherever_it_is_said(fields: dict[str, object], form: Form | None) -> None:
+    assert parse_completion(raw({"prompt": "x", **fields})).form() == form
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter", "says"),
+    [
+        (
+            {"guided_regex": "a", "guided_choice": ["a"]},
+            "guided_choice",
+            "one form, got guided_regex and guided_choice",
+        ),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "one form"),
+        ({"guided_json": "{"}, "guided_json", "not JSON"),
+        ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "needs the field 'json_schema'"),
+        ({"guided_regex": "a", "min_tokens": 3}, "min_tokens", "guided_regex"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "guided_regex"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"timeout": 0}, "timeout", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "without echo"),
+    ],
+)
+def test_bad_new_field_is_named(fields: dict[str, object], parameter: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as refusal:
+        parse_completion(raw({"prompt": "x", **fields})).form()
+    assert refusal.value.parameter == parameter
+
+
+def test_top_logprobs_without_logprobs_are_refused() -> None:
+    with pytest.raises(RequestError, match="logprobs to be true") as refusal:
+        parse_chat(raw({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}))
+    assert refusal.value.parameter == "top_logprobs"
 
 
 def test_all_sampling_fields_reach_the_generation_parameters() -> None:

@@ -32,13 +32,13 @@ class Context:
     """What a handler sees of TorchServe's context, and TorchServe's reading of it afterwards."""
 
     request_ids: dict[int, str]
-    headers: dict[int, dict[str, str]] = field(default_factory=dict)
+    headers: dict[int, dict[str, Any]] = field(default_factory=dict)
     statuses: dict[int, tuple[int, str]] = field(default_factory=dict)
     content_types: dict[int, str] = field(default_factory=dict)
     stopping_criteria: dict[int, Callable[[str], bool | None]] | None = None
 
-    def get_all_request_header(self, index: int) -> dict[str, str]:
-        return self.headers.get(index, {})
+    def get_all_request_header(self, index: int) -> dict[str, Any]:
+        return self.headers.get(index, {"Host": "localhost"})
 
     def set_response_status(self, code: int, phrase: str, index: int) -> None:
         self.statuses[index] = (code, phrase)
@@ -119,7 +119,11 @@ class FrontEnd:
     def round_trip(self, **routes: str) -> dict[str, Sent]:
         """What each job that is not left out is sent. A job that has ended is named no more."""
         names = dict(enumerate(self.jobs))
-        context = Context(dict(names), {i: {"url_path": routes[name]} for i, name in names.items() if name in routes})
+        headers: dict[int, dict[str, Any]] = {
+            i: {"url_path": routes[name]} for i, name in names.items() if name in routes
+        }
+        headers |= {i: {"data": {"content-type": ""}} for i, name in names.items() if name.startswith("grpc")}
+        context = Context(dict(names), headers)
         bodies = self._drain.handle([{"body": self.jobs[name]} for name in names.values()], context)
         assert len(bodies) == len(names)
         assert context.request_ids.items() <= names.items()
@@ -284,6 +288,18 @@ def test_route_is_read_from_the_jobs_own_headers(front_end: FrontEnd) -> None:
     assert sent["ill"] == Sent("fine", 200, "OK", JSON, None)
 
 
+def test_job_that_came_by_grpc_is_answered_in_one_piece_that_says_so(front_end: FrontEnd) -> None:
+    front_end.jobs |= {"stream": ("text", 9), "grpc": ("text", 3), "grpc_bad": ("bad", 0)}
+    sent = front_end.round_trip()
+    assert sent.keys() == {"grpc_bad"}
+    assert (sent["grpc_bad"].status, sent["grpc_bad"].ts_stream_next) == (400, False)
+    for _ in range(2):
+        front_end.let_through(1)
+        assert front_end.trips_until("stream").keys() == {"stream"}
+    front_end.let_through(7)
+    assert front_end.trips_until("grpc")["grpc"] == Sent("abc", 200, "OK", TEXT, False)
+
+
 def test_client_that_left_is_aborted_and_the_others_go_on(front_end: FrontEnd) -> None:
     front_end.jobs |= {"stays": ("text", 3), "leaves": ("text", 90)}
     front_end.let_through(1)
@@ -359,3 +375,9 @@ def test_raw_request_takes_body_or_data_and_headers_of_any_case() -> None:
     assert raw_request({"body": {"x": 1}}, context, 0) == RawRequest("v1/completions", {"x": 1}, "application/json")
     assert raw_request({"data": b"x"}, context, 1) == RawRequest("", b"x", "")
     assert raw_request({}, context, 1) == RawRequest("", None, "")
+
+
+def test_raw_request_takes_its_route_from_an_input_where_there_are_no_headers() -> None:
+    context = Context({0: "a"}, {0: {"data": {"content-type": ""}, "url_path": {"content-type": ""}}})
+    request = raw_request({"data": bytearray(b"{}"), "url_path": bytearray(b"/v1/models")}, context, 0)
+    assert request == RawRequest("v1/models", bytearray(b"{}"), "")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ts_parallel.partition.stages import Crossing
+from ts_parallel.partition.program import Crossing
 from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.serving.micro_batching import Collator, MicroBatcher
@@ -26,7 +26,7 @@ class MaskedSum:
 
     inputs = ("ids", "mask")
     received: Sequence[Crossing] = ()
-    sent = (Crossing("sum", torch.int64, (lambda sizes: sizes["ids"][0], lambda _: 1)),)
+    sent = (Crossing("sum", torch.int64, ("ids[0]", 1)),)
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
-from http_client import events, post
+from http_client import events, get, post
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ts_parallel.cli.archive import handler_config
@@ -63,6 +66,13 @@ def expected(
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_tokens, pad_token_id=1, **options)
     text: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+@pytest.fixture(scope="module")
+def client(server: TorchServe) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client, which knows no more of the server than its address."""
+    with openai.OpenAI(base_url=f"{server.url}/1.0/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
 
 
 def ask(server: TorchServe, route: str, **fields: Any) -> dict[str, Any]:
@@ -190,3 +200,105 @@ def test_bad_field_is_a_400_that_names_it(
 ) -> None:
     status, text = post(f"{server.url}/1.0/{route}", fields)
     assert (status, json.loads(text)["error"]["param"]) == (400, parameter)
+
+
+MESSAGES: Any = [{"role": "user", "content": "What is a list?"}]
+
+
+def test_sdk_lists_the_model_and_completes(client: openai.OpenAI, plain: tuple[Any, Any]) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "demo"
+    answer = client.completions.create(model=model.id, prompt=PROMPT, max_tokens=12, temperature=0)
+    assert answer.choices[0].text == expected(plain, PROMPT, 12)
+    assert answer.usage is not None and answer.usage.completion_tokens == 12
+
+
+def test_sdk_streams_what_it_gets_whole(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "temperature": 0, "max_tokens": 15}
+    whole = client.completions.create(prompt=PROMPT, **fields).choices[0].text
+    stream = client.completions.create(prompt=PROMPT, stream=True, stream_options={"include_usage": True}, **fields)
+    *chunks, last = stream
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+    assert last.usage is not None and last.usage.completion_tokens == 15
+    message = client.chat.completions.create(messages=MESSAGES, **fields).choices[0].message
+    deltas = [
+        chunk.choices[0].delta for chunk in client.chat.completions.create(messages=MESSAGES, stream=True, **fields)
+    ]
+    assert message.role == deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+
+
+def test_sdk_reads_logprobs(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "temperature": 0, "max_tokens": 8}
+    choice = client.completions.create(prompt=PROMPT, logprobs=2, **fields).choices[0]
+    own = choice.logprobs
+    assert own is not None and own.tokens and own.token_logprobs and own.top_logprobs
+    assert "".join(own.tokens) == choice.text
+    for token, logprob, best in zip(own.tokens, own.token_logprobs, own.top_logprobs, strict=True):
+        assert logprob < 0 and best[token] == logprob == max(best.values()) and len(best) == 2
+    chat = client.chat.completions.create(messages=MESSAGES, logprobs=True, top_logprobs=3, **fields).choices[0]
+    assert chat.logprobs is not None and chat.logprobs.content
+    for entry in chat.logprobs.content:
+        assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].token == entry.token
+    streamed = client.chat.completions.create(messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True, **fields)
+    parts = [chunk.choices[0].logprobs for chunk in streamed]
+    assert [entry for part in parts if part and part.content for entry in part.content] == chat.logprobs.content
+
+
+def test_sdk_gets_n_choices_whole_and_streamed(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "n": 2, "temperature": 1.2, "seed": 3, "max_tokens": 12}
+    fields["extra_body"] = {"top_k": -1}
+    whole = client.chat.completions.create(messages=MESSAGES, **fields)
+    texts = {choice.index: choice.message.content for choice in whole.choices}
+    assert list(texts) == [0, 1] and texts[0] != texts[1]
+    streamed = dict.fromkeys(texts, "")
+    for chunk in client.chat.completions.create(messages=MESSAGES, stream=True, **fields):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    assert len(client.completions.create(prompt=[PROMPT, "x"], **fields).choices) == 4
+
+
+def test_sdk_gets_an_answer_of_its_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["list", "dict"]}, "size": {"type": "integer", "maximum": 99}},
+        "required": ["name", "size"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": schema}}
+    for temperature in (0.0, 1.0):
+        answer = client.chat.completions.create(
+            model="demo", messages=MESSAGES, response_format=form, temperature=temperature, max_tokens=100
+        ).choices[0]
+        thing = json.loads(answer.message.content or "")
+        assert answer.finish_reason == "stop"
+        assert thing["name"] in ("list", "dict") and thing["size"] <= 99 and len(thing) == 2
+
+
+def test_sdk_raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 9") as refusal:
+        client.completions.create(model="demo", prompt="x", max_tokens=4, extra_body={"min_tokens": 9})
+    assert (refusal.value.param, refusal.value.type) == ("min_tokens", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError, match="Invalid type: objekt"):
+        client.completions.create(model="demo", prompt="x", extra_body={"guided_json": {"type": "objekt"}})
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="demo", input="x", encoding_format="float")
+
+
+def num_running(server: TorchServe) -> int:
+    found = re.search(r"^\S*num_requests_running\S* (\S+)$", get(f"{server.url}/1.0/metrics")[1], re.MULTILINE)
+    assert found is not None
+    return int(float(found[1]))
+
+
+def test_client_that_leaves_takes_all_its_choices_along(server: TorchServe, client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(prompt=[PROMPT, "x"], n=2, stream=True, **fields)
+    next(iter(stream))
+    assert num_running(server) == 4
+    stream.close()
+    deadline = time.monotonic() + 20
+    while num_running(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

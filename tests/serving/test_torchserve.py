@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from deployment import wait_until
+from grpc_client import predictions_request, send, stream_predictions
 from http_client import events, get, post, stream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,8 +31,8 @@ def server() -> Iterator[TorchServe]:
     """float32, so that answers can be compared token for token; shorter than the model allows, to meet the limit."""
     settings = {"dtype": "float32", "max_model_len": LONGEST, "kv_cache_memory": "64MiB"}
     config = handler_config(DEMO_MODEL, "cpu", tensor_parallel_size=2, **settings)
-    port = free_ports(1)[0]
-    with running(config, DEMO_MODEL, "demo", "127.0.0.1", port, False, threading.Event()) as server:
+    port, metrics_port = free_ports(2)
+    with running(config, DEMO_MODEL, "demo", "127.0.0.1", port, False, threading.Event(), metrics_port) as server:
         yield server
 
 
@@ -192,6 +194,80 @@ def test_token_id_outside_the_vocabulary_is_refused(server: TorchServe) -> None:
     status, text = post(completions(server), {"prompt": [1, 999_999]})
     assert status == 400
     assert "999999" in json.loads(text)["error"]["message"]
+
+
+def figure(text: str, name: str) -> float:
+    """The value of a metric that has one series."""
+    (value,) = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(f"{name}{{")]
+    return float(value)
+
+
+def own_figure(server: TorchServe, name: str) -> float:
+    return figure(get(f"{server.url}/1.0/metrics")[1], f"vllm:{name}")
+
+
+def test_worker_and_torchserve_show_the_same_figures(server: TorchServe) -> None:
+    status, text = post(server.url, {"prompt": "Return a list of", "max_tokens": 9, "stream": False})
+    usage = json.loads(text)["usage"]
+    assert (status, usage["completion_tokens"]) == (200, 9)
+    names = ["prompt_tokens_total", "generation_tokens_total", "time_to_first_token_seconds_count"]
+    own = [own_figure(server, name) for name in names]
+    assert own[0] >= usage["prompt_tokens"] and own[1] >= 9 and own[2] >= 1
+    assert own_figure(server, "inter_token_latency_seconds_sum") > 0
+
+    def shown() -> list[float]:
+        text = get(server.metrics_url)[1]
+        return [figure(text, name) for name in names] if names[0] in text else []
+
+    wait_until(lambda: shown() == own, lambda: f"{shown()}, not {own}", 20)
+    assert 'time_to_first_token_seconds_bucket{model_name="demo"' in get(server.metrics_url)[1]
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_client_that_leaves_gives_its_kv_blocks_back(server: TorchServe, is_alone: bool) -> None:
+    """Alone, it is noticed when the next request comes, here the one that asks."""
+    assert own_figure(server, "kv_cache_usage_perc") == 0
+    num_aborted = own_aborts(server)
+    body = {"prompt": "The", "max_tokens": LONGEST - 8, "ignore_eos": True, "stream": True}
+    leaving = stream(completions(server), body)
+    next(leaving)
+    if is_alone:
+        leaving.close()  # type: ignore[attr-defined]
+    else:
+        staying = stream(completions(server), body)
+        next(staying)
+        leaving.close()  # type: ignore[attr-defined]
+        assert list(staying)[-1][1].endswith("[DONE]\n\n")
+    wait_until(lambda: own_figure(server, "kv_cache_usage_perc") == 0, seconds=10)
+    assert own_aborts(server) == num_aborted + 1
+    assert own_figure(server, "num_requests_running") == 0
+
+
+def own_aborts(server: TorchServe) -> float:
+    lines = get(f"{server.url}/1.0/metrics")[1].splitlines()
+    (line,) = [line for line in lines if 'finished_reason="abort"' in line]
+    return float(line.rpartition(" ")[2])
+
+
+def test_grpc_is_answered_like_http_though_in_one_piece(server: TorchServe, plain: tuple[Any, Any]) -> None:
+    assert server.grpc_port is not None
+    pieces = list(stream_predictions(server.grpc_port, "demo", {"prompt": "Return a list of", "max_tokens": 60}))
+    assert pieces == [expected(plain, "Return a list of", 60)]
+    body = {"prompt": "Return a list of", "max_tokens": 20, "temperature": 0, "stream": True}
+    (text,) = stream_predictions(server.grpc_port, "demo", body, "v1/completions")
+    *chunks, done = events(text)
+    assert len(chunks) > 1 and done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected(plain, "Return a list of", 20)
+
+
+@pytest.mark.parametrize("inputs", [{"data": b'{"prompt": "x", "max_tokenz": 5}'}, {}])
+def test_bad_grpc_request_is_refused_alone(server: TorchServe, inputs: dict[str, bytes]) -> None:
+    """TorchServe would end a worker whose answer did not say that it is the last."""
+    assert server.grpc_port is not None
+    (text,) = send(server.grpc_port, predictions_request("demo", inputs))
+    assert json.loads(text)["error"]["code"] == 400
+    assert get(f"{server.url}/1.0/health")[0] == 200
+    assert server.log_text().count("ts_parallel is ready") == 1
 
 
 def test_client_that_leaves_harms_nobody(server: TorchServe, plain: tuple[Any, Any]) -> None:

@@ -7,7 +7,7 @@ column shard touches. Where dtype or device differ, the bytes pass through one s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,18 +40,23 @@ class LoadItem:
     target: torch.Tensor
     source: StoredTensor
     kept: Slice | None
+    name: str = ""
+    """Of the parameter that `target` is, or is a part of."""
 
 
-def load_tensors(items: Iterable[LoadItem], progress: Progress) -> None:
-    """Fill every target in file order.
+def load_tensors(
+    items: Iterable[LoadItem], progress: Progress, on_loaded: Callable[[LoadItem], None] = lambda _: None
+) -> None:
+    """Fill every target in file order, and forget it once `on_loaded` has been told of it.
 
     Raises:
         CheckpointError: a file ends before the bytes that its header announced, or cannot be read.
     """
-    ordered = sorted(items, key=lambda item: (item.source.file, item.source.offset))
+    ordered = sorted(items, key=lambda item: (item.source.file, item.source.offset), reverse=True)
     with ExitStack() as stack, progress.over(sum(item.target.nbytes for item in ordered)):
         descriptors: dict[Path, int] = {}
-        for item in ordered:
+        while ordered:
+            item = ordered.pop()
             file = item.source.file
             try:
                 if file not in descriptors:
@@ -61,6 +66,7 @@ def load_tensors(items: Iterable[LoadItem], progress: Progress) -> None:
             except OSError as error:
                 raise CheckpointError(f"cannot read {item.source.name!r} of {file}: {error.strerror}") from None
             progress.advance(item.target.nbytes)
+            on_loaded(item)
 
 
 def byte_ranges(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[int, int]]:

@@ -29,13 +29,12 @@ from ts_parallel.cli.options import (
 )
 from ts_parallel.cli.torchserve import TorchServe, find_java
 from ts_parallel.config import HandlerConfig
-from ts_parallel.partition.build import PipelinePlace, cut_causal_lm, part_of, shard_causal_lm
-from ts_parallel.partition.deferred import choose_dtype, read_model_config
-from ts_parallel.partition.match import match_checkpoint
-from ts_parallel.partition.trace import TracedGroup
+from ts_parallel.partition.model_config import max_positions_of, read_model_config
+from ts_parallel.partition.prepared import prepare_program
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.kv_memory import count_blocks
 from ts_parallel.runtime.runner import refuse_unpageable
-from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer, resolve_max_model_len
+from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
 
 
 def serve(
@@ -52,6 +51,12 @@ def serve(
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KVCacheMemory = "512MiB",
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Show Prometheus the metrics on this port of 127.0.0.1; else they are logged."
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM."""
@@ -67,7 +72,10 @@ def serve(
         kv_cache_memory=kv_cache_memory,
     )
     name = name or default_name(folder)
-    with stopped_by_signals() as stop, running(config, folder, name, host, port, verbose, stop) as server:
+    with (
+        stopped_by_signals() as stop,
+        running(config, folder, name, host, port, verbose, stop, metrics_port) as server,
+    ):
         print(f"ready: {server.url}", flush=True)
         if server.key_file is not None:
             print(f"clients need the inference key of {server.key_file}", flush=True)
@@ -76,7 +84,14 @@ def serve(
 
 @contextmanager
 def running(
-    config: HandlerConfig, folder: Path, name: str, host: str, port: int, verbose: bool, stop: threading.Event
+    config: HandlerConfig,
+    folder: Path,
+    name: str,
+    host: str,
+    port: int,
+    verbose: bool,
+    stop: threading.Event,
+    metrics_port: int | None = None,
 ) -> Iterator[TorchServe]:
     """A TorchServe that answers for `folder`, ended on leaving.
 
@@ -88,7 +103,7 @@ def running(
     with TemporaryDirectory(prefix="tsp-") as workspace:
         store = Path(workspace) / "store"
         write_archive(config, name, store)
-        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose)
+        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port)
         try:
             server.start()
             server.wait_until_ready(stop)
@@ -105,14 +120,12 @@ def check(config: HandlerConfig, folder: Path) -> None:
     """
     model_config = read_model_config(folder)
     index = read_index(folder)
-    max_model_len = resolve_max_model_len(config.max_model_len, model_config)
-    dtype = choose_dtype(config.dtype, model_config)
-    sharded = shard_causal_lm(model_config, dtype, TracedGroup(0, config.tensor_parallel_size))
+    max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
     place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
-    part = part_of(cut_causal_lm(sharded, place), place)
-    match_checkpoint(part.model, part.whole_plan, index)
-    refuse_unpageable(part, max_model_len)
-    count_blocks(part.sites_of_ranks, dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    request = ProgramRequest(folder, config.dtype, 0, config.tensor_parallel_size, place)
+    program = prepare_program(request, index)
+    refuse_unpageable(program, max_model_len)
+    count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     read_tokenizer(folder)
     read_eos_ids(folder, model_config)
 

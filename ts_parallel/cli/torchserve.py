@@ -55,7 +55,12 @@ class TorchServe:
         port: int,
         java_home: str | None,
         verbose: bool = False,
+        metrics_port: int | None = None,
     ) -> None:
+        """
+        Args:
+            metrics_port: where on loopback Prometheus finds all metrics; None: they go to a log file.
+        """
         self._workspace = workspace
         self._store = store
         self._name = name
@@ -63,14 +68,25 @@ class TorchServe:
         self._port = port
         self._java_home = java_home
         self._verbose = verbose
+        self._metrics_port = metrics_port
         self._log = workspace / "torchserve.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self.grpc_port: int | None = None  # once it was started
         self.key_file = None if is_loopback(host) else workspace / "key_file.json"
 
     @property
     def url(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}/predictions/{self._name}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the metrics, if it does."""
+        return f"http://127.0.0.1:{self._metrics_port}/metrics"
+
+    @property
+    def log_folder(self) -> Path:
+        return self._workspace / "logs"
 
     @property
     def pid(self) -> int | None:
@@ -176,13 +192,15 @@ class TorchServe:
             return False
 
     def _properties(self) -> str:
-        management, metrics, grpc, grpc_management, ranks = free_ports(5)
+        management, metrics, self.grpc_port, grpc_management, ranks = free_ports(5)
         host = f"[{self._host}]" if ":" in self._host else self._host
         settings = {
             "inference_address": f"http://{host}:{self._port}",
             "management_address": f"http://127.0.0.1:{management}",
-            "metrics_address": f"http://127.0.0.1:{metrics}",
-            "grpc_inference_port": grpc,
+            "metrics_address": f"http://127.0.0.1:{self._metrics_port or metrics}",
+            "metrics_mode": "prometheus" if self._metrics_port else "log",
+            "model_metrics_auto_detect": "true",  # else it knows only those of its own metrics.yaml, and drops ours
+            "grpc_inference_port": self.grpc_port,
             "grpc_management_port": grpc_management,
             "initial_distribution_port": ranks,
             "job_queue_size": 1000,

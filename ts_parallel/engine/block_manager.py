@@ -53,6 +53,8 @@ class BlockManager:
 
     def find_prefix(self, request: Request) -> list[int]:
         """The blocks that hold the longest computed start of `request`; at least one token is left to compute."""
+        if request.has_prompt_to_score:
+            return []
         blocks, content = [], _NOTHING
         for end in range(self.block_size, request.num_tokens, self.block_size):
             found = self._contents.get((content, request.token_ids(end - self.block_size, end)))
@@ -101,6 +103,7 @@ class BlockManager:
         The last blocks are given away before the first, which more requests may begin with.
         """
         for block in reversed(request.block_ids):
+            assert self._num_holders[block] > 0, f"block {block} is free already"
             self._num_holders[block] -= 1
             if self._num_holders[block] == 0:
                 self._free[block] = None

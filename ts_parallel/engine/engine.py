@@ -16,6 +16,7 @@ from typing import Protocol
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import TokenRouter
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
+from ts_parallel.engine.stats import Figures
 from ts_parallel.runtime.step import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class StepRunner(Protocol):
         ...
 
     def collect(self) -> list[int]:
-        """Wait for the oldest step that was submitted; the token of each sampled chunk, in its plan's order."""
+        """Wait for the oldest step that was submitted; its result's numbers (`StepPlan`)."""
         ...
 
 
@@ -58,6 +59,9 @@ class Engine:
     def has_requests(self) -> bool:
         """Whether there is anything left to do, be it to collect what nobody wants any more."""
         return bool(self._scheduler.running or self._scheduler.waiting or self._scheduler.num_in_flight)
+
+    def figures(self) -> Figures:
+        return self._scheduler.figures()
 
     def add(self, request: Request) -> None:
         self._scheduler.add(request)
@@ -83,10 +87,10 @@ class Engine:
                 return True
         if not self._scheduler.num_in_flight:
             return False
-        token_ids = self._runner.collect()
+        numbers = self._runner.collect()
         now = time.perf_counter()
         # With several steps in flight, a step takes the time since the one before it was done.
-        outputs = self._scheduler.update(token_ids, now - max(self._last_result, self._started.popleft()))
+        outputs = self._scheduler.update(numbers, now - max(self._last_result, self._started.popleft()))
         self._last_result = now
         if deliver is not None:
             deliver(outputs)
@@ -112,6 +116,7 @@ class EngineThread:
         self._engine = engine
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()
+        self._companions: dict[str, list[str]] = {}
         self._last_sign_of_life = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -124,17 +129,32 @@ class EngineThread:
         """The requests that were submitted and whose mailboxes are not closed."""
         return self.router.num_open
 
+    def figures(self) -> Figures:
+        return self._engine.figures()
+
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        self.router.open(request.request_id)
-        self._inbox.put(request)
+    def submit(self, request: Request, *companions: Request, seconds: float | None = None) -> None:
+        """Run requests, each with a mailbox of its own; to abort the first is to abort its companions.
+
+        Args:
+            seconds: the longest that each may take, waiting included.
+        """
+        self._companions[request.request_id] = [companion.request_id for companion in companions]
+        for own in (request, *companions):
+            self.router.open(own.request_id, seconds)
+            self._inbox.put(own)
+
+    def stop(self, request_id: str) -> None:
+        """Let a request's tokens be enough; its mailbox stays."""
+        self._inbox.put(request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request, finished or not; its mailbox is gone when this returns."""
-        self.router.close(request_id)
-        self._inbox.put(request_id)
+        for own in (request_id, *self._companions.pop(request_id, ())):
+            self.router.close(own)
+            self._inbox.put(own)
 
     def _run(self) -> None:
         try:
@@ -148,6 +168,8 @@ class EngineThread:
     def _turn(self) -> None:
         for request_id in self.router.forgotten(SECONDS_TO_FORGET):
             self.abort(request_id)
+        for request_id in self.router.expire():
+            self._engine.abort(request_id)
         if not self._engine.has_requests:
             self._receive(SECONDS_BETWEEN_SIGNS_OF_LIFE / 2)
         while self._receive(0):

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from ts_parallel.errors import RequestError
-from ts_parallel.runtime.step import SamplingParams
+from ts_parallel.runtime.step import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
+
+
+class TokenGuide(Protocol):
+    """What an answer may be. Knows the tokens that it was told, so it outlives a preemption with its request."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing may follow: the answer is whole, or there is an `error`."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why the answer cannot go on, though it is not whole."""
+        ...
+
+    def allowed(self) -> tuple[int, ...]:
+        """What the next token may be, as `Chunk.allowed`; something always may."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """The answer goes on with this token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,6 +46,8 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()
     priority: int = 0
     """Who waits is admitted in this order, the lowest first."""
+    scores_prompt: bool = False
+    """Whether the log-probabilities of the prompt's own tokens are wanted too."""
 
 
 @dataclass(eq=False)
@@ -49,6 +74,11 @@ class Request:
     """How many of its blocks others may begin with."""
     num_cached: int | None = None
     """How many tokens it did not have to compute when it was first admitted."""
+    scores_prompt: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those of the prompt's tokens from the second on, where `scores_prompt`; whole before the first token is there."""
+    guide: TokenGuide | None = None
+    arrived: float = field(default_factory=time.perf_counter)
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +98,17 @@ class Request:
             *self.output_ids[max(0, start - num_prompt) : end - num_prompt],
         )
 
+    @property
+    def has_prompt_to_score(self) -> bool:
+        """Whether each token of the prompt must be computed, be it remembered from others or not."""
+        return self.scores_prompt and len(self.prompt_logprobs) < len(self.prompt_ids) - 1
+
+    def append(self, token_id: int) -> None:
+        """Go on with a new token."""
+        self.output_ids.append(token_id)
+        if self.guide is not None:
+            self.guide.accept(token_id)
+
     def sampling_now(self) -> SamplingParams:
         """How its next token is chosen: no end before `min_tokens`."""
         if len(self.output_ids) >= self.min_tokens or not self.eos_ids:
@@ -79,6 +120,8 @@ class Request:
         """Why the last token was the last; None where it was not."""
         if self.output_ids and self.output_ids[-1] in self.eos_ids:
             return "stop"
+        if self.guide is not None and self.guide.is_finished:
+            return "stop"
         return "length" if len(self.output_ids) >= self.max_tokens else None
 
 
@@ -89,6 +132,7 @@ def make_request(
     *,
     eos_ids: frozenset[int],
     max_model_len: int,
+    guide: TokenGuide | None = None,
 ) -> Request:
     """A request whose lengths are within the engine's.
 
@@ -125,4 +169,6 @@ def make_request(
         ends,
         params.min_tokens,
         params.priority,
+        scores_prompt=params.scores_prompt,
+        guide=guide,
     )

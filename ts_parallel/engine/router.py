@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ts_parallel.engine.request import FinishReason
 from ts_parallel.engine.scheduler import TokenOutput
+from ts_parallel.runtime.step import TokenLogprobs
 
 
 @dataclass
@@ -15,8 +17,12 @@ class Delivery:
     """What a request has got since its mailbox was last emptied. A stream ends with one `finish_reason` or `error`."""
 
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list, kw_only=True)
+    """One for each token, where the request wants them."""
     finish_reason: FinishReason | None = None
     error: str | None = None
+    fault: Literal["engine", "time", "form"] = "engine"
+    """What the error came of: the engine, the request's time that is over, or the form that its answer was to have."""
 
     @property
     def is_last(self) -> bool:
@@ -30,20 +36,25 @@ class TokenRouter:
         self._changed = threading.Condition()
         self._mailboxes: dict[str, Delivery] = {}
         self._emptied_at: dict[str, float] = {}
+        self._limits: dict[str, tuple[float, float]] = {}  # when a request's time is over, and how long it was
 
     @property
     def num_open(self) -> int:
         return len(self._mailboxes)
 
-    def open(self, request_id: str) -> None:
+    def open(self, request_id: str, seconds: float | None = None) -> None:
+        """Where it may only take so many `seconds`, `expire` ends it then."""
         with self._changed:
             self._mailboxes[request_id] = Delivery()
             self._emptied_at[request_id] = time.monotonic()
+            if seconds is not None:
+                self._limits[request_id] = (time.monotonic() + seconds, seconds)
 
     def close(self, request_id: str) -> None:
         with self._changed:
             self._mailboxes.pop(request_id, None)
             self._emptied_at.pop(request_id, None)
+            self._limits.pop(request_id, None)
 
     def deliver(self, outputs: list[TokenOutput]) -> None:
         """Tokens for a mailbox that was closed are dropped."""
@@ -51,8 +62,27 @@ class TokenRouter:
             for output in outputs:
                 if (mailbox := self._mailboxes.get(output.request_id)) is not None:
                     mailbox.token_ids.append(output.token_id)
+                    if output.logprobs is not None:
+                        mailbox.logprobs.append(output.logprobs)
                     mailbox.finish_reason = output.finish_reason
+                    if output.error is not None:
+                        mailbox.error, mailbox.fault = output.error, "form"
+                    if mailbox.is_last:
+                        self._limits.pop(output.request_id, None)
             self._changed.notify_all()
+
+    def expire(self) -> list[str]:
+        """Fail the requests whose time is over, each once; which those are."""
+        with self._changed:
+            now = time.monotonic()
+            expired = [name for name, (deadline, _) in self._limits.items() if deadline <= now]
+            for name in expired:
+                _, seconds = self._limits.pop(name)
+                mailbox = self._mailboxes[name]
+                mailbox.error, mailbox.fault = f"the request took longer than its {seconds:g} s", "time"
+            if expired:
+                self._changed.notify_all()
+            return expired
 
     def fail_all(self, error: str) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ given away at once: whoever still reads it does so earlier on every stage.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,16 +16,19 @@ from itertools import islice
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import FinishReason, Request
-from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.engine.stats import ABORTED, EngineStats, Figures, Occupancy
+from ts_parallel.runtime.step import Chunk, StepPlan, TokenLogprobs, read_logprobs
 
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """One new token of one request; the request is over where there is a `finish_reason`."""
+    """One new token of one request; it is over where there is a `finish_reason`, and has failed with an `error`."""
 
     request_id: str
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
 
 
 class Scheduler:
@@ -47,11 +51,17 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_stages = num_stages
         self._pacer = pacer
+        self._stats = EngineStats()
 
     @property
     def num_in_flight(self) -> int:
         """The steps that were scheduled and not updated."""
         return len(self._in_flight)
+
+    def figures(self) -> Figures:
+        """What has happened and what is there; any thread may ask."""
+        usage = 1 - self._blocks.num_free / self._blocks.num_blocks
+        return Figures(self._stats, Occupancy(len(self.running), len(self.waiting), usage))
 
     def add(self, request: Request) -> None:
         """Let it wait behind all whose priority is not worse."""
@@ -67,6 +77,7 @@ class Scheduler:
             for request in [request for request in queue if request.request_id == request_id]:
                 queue.remove(request)
                 self._blocks.release(request)
+                self._stats.ended(request, ABORTED)
 
     def schedule(self, paused: Collection[str] = ()) -> StepPlan:
         """The next step. Decoding requests come first: a long prompt does not hold them up; `paused` ones sit out.
@@ -95,6 +106,7 @@ class Scheduler:
             request.num_computed = self._blocks.take_prefix(request, self._blocks.find_prefix(request))
             if request.num_cached is None:
                 request.num_cached = request.num_computed
+                self._stats.admitted(request, request.num_cached)
             num_tokens = min(request.num_behind, budget, prefill_budget)
             self.running.append(request)
             step.append((request, self._chunk(request, num_tokens)))
@@ -104,8 +116,8 @@ class Scheduler:
             self._in_flight.append(step)
         return StepPlan(tuple(chunk for _, chunk in step))
 
-    def update(self, token_ids: list[int], seconds: float | None = None) -> list[TokenOutput]:
-        """Enter what the oldest step in flight has computed: `token_ids` of its sampled chunks, in order.
+    def update(self, numbers: list[int], seconds: float | None = None) -> list[TokenOutput]:
+        """Enter what the oldest step in flight has computed: its result's numbers (`StepPlan`).
 
         A token of a request that was aborted in the meantime is dropped. `seconds` is what the step took, if known.
         """
@@ -113,19 +125,28 @@ class Scheduler:
             sizes = [len(chunk.token_ids) for _, chunk in self._in_flight[0]]
             self._pacer.observe(sizes.count(1), sum(size for size in sizes if size > 1), seconds)
         running = set(self.running)
+        now = time.perf_counter()
         outputs = []
-        tokens = iter(token_ids)
-        for request, chunk in self._in_flight.popleft():
+        step = self._in_flight.popleft()
+        chunks = [chunk for _, chunk in step]
+        tokens = iter(numbers)
+        scores = read_logprobs(chunks, numbers[sum(chunk.is_sampled for chunk in chunks) :])
+        for (request, chunk), logprobs in zip(step, scores, strict=True):
             request.num_in_flight -= 1
+            if chunk.next_ids:
+                request.prompt_logprobs[chunk.start :] = logprobs[: len(chunk.next_ids)]
             token_id = next(tokens) if chunk.is_sampled else None
             if token_id is None or request not in running:
                 continue
-            request.output_ids.append(token_id)
+            request.append(token_id)
             reason = request.finish_reason()
-            outputs.append(TokenOutput(request.request_id, token_id, reason))
+            error = request.guide.error if request.guide and reason else None
+            outputs.append(TokenOutput(request.request_id, token_id, reason, logprobs[-1] if logprobs else None, error))
+            self._stats.token(request, now)
             if reason is not None:
                 self.running.remove(request)
                 self._blocks.release(request)
+                self._stats.ended(request, reason)
         return outputs
 
     def _most_prefill_tokens(self) -> int:
@@ -169,6 +190,8 @@ class Scheduler:
             sampling=sampling,
             prompt_ids=request.prompt_ids if needs_history else (),
             output_ids=tuple(request.output_ids) if needs_history else (),
+            next_ids=request.prompt_ids[start + 1 : end + 1] if request.has_prompt_to_score else (),
+            allowed=request.guide.allowed() if request.guide and end == request.num_tokens else (),
         )
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -186,6 +209,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
+        self._stats.preempted()
         self._blocks.release(request)
         request.num_computed = 0
         self.running.remove(request)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.moe import ExpertsInterface
 
 from ts_parallel.errors import PlanError
+from ts_parallel.partition.program import AttentionSite
 
 IMPLEMENTATION = "ts_parallel"
 _SKIPPED = "ts_parallel_skipped"
@@ -34,25 +35,6 @@ class AttentionPattern:
 
     def __getitem__(self, _: object) -> AttentionPattern:
         return self  # some families slice their mask to the key length; the pattern has no length
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention call: T tokens, H query heads, KV key/value heads, D and E the key and value head dims."""
-
-    module_name: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    window: int | None
-    scaling: float
-    softcap: float | None
-    has_sinks: bool
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        return self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
 def site_of_call(

@@ -1,13 +1,13 @@
-"""How a weight reaches its device, on one screen: `build_rank_model`.
+"""How a rank's program is made of the unmodified model, on one screen: `make_programs`.
 
-deferred model → tensor-parallel plan → shards → trace → stages → memory for this rank's stages → their bytes.
+deferred model → tensor-parallel plan → shards → trace → stages → code, and the checkpoint's tensors for each parameter.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,17 +16,28 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.progress import Progress
-from ts_parallel.partition.attention_sites import AttentionSite, find_attention_sites
+from ts_parallel.partition.attention_sites import find_attention_sites
 from ts_parallel.partition.causal_lm import trace_causal_lm
-from ts_parallel.partition.deferred import build_deferred, choose_dtype, materialise, read_model_config
+from ts_parallel.partition.deferred import build_deferred, materialise
 from ts_parallel.partition.dense_attention import IMPLEMENTATION as DENSE
 from ts_parallel.partition.dense_attention import find_dense_sites
 from ts_parallel.partition.encoder import ModelCall, call_of_task
-from ts_parallel.partition.match import load_items, match_checkpoint
-from ts_parallel.partition.plan import TensorParallelPlan, plan_tensor_parallel
+from ts_parallel.partition.load import RankModel, load_items, load_program
+from ts_parallel.partition.match import match_checkpoint
+from ts_parallel.partition.model_config import choose_dtype, max_positions_of, read_model_config
+from ts_parallel.partition.plan import plan_tensor_parallel
+from ts_parallel.partition.program import (
+    ONE_STAGE,
+    AttentionSite,
+    PipelinePlace,
+    ProgramRequest,
+    RankProgram,
+    Sources,
+    TensorParallelPlan,
+)
 from ts_parallel.partition.shard import apply_tensor_parallel
+from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import (
-    Crossing,
     LayerCosts,
     Places,
     StageGraph,
@@ -39,20 +50,7 @@ from ts_parallel.partition.stages import (
 from ts_parallel.partition.trace import TracedGroup, TracedModel, attention_marker, trace
 from ts_parallel.topology import TensorParallelGroup
 
-
-@dataclass(frozen=True)
-class PipelinePlace:
-    """Which stages a rank has: of `num_ranks × virtual_stages` in a row, each `num_ranks`-th from `rank` on."""
-
-    rank: int = 0
-    num_ranks: int = 1
-    virtual_stages: int = 1
-    split_points: tuple[int, ...] | None = None
-    """First layer of each stage after the first, where the user has chosen them."""
-
-    @property
-    def num_stages(self) -> int:
-        return self.num_ranks * self.virtual_stages
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -82,72 +80,24 @@ class StagedModel:
         return self.sharded.plan.only(names)
 
 
-@dataclass(frozen=True)
-class RankModel:
-    """One rank's part of a model, loaded."""
-
-    model: PreTrainedModel
-    plan: TensorParallelPlan
-    """Of the parameters that this rank has."""
-    whole_plan: TensorParallelPlan
-    """Of the parameters that any rank has."""
-    stages: tuple[StageGraph, ...]
-    """This rank's; none where the model's own modules run."""
-    all_stages: tuple[StageGraph, ...]
-    """Those of all ranks, in order."""
-    sites_of_ranks: tuple[tuple[AttentionSite, ...], ...]
-    """The attention calls of each pipeline rank, with the heads that one tensor-parallel rank has."""
-    seconds: float = 0.0
-    """What reading its weights took."""
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
-    """Every parameter and buffer under all its names; those of other ranks are without memory."""
-
-    @property
-    def inputs_by_stage(self) -> list[tuple[str, ...]]:
-        """The model inputs that each of all stages reads."""
-        return [tuple(dict.fromkeys(stage.inputs.values())) for stage in self.all_stages]
-
-    @property
-    def output(self) -> Crossing:
-        """What the last stage makes."""
-        last = self.all_stages[-1]
-        return last.crossings[last.sent[0]]
-
-    def release(self, name: str) -> None:
-        """Give up the memory of a parameter that was packed into another form."""
-        tensor = self.tensors[name]
-        empty = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-        for alias in [alias for alias, other in self.tensors.items() if other is tensor]:
-            owner, _, leaf = alias.rpartition(".")
-            self.model.get_submodule(owner).register_parameter(leaf, empty)
-            del self.tensors[alias]
-
-
-def build_rank_model(
-    folder: Path,
-    dtype: str,
-    group: TensorParallelGroup,
-    device: torch.device,
-    place: PipelinePlace | None = PipelinePlace(),
-) -> RankModel:
-    """This rank's part of the checkpoint in `folder`, ready to run: the way of a weight from file to device.
-
-    Args:
-        place: None where the model's own modules are to run instead of a traced stage.
+def make_programs(request: ProgramRequest, index: CheckpointIndex) -> list[RankProgram]:
+    """The programs of the pipeline ranks that share one tensor-parallel rank, in the order of their stages.
 
     Raises:
         CheckpointError: the folder's files do not hold the model that its config.json describes.
         PlanError: the model cannot be traced, or split as asked.
     """
-    config = read_model_config(folder)
-    index = read_index(folder)
-    if place is None:
-        sharded = shard_causal_lm(config, choose_dtype(dtype, config), group)
-        part = eager_part(sharded)
+    config = read_model_config(request.folder)
+    dtype = choose_dtype(request.dtype, config)
+    group = TracedGroup(request.rank, request.size)
+    if request.task is None:
+        staged = cut_causal_lm(shard_causal_lm(config, dtype, group), request.place)
     else:
-        sharded = shard_causal_lm(config, choose_dtype(dtype, config), TracedGroup(group.rank, group.size))
-        part = part_of(cut_causal_lm(sharded, place), place)
-    return load_part(part, index, group, device)
+        call = call_of_task(request.task, request.folder, config, dtype)
+        staged = cut_dense(shard_dense(config, call, dtype, group), call, request.place)
+    sources = match_checkpoint(staged.sharded.model, staged.plan_of(staged.stages), index)
+    places = [replace(request.place, rank=rank) for rank in range(request.place.num_ranks)]
+    return [program_of(staged, place, sources) for place in places]
 
 
 def shard_causal_lm(config: PretrainedConfig, dtype: torch.dtype, group: TensorParallelGroup) -> ShardedModel:
@@ -179,57 +129,6 @@ def cut_into_stages(
     return StagedModel(sharded, stages, borders, costs)
 
 
-def part_of(staged: StagedModel, place: PipelinePlace) -> RankModel:
-    """What the rank at `place` has of the model, not yet in memory."""
-    own = staged.stages[place.rank :: place.num_ranks]
-    sites = tuple(
-        tuple(site for stage in staged.stages[rank :: place.num_ranks] for site in stage.sites)
-        for rank in range(place.num_ranks)
-    )
-    whole_plan = staged.plan_of(staged.stages)
-    return RankModel(staged.sharded.model, staged.plan_of(own), whole_plan, own, staged.stages, sites)
-
-
-def eager_part(sharded: ShardedModel) -> RankModel:
-    """All of a sharded model, to run its own modules."""
-    return RankModel(sharded.model, sharded.plan, sharded.plan, (), (), (find_attention_sites(sharded.model),))
-
-
-def load_part(part: RankModel, index: CheckpointIndex, group: TensorParallelGroup, device: torch.device) -> RankModel:
-    """Give this rank's tensors their memory and fill it; what other ranks need must be in the checkpoint too."""
-    sources = match_checkpoint(part.model, part.whole_plan, index)
-    used = {name for stage in part.stages for name in stage.tensors.values()}
-    materialise(part.model, device, used or None)
-    tensors = all_tensors(part.model)
-    started = time.perf_counter()
-    items = load_items(tensors, part.plan, sources, group.rank)
-    load_tensors(items, Progress(f"loading rank {group.rank} of {group.size}", is_shown=group.rank == 0))
-    return replace(part, seconds=time.perf_counter() - started, tensors=tensors)
-
-
-def all_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer under all its names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return dict(named)
-
-
-def build_batch_model(
-    folder: Path, task: str, dtype: str, group: TensorParallelGroup, place: PipelinePlace, device: torch.device
-) -> RankModel:
-    """This rank's part of a model that is no causal language model; `task` is one of `encoder.TASKS`.
-
-    Raises:
-        CheckpointError: the folder's files do not hold the model that its config.json describes.
-        PlanError: the model cannot be traced, or split as asked.
-    """
-    config = read_model_config(folder)
-    index = read_index(folder)
-    own_dtype = choose_dtype(dtype, config)
-    call = call_of_task(task, folder, config, own_dtype)
-    sharded = shard_dense(config, call, own_dtype, TracedGroup(group.rank, group.size))
-    return load_part(part_of(cut_dense(sharded, call, place), place), index, group, device)
-
-
 def shard_dense(
     config: PretrainedConfig, call: ModelCall, dtype: torch.dtype, group: TensorParallelGroup
 ) -> ShardedModel:
@@ -248,6 +147,116 @@ def shard_dense(
 def cut_dense(sharded: ShardedModel, call: ModelCall, place: PipelinePlace) -> StagedModel:
     traced = trace(sharded.model, call.inputs, lambda inputs: call.call(sharded.model, inputs), call.limits)
     return cut_into_stages(sharded, traced, place)
+
+
+def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> RankProgram:
+    """What the rank at `place` computes and holds."""
+    model = staged.sharded.model
+    own = staged.stages[place.rank :: place.num_ranks]
+    plan, whole_plan = staged.plan_of(own), staged.plan_of(staged.stages)
+    last = staged.stages[-1]
+    return RankProgram(
+        architecture=type(model).__name__,
+        dtype=model.dtype,
+        plan=plan,
+        whole_plan=whole_plan,
+        stages=tuple(write_stage(stage) for stage in own),
+        inputs_by_stage=tuple(tuple(dict.fromkeys(stage.inputs.values())) for stage in staged.stages),
+        outputs=tuple(last.crossings[node] for node in last.sent),
+        sites_of_ranks=tuple(
+            tuple(site for stage in staged.stages[rank :: place.num_ranks] for site in stage.sites)
+            for rank in range(place.num_ranks)
+        ),
+        head_sizes=_head_sizes(model, whole_plan),
+        max_positions=max_positions_of(model.config),
+        changing_rope=_changing_rope(model.config),
+        sources={name: sources[name] for name in plan.parameters if name in sources},
+        buffers=_buffers(model, own, plan),
+    )
+
+
+def _head_sizes(model: PreTrainedModel, plan: TensorParallelPlan) -> tuple[int, ...]:
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if head is not None and module is head), "") + ".weight"
+    entry = next((entry for entry in plan.parameters.values() if name in (entry.name, *entry.aliases)), None)
+    if entry is None:
+        return ()
+    return tuple(kept.length for kept in entry.slices) if entry.slices else (entry.shape[0],)
+
+
+def _changing_rope(config: PretrainedConfig) -> tuple[str, int] | None:
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
+        return None
+    return rope["rope_type"], rope.get("original_max_position_embeddings") or text.max_position_embeddings
+
+
+def _buffers(model: PreTrainedModel, stages: Sequence[StageGraph], plan: TensorParallelPlan) -> dict[str, torch.Tensor]:
+    """The values of what the stages read and no checkpoint has."""
+    planned = {alias for entry in plan.parameters.values() for alias in (entry.name, *entry.aliases)}
+    names = {name for stage in stages for name in stage.tensors.values()} - planned
+    materialise(model, torch.device("cpu"), names)
+    tensors = all_tensors(model)
+    return {name: tensors[name].detach().clone() for name in sorted(names)}
+
+
+def all_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under all its names."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return dict(named)
+
+
+def build_rank_model(
+    folder: Path,
+    dtype: str,
+    group: TensorParallelGroup,
+    device: torch.device,
+    place: PipelinePlace = ONE_STAGE,
+    task: str | None = None,
+    pack: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> RankModel:
+    """This rank's part of the checkpoint in `folder`, its program made in this process: see `make_programs` and
+    `load_program` for the errors."""
+    index = read_index(folder)
+    request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
+    return load_program(make_programs(request, index)[place.rank], index, group, device, pack)
+
+
+def build_eager_model(folder: Path, dtype: str, group: TensorParallelGroup, device: torch.device) -> RankModel:
+    """This rank's part of a causal language model that runs its own modules: to find out whether a trace is at fault.
+
+    Raises:
+        CheckpointError: the folder's files do not hold the model that its config.json describes.
+        PlanError: the model cannot be split as asked.
+    """
+    config, index = read_model_config(folder), read_index(folder)
+    sharded = shard_causal_lm(config, choose_dtype(dtype, config), group)
+    program = eager_program(sharded)
+    sources = match_checkpoint(sharded.model, sharded.plan, index)
+    materialise(sharded.model, device)
+    started = time.perf_counter()
+    tensors = all_tensors(sharded.model)
+    load_tensors(load_items(tensors, sharded.plan, sources, group.rank), Progress("loading", is_shown=group.rank == 0))
+    return RankModel(program, tensors, time.perf_counter() - started, sharded.model)
+
+
+def eager_program(sharded: ShardedModel) -> RankProgram:
+    """The facts of a model whose own modules run; it has no stages."""
+    model, plan = sharded.model, sharded.plan
+    return RankProgram(
+        architecture=type(model).__name__,
+        dtype=model.dtype,
+        plan=plan,
+        whole_plan=plan,
+        stages=(),
+        inputs_by_stage=(),
+        outputs=(),
+        sites_of_ranks=(find_attention_sites(model),),
+        head_sizes=_head_sizes(model, plan),
+        max_positions=max_positions_of(model.config),
+        changing_rope=_changing_rope(model.config),
+    )
 
 
 def num_layers_of(config: PretrainedConfig) -> int:

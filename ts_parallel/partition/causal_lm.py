@@ -15,10 +15,9 @@ from torch.fx import Node
 from transformers import PreTrainedModel
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import AttentionSite, attach, forward_arguments
+from ts_parallel.partition.attention_sites import attach, forward_arguments
+from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, AttentionSite
 from ts_parallel.partition.trace import InputSpec, TracedAttention, TracedModel, attention_marker, symbols_of, trace
-
-TOKEN_IDS, POSITIONS, ROWS = "token_ids", "positions", "rows"
 
 # Far more tokens than a step has; a family that fixes a lower limit says so in the trace's error.
 _MOST_TOKENS = 2**20

@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ts_parallel.errors import CheckpointError, ConfigError, PlanError
+from ts_parallel.errors import PlanError
 from ts_parallel.partition.attention_sites import IMPLEMENTATION
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def read_model_config(folder: Path) -> PretrainedConfig:
-    """The `config.json` of a checkpoint folder; never fetches, never runs code of the checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or transformers does not know its model type or cannot use its values.
-    """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"no config.json in {folder}")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"cannot read {folder / 'config.json'}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """The first line of transformers' message, and the second where the first only announces it."""
-    first, *rest = str(error).splitlines() or [type(error).__name__]
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
-
-
-def choose_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
-    """The dtype that `name` says; `auto` is the checkpoint's own, float32 where it names none."""
-    if name != "auto":
-        return _DTYPES[name]
-    own = getattr(config, "dtype", None) or torch.float32
-    if own not in _DTYPES.values():
-        raise ConfigError(f"the checkpoint's dtype {own} cannot be computed with: set dtype to one of {list(_DTYPES)}")
-    return own
+from ts_parallel.partition.model_config import first_line
 
 
 def build_deferred(
@@ -69,7 +36,7 @@ def build_deferred(
     except (ValueError, KeyError) as error:
         # A family that still has a class for each implementation looks ours up among them.
         is_legacy = isinstance(error, KeyError) and error.args == (attention,)
-        reason = "its attention does not go through transformers' interface" if is_legacy else _reason(error)
+        reason = "its attention does not go through transformers' interface" if is_legacy else first_line(error)
         raise PlanError(f"model type {config.model_type!r} cannot be served: {reason}") from None
     return model.eval().requires_grad_(False)
 

@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import AttentionSite, site_of_call
+from ts_parallel.partition.attention_sites import site_of_call
+from ts_parallel.partition.program import AttentionSite
 from ts_parallel.partition.trace import InputSpec
 
 IMPLEMENTATION = "ts_parallel_dense"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.program import AttentionSite
 
 # `model.layers.3.mlp` → `model.layers.3`
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")

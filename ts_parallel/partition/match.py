@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -25,33 +24,13 @@ from transformers.core_model_loading import (
 )
 
 from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
-from ts_parallel.checkpoint.load import LoadItem, Slice
 from ts_parallel.errors import CheckpointError
-from ts_parallel.partition.plan import ParameterPlan, TensorParallelPlan
+from ts_parallel.partition.program import ParameterPlan, Source, Sources, TensorParallelPlan
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Source:
-    """`stored` fills the box of a whole parameter that begins at `corner` and has its shape.
-
-    The box has length 1 in the leading dims that the stored tensor lacks: it is one of a stack.
-    """
-
-    stored: StoredTensor
-    corner: tuple[int, ...]
-
-    @property
-    def box(self) -> tuple[tuple[int, int], ...]:
-        """`(start, length)` along each dim of the parameter."""
-        lengths = (1,) * (len(self.corner) - len(self.stored.shape)) + self.stored.shape
-        return tuple(zip(self.corner, lengths, strict=True))
-
-
-def match_checkpoint(
-    model: PreTrainedModel, plan: TensorParallelPlan, index: CheckpointIndex
-) -> dict[str, tuple[Source, ...]]:
+def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: CheckpointIndex) -> Sources:
     """Each parameter's sources, found under any of its names; together they fill it.
 
     Raises:
@@ -156,50 +135,3 @@ def _refuse_other_operations(entry: ParameterPlan, converter: WeightConverter) -
             f"{entry.name!r} would have to be made of {converter.source_patterns[0]!r} by {operation!r}; only "
             "experts can be stacked and joined while they are read"
         )
-
-
-def load_items(
-    tensors: Mapping[str, torch.Tensor], plan: TensorParallelPlan, sources: Mapping[str, tuple[Source, ...]], rank: int
-) -> list[LoadItem]:
-    """What is to be read so that `tensors`, the parameters of `rank` by name, hold its part of `sources`."""
-    return [
-        item
-        for name, entry in plan.parameters.items()
-        for source in sources[name]
-        for item in _item(tensors[name].detach(), entry.slices[rank] if entry.slices else None, source)
-    ]
-
-
-def _item(local: torch.Tensor, kept: Slice | None, source: Source) -> Iterator[LoadItem]:
-    """The part of `local` that `source` fills, a contiguous view; none where the rank keeps nothing of it."""
-    view, cut = local, None
-    num_stacked = len(source.corner) - len(source.stored.shape)
-    for dim, (start, length) in enumerate(source.box):
-        if kept is None or dim != kept.dim:
-            view = view.narrow(dim, start, length)
-            continue
-        assert dim >= num_stacked  # our plans cut inside each expert, never between experts
-        first, cut = _overlap(kept, start, start + length, dim - num_stacked)
-        if cut.length == 0:
-            return
-        view = view.narrow(dim, first, cut.length)
-    for _ in range(num_stacked):
-        view = view[0]
-    yield LoadItem(view, source.stored, cut)
-
-
-def _overlap(kept: Slice, begin: int, end: int, dim: int) -> tuple[int, Slice]:
-    """What of `kept` lies in `[begin, end)`: where it starts among the kept rows, and its pieces counted from `begin`.
-
-    Pieces follow each other in the order of the dim, so those inside the box are neighbours in the rank's part too.
-    """
-    pieces: list[tuple[int, int]] = []
-    first, done = 0, 0
-    for start, length in kept.pieces:
-        low, high = max(start, begin), min(start + length, end)
-        if low < high:
-            if not pieces:
-                first = done + low - start
-            pieces.append((low - begin, high - low))
-        done += length
-    return first, Slice(dim, tuple(pieces))

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -28,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ts_parallel.checkpoint.load import Slice
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import AttentionSite
 from ts_parallel.partition.derive import derive_styles, in_and_out_features, is_linear
+from ts_parallel.partition.program import AttentionSite, ParameterPlan, TensorParallelPlan
 
 _REPLICATED_STYLES = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"}
 _MODULE_STYLES = {"colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"}
@@ -51,56 +50,6 @@ _BETTER_STYLES = {
         "layers.*.mlp.down_proj": "rowwise",
     }
 }
-
-
-@dataclass(frozen=True)
-class ParameterPlan:
-    """One parameter: what rank r keeps is `slices[r]`, all of it on every rank where `slices` is None."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    aliases: tuple[str, ...] = ()
-    """Other names of the same tied parameter."""
-    slices: tuple[Slice, ...] | None = None
-
-    def local_shape(self, rank: int) -> tuple[int, ...]:
-        if self.slices is None:
-            return self.shape
-        kept = self.slices[rank]
-        return (*self.shape[: kept.dim], kept.length, *self.shape[kept.dim + 1 :])
-
-    def local_bytes(self, rank: int) -> int:
-        return torch.Size(self.local_shape(rank)).numel() * self.dtype.itemsize
-
-    def describe(self) -> str:
-        if self.slices is None:
-            return "replicated"
-        lengths = [kept.length for kept in self.slices]
-        pieces = len(self.slices[0].pieces)
-        return f"dim {self.slices[0].dim} in {'+'.join(map(str, lengths))}" + (f", {pieces} pieces" * (pieces > 1))
-
-
-@dataclass(frozen=True)
-class TensorParallelPlan:
-    size: int
-    styles: Mapping[str, str]
-    """Module name → style; modules not named run as they are."""
-    parameters: Mapping[str, ParameterPlan]
-    attention: Mapping[str, AttentionSite] = field(default_factory=dict)
-    """Attention modules whose heads are split, as they were before."""
-
-    def local_bytes(self, rank: int) -> int:
-        return sum(parameter.local_bytes(rank) for parameter in self.parameters.values())
-
-    def only(self, names: Collection[str]) -> TensorParallelPlan:
-        """The same plan for the parameters that have one of `names`."""
-        own = {
-            name: entry
-            for name, entry in self.parameters.items()
-            if any(alias in names for alias in (name, *entry.aliases))
-        }
-        return replace(self, parameters=own)
 
 
 def plan_tensor_parallel(model: PreTrainedModel, sites: Iterable[AttentionSite], size: int) -> TensorParallelPlan:

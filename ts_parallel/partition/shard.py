@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ts_parallel.partition.attention_sites import AttentionSite
-from ts_parallel.partition.plan import TensorParallelPlan, heads_of_rank
+from ts_parallel.partition.plan import heads_of_rank
+from ts_parallel.partition.program import AttentionSite, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
 
 Forward = Callable[..., torch.Tensor]

@@ -8,33 +8,22 @@ computes it again, so that usually one tensor, the hidden states, crosses from s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.utils._sympy.printers import PythonPrinter
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.program import AttentionSite, Crossing
 from ts_parallel.partition.trace import TracedModel
 
 _EMBEDDINGS = {torch.ops.aten.embedding.default}
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """A tensor on its way from stage to stage. Its dynamic sizes are those of model inputs."""
-
-    name: str
-    dtype: torch.dtype
-    dims: tuple[Callable[[Mapping[str, tuple[int, ...]]], int], ...] = field(repr=False)
-
-    def shape(self, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """Its shape in a step whose model inputs have these shapes."""
-        return tuple(dim(sizes) for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -268,17 +257,14 @@ def _crossing(traced: TracedModel, node: Node) -> Crossing:
     return Crossing(node.name, value.dtype, tuple(_dim(traced, size) for size in value.shape))
 
 
-def _dim(traced: TracedModel, size: int | torch.SymInt) -> Callable[[Mapping[str, tuple[int, ...]]], int]:
-    """How to find a size out from the shapes of the model inputs."""
+def _dim(traced: TracedModel, size: int | torch.SymInt) -> int | str:
+    """How to find a size out from the shapes of the model inputs: see `Crossing.dims`."""
     if isinstance(size, int):
-        return lambda _: size
-    places: dict[Any, tuple[str, int]] = {}
+        return size
+    places: dict[Any, sympy.Symbol] = {}
     for placeholder, name in traced.inputs.items():
         for dim, own in enumerate(placeholder.meta["val"].shape):
             if isinstance(own, torch.SymInt):
-                places.setdefault(own.node.expr, (name, dim))
-    expression = size.node.expr
-    if expression in places:
-        name, dim = places[expression]
-        return lambda sizes: sizes[name][dim]
-    return lambda sizes: int(expression.subs({symbol: sizes[name][dim] for symbol, (name, dim) in places.items()}))
+                places.setdefault(own.node.expr, sympy.Symbol(f"{name}[{dim}]", integer=True, positive=True))
+    expression: str = PythonPrinter().doprint(size.node.expr.subs(places))
+    return expression

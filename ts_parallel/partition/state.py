@@ -6,19 +6,21 @@ step runs through them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from ts_parallel.partition.plan import ParameterPlan, TensorParallelPlan
+from ts_parallel.partition.program import ParameterPlan, TensorParallelPlan
 
 
-def rank_state_dict(model: nn.Module, plan: TensorParallelPlan, tp_mesh: DeviceMesh) -> dict[str, DTensor]:
+def rank_state_dict(
+    tensors: Mapping[str, torch.Tensor], plan: TensorParallelPlan, tp_mesh: DeviceMesh
+) -> dict[str, DTensor]:
     """Parameter name, as in the checkpoint → DTensor of its full shape, without copies. Tied parameters appear once."""
     rank = tp_mesh.get_local_rank()
-    tensors = model.state_dict(keep_vars=True)
     return {name: _dtensor(tensors[name].detach(), entry, tp_mesh, rank) for name, entry in plan.parameters.items()}
 
 

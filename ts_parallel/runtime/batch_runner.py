@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from ts_parallel.errors import EngineError
-from ts_parallel.partition.stages import Crossing
+from ts_parallel.partition.program import Crossing
 from ts_parallel.topology import Topology
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]

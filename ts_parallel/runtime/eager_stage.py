@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ts_parallel.partition.attention_sites import AttentionPattern, attach
 from ts_parallel.partition.causal_lm import call_causal_lm
-from ts_parallel.partition.stages import Crossing
+from ts_parallel.partition.program import Crossing
 from ts_parallel.runtime.paged_attention import PagedAttention, StepLayout
 
 
@@ -19,7 +19,7 @@ class EagerStage:
 
     received: tuple[Crossing, ...] = ()
 
-    def __init__(self, model: PreTrainedModel, attention: PagedAttention) -> None:
+    def __init__(self, model: Any, attention: PagedAttention) -> None:
         self._model = model
         self._attention = attention
         self._step: StepLayout | None = None

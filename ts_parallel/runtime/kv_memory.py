@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.program import AttentionSite
 
 
 def bytes_per_token(sites: Sequence[AttentionSite], dtype: torch.dtype) -> int:

@@ -8,25 +8,31 @@ more than the reading gains. float32 stays plain too, for its result would round
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
 
 _SMALLEST = 2**18  # elements
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
-    """`hidden [..., I]` → `[..., O]` with a reordered copy of `weight` `[O, I]`; None where that gains nothing here."""
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` `[O, I]` in oneDNN's order, which `linear_layer` alone can read; as it is where that gains nothing."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < _SMALLEST:
-        return None
+        return weight
     if not (torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return weight
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def linear_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`hidden [..., I]` → `[..., O]` by a `weight` `[O, I]`, packed or not."""
+    if not weight.is_mkldnn:
+        return partial(torch._C._nn.linear, weight=weight, bias=bias)
     call = torch.ops.mkldnn._linear_pointwise.default
 
     def linear(hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = call(hidden, packed, bias, "none", [], "")
+        result: torch.Tensor = call(hidden, weight, bias, "none", [], "")
         return result
 
     return linear

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.partition.program import AttentionSite
 from ts_parallel.runtime.kv_memory import KVMemory
 from ts_parallel.runtime.step import Chunk, StepPlan
 
@@ -78,6 +78,7 @@ def lay_out(plan: StepPlan, block_size: int, device: torch.device) -> StepLayout
         token_ids += chunk.token_ids
         positions += range(chunk.start, chunk.end)
         slots += own[chunk.start :]
+        sampled += range(first, first + len(chunk.next_ids))
         if chunk.is_sampled:
             sampled.append(len(token_ids) - 1)
         if len(chunk.token_ids) == 1:

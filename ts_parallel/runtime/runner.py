@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ts_parallel.errors import ConfigError, PlanError
-from ts_parallel.partition.build import RankModel
-from ts_parallel.partition.causal_lm import POSITIONS, ROWS, TOKEN_IDS
+from ts_parallel.partition.load import RankModel
+from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram
 from ts_parallel.runtime.channel import StepChannel
-from ts_parallel.runtime.eager_stage import EagerStage
 from ts_parallel.runtime.kv_memory import KVMemory, count_blocks
 from ts_parallel.runtime.paged_attention import PagedAttention, lay_out
-from ts_parallel.runtime.sampling import sample
+from ts_parallel.runtime.sampling import choose
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.runtime.step import Chunk, StepPlan
-from ts_parallel.topology import Topology
+from ts_parallel.topology import TensorParallelGroup, Topology
 
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+if TYPE_CHECKING:
+    from ts_parallel.runtime.eager_stage import EagerStage
 
 
 class Runner:
@@ -33,25 +34,21 @@ class Runner:
     def __init__(
         self, part: RankModel, topology: Topology, *, block_size: int, kv_cache_bytes: int, max_model_len: int
     ) -> None:
-        refuse_unpageable(part, max_model_len)
-        dtype = part.model.dtype
-        self.num_blocks = count_blocks(part.sites_of_ranks, dtype, block_size, kv_cache_bytes, max_model_len)
+        program, dtype = part.program, part.program.dtype
+        refuse_unpageable(program, max_model_len)
+        self.num_blocks = count_blocks(program.sites_of_ranks, dtype, block_size, kv_cache_bytes, max_model_len)
         self.block_size = block_size
         self._topology = topology
         self._group = topology.tensor_parallel
         self._device = topology.device
-        self._weights = (part.plan.local_bytes(self._group.rank), part.seconds)
+        self._weights = (program.plan.local_bytes(self._group.rank), part.seconds)
         self._channel = StepChannel(topology)
         self._submitted: deque[tuple[StepPlan, torch.Tensor | None]] = deque()  # with the result where it is here
-        self._head = _head_sizes(part)
+        self._head = program.head_sizes
         self._vocabulary = sum(self._head)
-        sites = part.sites_of_ranks[topology.stage]
+        sites = program.sites_of_ranks[topology.stage]
         attention = PagedAttention(sites, KVMemory(sites, self.num_blocks, block_size, dtype, topology.device))
-        self._stage: Stage | EagerStage = (
-            Stage(part.stages[0], part.tensors, self._group, attention, part.release)
-            if part.stages
-            else EagerStage(part.model, attention)
-        )
+        self._stage = _make_stage(part, self._group, attention)
 
     @property
     def weights(self) -> str:
@@ -72,12 +69,12 @@ class Runner:
             self._submitted.append((plan, self._run_stage(plan)))
 
     def collect(self) -> list[int]:
-        """The leader: wait for the oldest step submitted; the token of each sampled chunk, in the plan's order."""
+        """The leader: wait for the oldest step submitted; its result's numbers (`StepPlan`)."""
         plan, tokens = self._submitted.popleft()
         if tokens is None:
             tokens = self._channel.receive_result((_num_results(plan),), torch.int64)
-        sampled: list[int] = tokens[: len(_sampled(plan))].tolist()
-        return sampled
+        numbers: list[int] = tokens[: plan.num_results].tolist()
+        return numbers
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The leader, with nothing submitted: run one step; the float32 logits `[R, V]` of its sampled chunks."""
@@ -140,39 +137,38 @@ def _sampled(plan: StepPlan) -> list[Chunk]:
 
 
 def _num_results(plan: StepPlan) -> int:
-    """A step without tokens has one that means nothing."""
-    return max(1, len(_sampled(plan)))
+    """A step without results has one that means nothing."""
+    return max(1, plan.num_results)
 
 
 def _choose_tokens(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
     """int64 `[_num_results]`."""
-    sampled = _sampled(plan)
-    tokens = sample(logits, sampled) if sampled else [0]
-    return torch.tensor(tokens)
+    return torch.tensor(choose(logits, plan.chunks) or [0])
 
 
-def _head_sizes(part: RankModel) -> list[int]:
-    """How many of the vocabulary's logits each rank of the last stage computes; one number where each computes all."""
-    head = part.model.get_output_embeddings()
-    name = next(name for name, module in part.model.named_modules() if module is head) + ".weight"
-    entry = next(entry for entry in part.whole_plan.parameters.values() if name in (entry.name, *entry.aliases))
-    return [kept.length for kept in entry.slices] if entry.slices else [entry.shape[0]]
+def _make_stage(part: RankModel, group: TensorParallelGroup, attention: PagedAttention) -> Stage | EagerStage:
+    if part.model is None:
+        (code,) = part.program.stages
+        return Stage(code, part.tensors, group, attention)
+    from ts_parallel.runtime.eager_stage import EagerStage  # and with it transformers, which no other rank needs
+
+    return EagerStage(part.model, attention)
 
 
-def refuse_unpageable(part: RankModel, max_model_len: int) -> None:
+def refuse_unpageable(program: RankProgram, max_model_len: int) -> None:
     """Raise for what would run, and answer wrongly.
 
     Raises:
         ConfigError: rotary frequencies that depend on the longest sequence of a batch, at a length where they change.
         PlanError: attention with sinks.
     """
-    config = part.model.config.get_text_config()
-    if any(site.has_sinks for sites in part.sites_of_ranks for site in sites):
-        raise PlanError(f"{type(part.model).__name__} has attention sinks, which the paged attention cannot do yet")
-    rope = getattr(config, "rope_parameters", None) or {}
-    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE and max_model_len > trained:
+    if any(site.has_sinks for sites in program.sites_of_ranks for site in sites):
+        raise PlanError(f"{program.architecture} has attention sinks, which the paged attention cannot do yet")
+    if program.changing_rope is None:
+        return
+    kind, trained = program.changing_rope
+    if max_model_len > trained:
         raise ConfigError(
-            f"rope_type {rope['rope_type']!r} changes with the longest sequence of a batch beyond {trained} tokens: "
+            f"rope_type {kind!r} changes with the longest sequence of a batch beyond {trained} tokens: "
             f"set max_model_len, now {max_model_len}, to at most {trained}"
         )

@@ -1,14 +1,50 @@
-"""Logits → token ids. A token depends on its logits, its request's parameters, tokens and position: on nothing else."""
+"""Logits → token ids. A token depends on its logits, its request's parameters, tokens and position: on nothing else.
+
+R rows, V vocabulary, K most likely tokens.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 
 from ts_parallel.runtime.step import Chunk, SamplingParams
+
+
+def choose(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
+    """A step's result: the token of each sampled chunk, then the numbers that `step.read_logprobs` reads.
+
+    Args:
+        logits: `[R, V]`, any float dtype: the rows of all chunks.
+    """
+    ends = list(accumulate(chunk.num_rows for chunk in chunks))
+    sampled = [(chunk, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_sampled]
+    own = logits if len(sampled) == len(logits) else logits[[row for _, row in sampled]]
+    tokens = sample(own, [chunk for chunk, _ in sampled])
+    numbers, chosen = list(tokens), iter(tokens)
+    for chunk, end in zip(chunks, ends, strict=True):
+        follow = [*chunk.next_ids, *([next(chosen)] if chunk.is_sampled else [])]
+        if chunk.num_scores:
+            numbers += score(logits[end - chunk.num_rows : end], follow, chunk.sampling.num_logprobs or 0)
+    return numbers
+
+
+def score(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[int]:
+    """For each row `[V]` and the token that follows it: how likely that one and the `num_top` most likely ones are.
+
+    Returns:
+        R × (1 + 2 K) numbers: the bits of one float64, K token ids, the bits of K float64.
+    """
+    logprobs = logits.float().log_softmax(dim=-1).double()
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
+    best = logprobs.topk(num_top)
+    rows = torch.cat([own.view(torch.int64), best.indices, best.values.view(torch.int64)], dim=1)
+    numbers: list[int] = rows.flatten().tolist()
+    return numbers
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
@@ -21,7 +57,7 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for row, chunk in enumerate(chunks):
         params = chunk.sampling
-        if params.temperature == 0 and not params.changes_logits:
+        if params.temperature == 0 and not params.changes_logits and not chunk.allowed:
             continue
         own = adjust(logits[row].float(), chunk)
         tokens[row] = (
@@ -37,12 +73,12 @@ def uniform(seed: int, position: int) -> float:
 
 
 def adjust(logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """The logits `[V]` after penalties and bias.
+    """The logits `[V]` after penalties and bias, minus infinity where a token is not allowed.
 
     Repetition: Keskar et al. 2019 (https://arxiv.org/abs/1909.05858); presence and frequency: OpenAI's API reference.
     """
     params = chunk.sampling
-    if not params.changes_logits:
+    if not params.changes_logits and not chunk.allowed:
         return logits
     logits = logits.clone()
     if params.repetition_penalty != 1.0:
@@ -54,7 +90,15 @@ def adjust(logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
             logits[token_id] -= params.presence_penalty + params.frequency_penalty * count
     for token_id, bias in params.logit_bias:
         logits[token_id] += bias
+    if chunk.allowed:
+        logits[~_unpack(chunk.allowed, len(logits)).to(logits.device)] = float("-inf")
     return logits
+
+
+def _unpack(words: Sequence[int], num_bits: int) -> torch.Tensor:
+    """bool `[num_bits]`; what the words leave out is False."""
+    bits = np.unpackbits(np.array(words, dtype="<i8").view(np.uint8), bitorder="little")[:num_bits]
+    return torch.from_numpy(np.pad(bits, (0, num_bits - len(bits))).astype(bool))
 
 
 def _sample_row(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
@@ -71,7 +115,7 @@ def _sample_row(logits: torch.Tensor, params: SamplingParams, number: float) -> 
 
 def _keep(probabilities: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Which of the tokens, sorted by falling `probabilities` `[V]`, may be chosen; the first always may."""
-    kept = torch.ones_like(probabilities, dtype=torch.bool)
+    kept = probabilities > 0  # what is forbidden has no share in what typical_p expects either
     if params.top_k:
         kept[params.top_k :] = False
     if params.top_p < 1:

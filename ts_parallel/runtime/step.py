@@ -35,6 +35,9 @@ class SamplingParams:
     """Taken off it as often as the answer has the token."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """`(token id, what is added to its logit)`; minus infinity forbids a token."""
+    num_logprobs: int | None = None
+    """So many of the most likely tokens are reported beside the chosen one, each with its log-probability; None: not
+    even that of the chosen one is computed."""
 
     @property
     def needs_history(self) -> bool:
@@ -66,17 +69,44 @@ class Chunk:
     prompt_ids: tuple[int, ...] = ()
     output_ids: tuple[int, ...] = ()
     """All tokens up to now, where `sampling` needs them."""
+    next_ids: tuple[int, ...] = ()
+    """What follows the first tokens of the chunk, where log-probabilities of the prompt's own tokens are wanted."""
+    allowed: tuple[int, ...] = ()
+    """One bit a token id, the lowest of the first int64 first: what the next token may be. Empty: anything."""
 
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Of how many of its tokens the logits are wanted: those before `next_ids`, then the last if it is sampled."""
+        return len(self.next_ids) + self.is_sampled
+
+    @property
+    def num_scores(self) -> int:
+        """How many int64 numbers its log-probabilities are."""
+        return 0 if self.sampling.num_logprobs is None else self.num_rows * (1 + 2 * self.sampling.num_logprobs)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely one token was, and which tokens were the most likely in its place, the first the most.
+
+    Natural logarithms of the softmax of the model's own logits in float32: temperature, penalties, bias and all other
+    restrictions come later.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """The chunks of one step. Without chunks it is a sign of life; `is_last` ends the ranks that follow.
 
-    A step's result is one token for each sampled chunk, or with `wants_logits` its logits.
+    A step's result is int64 numbers: one token for each sampled chunk, then what `read_logprobs` reads. Or, with
+    `wants_logits`, the logits of the sampled chunks.
     """
 
     chunks: tuple[Chunk, ...] = ()
@@ -87,6 +117,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
+    @property
+    def num_results(self) -> int:
+        """How many numbers the result is."""
+        return sum(chunk.is_sampled + chunk.num_scores for chunk in self.chunks)
+
     def encode(self) -> torch.Tensor:
         """int64 `[N]`, all but the requests' names: two flags, then each chunk's counts, numbers and sampling."""
         numbers = [int(self.is_last), int(self.wants_logits)]
@@ -96,6 +131,8 @@ class StepPlan:
                 chunk.block_ids,
                 chunk.prompt_ids,
                 chunk.output_ids,
+                chunk.next_ids,
+                chunk.allowed,
                 _encode_sampling(chunk),
             )
             numbers += (chunk.start, int(chunk.is_sampled), *map(len, rows))
@@ -108,9 +145,9 @@ class StepPlan:
         """The plan of `encode`'s numbers; its chunks have no `request_id`."""
         chunks, at = [], 2
         while at < len(numbers):
-            start, is_sampled, *lengths = numbers[at : at + 7]
-            ends = list(accumulate(lengths, initial=at + 7))
-            token_ids, block_ids, prompt_ids, output_ids, sampling = (
+            start, is_sampled, *lengths = numbers[at : at + _CHUNK_HEAD]
+            ends = list(accumulate(lengths, initial=at + _CHUNK_HEAD))
+            token_ids, block_ids, prompt_ids, output_ids, next_ids, allowed, sampling = (
                 tuple(numbers[first:end]) for first, end in pairwise(ends)
             )
             params = _decode_sampling(sampling)
@@ -124,12 +161,33 @@ class StepPlan:
                     params,
                     prompt_ids,
                     output_ids,
+                    next_ids,
+                    allowed,
                 )
             )
             at = ends[-1]
         return StepPlan(tuple(chunks), bool(numbers[0]), bool(numbers[1]))
 
 
+def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple[TokenLogprobs, ...]]:
+    """Each chunk's, one for each of its rows, of a step's result without its tokens.
+
+    A row is the bits of the token's log-probability, the most likely ids, and the bits of theirs.
+    """
+    results, at = [], 0
+    for chunk in chunks:
+        num_top = chunk.sampling.num_logprobs
+        rows = []
+        for _ in range(chunk.num_rows if num_top is not None else 0):
+            first, last = at + 1, at + 1 + 2 * (num_top or 0)
+            ids, bits = numbers[first : (first + last) // 2], numbers[(first + last) // 2 : last]
+            rows.append(TokenLogprobs(_reals(numbers[at:first])[0], tuple(zip(ids, _reals(bits), strict=True))))
+            at = last
+        results.append(tuple(rows))
+    return results
+
+
+_CHUNK_HEAD = 9  # start, whether it is sampled, and the lengths of seven rows
 _DEFAULT = SamplingParams()
 _FLOATS = (
     "temperature",
@@ -143,7 +201,7 @@ _FLOATS = (
 
 
 def _encode_sampling(chunk: Chunk) -> tuple[int, ...]:
-    """Nothing for the defaults; else the seed, which counts modulo 2**64, top_k, and the bits of all that is real."""
+    """Nothing for the defaults; else the seed, which counts modulo 2**64, counts, and the bits of all that is real."""
     params = chunk.sampling
     if params == _DEFAULT:
         return ()
@@ -153,17 +211,25 @@ def _encode_sampling(chunk: Chunk) -> tuple[int, ...]:
         *(bias for _, bias in params.logit_bias),
     ]
     seed = (params.seed + 2**63) % 2**64 - 2**63
-    return (seed, params.top_k, *_bits(reals), *token_ids)
+    num_logprobs = -1 if params.num_logprobs is None else params.num_logprobs
+    return (seed, params.top_k, num_logprobs, *_bits(reals), *token_ids)
 
 
 def _decode_sampling(numbers: Sequence[int]) -> SamplingParams:
     if not numbers:
         return _DEFAULT
-    num_biases = (len(numbers) - 2 - len(_FLOATS)) // 2
-    reals = _reals(numbers[2 : len(numbers) - num_biases])
+    seed, top_k, num_logprobs = numbers[:3]
+    num_biases = (len(numbers) - 3 - len(_FLOATS)) // 2
+    reals = _reals(numbers[3 : len(numbers) - num_biases])
     biases = tuple(zip(numbers[len(numbers) - num_biases :], reals[len(_FLOATS) :], strict=True))
     named = dict(zip(_FLOATS, reals[: len(_FLOATS)], strict=True))
-    return SamplingParams(seed=numbers[0] % 2**64, top_k=numbers[1], logit_bias=biases, **named)
+    return SamplingParams(
+        seed=seed % 2**64,
+        top_k=top_k,
+        logit_bias=biases,
+        num_logprobs=None if num_logprobs < 0 else num_logprobs,
+        **named,
+    )
 
 
 def _bits(reals: Sequence[float]) -> tuple[int, ...]:

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
+from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import BatchConfig
 from ts_parallel.errors import EngineError, NotFoundError, RequestError
-from ts_parallel.partition.build import PipelinePlace, build_batch_model
+from ts_parallel.partition.load import load_program
+from ts_parallel.partition.prepared import prepare_program
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
+from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.serving.answers import JSON, error_body
 from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.continuous_batching import raw_request
+from ts_parallel.serving.continuous_batching import end_grpc, raw_request
 from ts_parallel.serving.micro_batching import MicroBatcher
 from ts_parallel.serving.tasks import Task, make_task
 from ts_parallel.serving.worker import exit_now, follow_in_thread, log_loaded, log_ready, start_rank
@@ -91,6 +95,7 @@ class BatchInferenceHandler:
         for index, (status, _) in enumerate(answers):
             context.set_response_status(status, HTTPStatus(status).phrase, index)
             context.set_response_content_type(index, JSON)
+            end_grpc(context, index)
         return [body for _, body in answers]
 
     def _load(self, context: Any) -> None:
@@ -135,10 +140,13 @@ class BatchInferenceHandler:
 
 def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> BatchRunner:
     """This rank's stages, loaded and ready to run."""
+    group, index = topology.tensor_parallel, read_index(folder)
     place = PipelinePlace(topology.stage, topology.num_stages, config.virtual_stages, config.split_points)
-    part = build_batch_model(folder, config.task, config.dtype, topology.tensor_parallel, place, topology.device)
-    stages = [Stage(graph, part.tensors, topology.tensor_parallel, release=part.release) for graph in part.stages]
-    return BatchRunner(stages, StepChannel(topology), topology, part.inputs_by_stage, part.output)
+    request = ProgramRequest(folder, config.dtype, group.rank, group.size, place, config.task)
+    program = prepare_program(request, index)
+    tensors = load_program(program, index, group, topology.device, pack_weight).tensors
+    stages = [Stage(code, tensors, group) for code in program.stages]
+    return BatchRunner(stages, StepChannel(topology), topology, program.inputs_by_stage, program.outputs[0])
 
 
 def give_signs_of_life(runner: BatchRunner) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ts_parallel.config import did_you_mean
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import RequestError
 from ts_parallel.runtime.step import SamplingParams
+from ts_parallel.serving.structured_output import FORM_KINDS, Form, FormKind
 
 _MOST_STOPS = 16
 _LONGEST_ECHO = 60  # characters of a bad value that an error repeats
+_MOST_LOGPROBS = 20
 
 
 class _Body(BaseModel):
@@ -38,6 +41,30 @@ class SamplingDefaults:
     repetition_penalty: float = 1.0
 
 
+class JSONSchema(_Body):
+    """OpenAI's `json_schema`; its name and description are for models that are told of them."""
+
+    name: str | None = None
+    description: str | None = None
+    own: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+class StructuredOutputs(_Body):
+    """vLLM's; one of these."""
+
+    json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1)
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class _GenerationBody(_Body):
     """The fields that every way to generate has; names and meanings are OpenAI's where it has them, else vLLM's."""
 
@@ -57,6 +84,14 @@ class _GenerationBody(_Body):
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds, from when the request came."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(default=None, min_length=1)
+    guided_grammar: str | None = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -78,6 +113,33 @@ class _GenerationBody(_Body):
             raise ValueError("an empty stop string")
         return value
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens are wanted beside each of the answer's own; None: not even that."""
+        return None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own tokens are to have log-probabilities."""
+        return False
+
+    def form(self) -> Form | None:
+        """What the answer must be; None where it may be anything.
+
+        Raises:
+            RequestError: several forms, one that says too little, or a field that no form goes together with.
+        """
+        forms = [*_response_forms(self.response_format), *_structured_forms(self.structured_outputs)]
+        for kind in FORM_KINDS:
+            forms += _forms(kind, getattr(self, f"guided_{kind}"), f"guided_{kind}")
+        if len(forms) > 1:
+            names = " and ".join(form.parameter for form in forms)
+            raise RequestError(f"an answer has one form, got {names}", forms[1].parameter)
+        for name in ("min_tokens", "ignore_eos"):
+            if forms and getattr(self, name):
+                raise RequestError(f"{name} cannot go on where the form of {forms[0].parameter} ends", name)
+        return forms[0] if forms else None
+
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or ()))
 
@@ -95,6 +157,7 @@ class _GenerationBody(_Body):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            num_logprobs=self.num_logprobs,
         )
         return GenerationParams(
             max_tokens=self.max_tokens,
@@ -103,7 +166,47 @@ class _GenerationBody(_Body):
             min_tokens=self.min_tokens,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             priority=self.priority,
+            scores_prompt=self.scores_prompt,
         )
+
+
+def _response_forms(wanted: ResponseFormat | None) -> list[Form]:
+    name = "response_format"
+    if wanted is None or wanted.type == "text":
+        return []
+    if wanted.type == "json_object":
+        return [Form("json", {"type": "object"}, name)]
+    if wanted.json_schema is None:
+        raise RequestError("response_format of type 'json_schema' needs the field 'json_schema'", name)
+    return [Form("json", wanted.json_schema.own, name)]
+
+
+def _structured_forms(wanted: StructuredOutputs | None) -> list[Form]:
+    if wanted is None:
+        return []
+    schema = {"type": "object"} if wanted.json_object and wanted.json_ is None else wanted.json_
+    values = {"json": schema, "regex": wanted.regex, "choice": wanted.choice, "grammar": wanted.grammar}
+    return [own for kind in FORM_KINDS for own in _forms(kind, values[kind], "structured_outputs")]
+
+
+def _forms(kind: FormKind, value: Any, parameter: str) -> list[Form]:
+    """None where it is not asked for, else one; a JSON schema may come as text."""
+    if value is None:
+        return []
+    if kind == "json" and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{parameter}: the schema is not JSON: {error}", parameter) from None
+    return [Form(kind, value, parameter)]
+
+
+def choice_params(params: GenerationParams, number: int) -> GenerationParams:
+    """Those of a request's choice `number`: the first has the request's own seed, the others one that comes of it."""
+    if number == 0:
+        return params
+    seed = int(np.random.SeedSequence((params.sampling.seed, number)).generate_state(1, np.uint64)[0])
+    return replace(params, sampling=replace(params.sampling, seed=seed))
 
 
 N = TypeVar("N", int, float)
@@ -119,6 +222,11 @@ class NativeBody(_GenerationBody):
     prompt: str
     temperature: float = Field(default=0.0, ge=0, le=100)
     stream: bool = True
+    logprobs: int | None = Field(default=None, ge=0, le=_MOST_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class StreamOptions(_Body):
@@ -132,22 +240,53 @@ class _OpenAIBody(_GenerationBody):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    n: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1)
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers each prompt gets.
+
+        Raises:
+            RequestError: more are to be made than are to be sent.
+        """
+        wanted = self.n or 1
+        if self.best_of not in (None, wanted):
+            raise RequestError(
+                f"best_of is {self.best_of}: every answer is sent, so it can only be n, {wanted}", "best_of"
+            )
+        return wanted
 
 
 class CompletionBody(_OpenAIBody):
     """`POST v1/completions`: https://platform.openai.com/docs/api-reference/completions/create."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=16, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=_MOST_LOGPROBS)
+    echo: bool | None = False
 
-    def single_prompt(self) -> str | list[int]:
-        """The prompt, taken out of a list of one."""
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or more, each as text or as token ids."""
         prompt = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise RequestError(f"{len(prompt)} prompts in one request; send one request a prompt", "prompt")
-            return prompt[0]
-        return prompt  # type: ignore[return-value]
+            return prompt
+        return [prompt]  # type: ignore[return-value]
+
+    @model_validator(mode="after")
+    def _no_tokens_are_wanted_only_of_a_prompt(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens is 0, which leaves nothing to answer without echo", "max_tokens")
+        return self
 
 
 class ChatBody(_OpenAIBody):
@@ -155,9 +294,21 @@ class ChatBody(_OpenAIBody):
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=_MOST_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_logprobs_come_with_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs is {self.top_logprobs}, which needs logprobs to be true", "top_logprobs")
+        return self
 
     @field_validator("messages")
     @classmethod
@@ -206,16 +357,11 @@ class DetokenizeBody(_Body):
 
 # Fields of OpenAI's API that change nothing at these values and are refused at others.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False,),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "top_logprobs": (0,),
 }
 
 
@@ -288,7 +434,7 @@ def parse_plain(body: type[B], request: RawRequest) -> B:
 def _parse_openai(body: type[B], request: RawRequest) -> B:
     fields = dict(request.fields())
     for name, neutral in _NEUTRAL.items():
-        value = fields.pop(name, None)
+        value = None if name in body.model_fields else fields.pop(name, None)
         if value is not None and value not in neutral:
             raise RequestError(f"{name!r} is not supported, got {_echo(value)}", name)
     _refuse_unknown(fields, body)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from typing import Any, Generic, Protocol, TypeVar
 
 from ts_parallel.engine.request import Request
-from ts_parallel.engine.router import Delivery, TokenRouter
+from ts_parallel.engine.router import Delivery
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.answers import JSON, Answer, Usage, error_body
 from ts_parallel.serving.bodies import RawRequest
@@ -25,8 +26,6 @@ from ts_parallel.serving.stop_strings import StopStrings
 SECONDS_PER_DRAIN = 0.02
 # A job that has ended may be named once more in the next call.
 _NUM_ENDED_REMEMBERED = 4096
-
-_PHRASES = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 500: "Internal Server Error"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Reply:
         return None if self.is_first and self.is_last else self.is_last
 
     @staticmethod
-    def whole(body: str) -> Reply:
-        return Reply(body, is_first=True, is_last=True)
+    def whole(body: str, content_type: str = JSON) -> Reply:
+        return Reply(body, is_first=True, is_last=True, content_type=content_type)
 
     @staticmethod
     def refusal(error: RequestError) -> Reply:
@@ -90,29 +89,92 @@ class Job:
         return "".join(pieces)
 
 
-class EngineDoor(Protocol):
-    """What the drain needs of the engine's thread."""
-
-    router: TokenRouter
-
-    def abort(self, request_id: str) -> None: ...
+D = TypeVar("D")
+News = TypeVar("News", contravariant=True)
+MoreNews = TypeVar("MoreNews", covariant=True)
 
 
-class ContinuousBatchingDrain:
-    """Owns the open jobs. `open_job` turns a raw request into a running job, or into a reply that is ready at once.
+class OpenJob(Protocol[News]):
+    """An answer on its way, to which there is news now and then."""
 
-    Where there are replicas (`keep_open`), one request to `keep_open.ROUTE` is never answered.
+    def advance(self, delivery: News, /) -> Reply | None:
+        """What to send for the news; None where there is nothing to send."""
+        ...
+
+
+class Mailboxes(Protocol[MoreNews]):
+    def wait(self, seconds: float, /) -> bool:
+        """Whether there is news for any job, at the latest after `seconds`."""
+        ...
+
+    def take(self, request_id: str, /) -> MoreNews:
+        """The news for one job since it was last asked for."""
+        ...
+
+
+class Door(Protocol[MoreNews]):
+    """Where the news comes from: the engine's thread, or a handler's own threads (`streaming`)."""
+
+    @property
+    def router(self) -> Mailboxes[MoreNews]: ...
+
+    def abort(self, request_id: str) -> None:
+        """Nobody wants its news any more, be it that it has ended."""
+        ...
+
+
+class OpenJobs(Generic[D]):
+    """Owns the open jobs, whatever carries their replies.
+
+    `open_job` turns a raw request into a running job, or into a reply that is ready at once.
+    """
+
+    def __init__(self, door: Door[D], open_job: Callable[[str, RawRequest], OpenJob[D] | Reply]) -> None:
+        self._door = door
+        self._open_job = open_job
+        self._jobs: dict[str, OpenJob[D]] = {}
+        self._ready: dict[str, Reply] = {}
+
+    def _register(self, request_id: str, request: RawRequest) -> None:
+        opened = self._open_job(request_id, request)
+        if isinstance(opened, Reply):
+            self._ready[request_id] = opened
+        else:
+            self._jobs[request_id] = opened
+
+    def _collect(self, request_id: str) -> Reply | None:
+        if request_id in self._ready:
+            return self._ready.pop(request_id)
+        if request_id not in self._jobs:
+            return None
+        reply = self._jobs[request_id].advance(self._door.router.take(request_id))
+        if reply is not None and reply.is_last:
+            self._forget(request_id)
+        return reply
+
+    def _forget(self, request_id: str) -> None:
+        del self._jobs[request_id]
+        self._door.abort(request_id)
+
+
+class ContinuousBatchingDrain(OpenJobs[D]):
+    """The jobs of `continuousBatching: true`. Where there are replicas (`keep_open`), one request to `keep_open.ROUTE`
+    is never answered.
+
+    A job that came by gRPC is answered in one piece. TorchServe 0.12 takes it for closed after its first
+    (`GRPCJob.isOpen` says the opposite), and this process for dead where a piece does not say whether it is the last.
     """
 
     def __init__(
-        self, engine: EngineDoor, open_job: Callable[[str, RawRequest], Job | Reply], has_replicas: bool = False
+        self,
+        door: Door[D],
+        open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
+        has_replicas: bool = False,
     ) -> None:
-        self._engine = engine
-        self._open_job = open_job
+        super().__init__(door, open_job)
         self._has_replicas = has_replicas
         self._kept_open: str | None = None
-        self._jobs: dict[str, Job] = {}
-        self._ready: dict[str, Reply] = {}
+        self._gathered: dict[str, list[str]] = {}  # what a job that came by gRPC has been answered so far
         self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
@@ -120,13 +182,16 @@ class ContinuousBatchingDrain:
         names: dict[int, str] = dict(context.request_ids)
         for request_id in self._jobs.keys() - set(names.values()):
             self._forget(request_id)
+            self._gathered.pop(request_id, None)
         if self._kept_open not in names.values():
             self._kept_open = None
         for index, request_id in names.items():
             if request_id not in self._jobs and request_id not in self._ended and request_id != self._kept_open:
+                if is_grpc(context, index):
+                    self._gathered[request_id] = []
                 self._register(request_id, raw_request(data[index], context, index))
         if (self._jobs or self._kept_open) and not self._ready:
-            self._engine.router.wait(SECONDS_PER_DRAIN)
+            self._door.router.wait(SECONDS_PER_DRAIN)
         context.stopping_criteria = {}
         bodies = [""] * len(data)
         for index, request_id in names.items():
@@ -135,8 +200,7 @@ class ContinuousBatchingDrain:
                 del context.request_ids[index]
                 continue
             bodies[index] = reply.body
-            context.set_response_status(reply.status, _PHRASES[reply.status], index)
-            context.set_response_content_type(index, reply.content_type)
+            announce(reply, context, index)
             context.stopping_criteria[index] = lambda _, ends=reply.stream_ends: ends
         return bodies
 
@@ -147,31 +211,43 @@ class ContinuousBatchingDrain:
             else:
                 self._ready[request_id] = Reply.whole("{}")
             return
-        opened = self._open_job(request_id, request)
-        if isinstance(opened, Job):
-            self._jobs[request_id] = opened
-        else:
-            self._ready[request_id] = opened
+        super()._register(request_id, request)
 
     def _collect(self, request_id: str) -> Reply | None:
-        if request_id in self._ready:
-            self._ended.append(request_id)
-            return self._ready.pop(request_id)
-        if request_id not in self._jobs:
-            return None
-        reply = self._jobs[request_id].advance(self._engine.router.take(request_id))
+        reply = super()._collect(request_id)
+        if reply is not None and request_id in self._gathered:
+            self._gathered[request_id].append(reply.body)
+            if not reply.is_last:
+                return None
+            # Not the first, though it is: so that it says that it is the last.
+            reply = replace(reply, body="".join(self._gathered.pop(request_id)), is_first=False)
         if reply is not None and reply.is_last:
-            self._forget(request_id)
             self._ended.append(request_id)
         return reply
 
-    def _forget(self, request_id: str) -> None:
-        del self._jobs[request_id]
-        self._engine.abort(request_id)
+
+def announce(reply: Reply, context: Any, index: int) -> None:
+    """Tell TorchServe's context of a reply's status and type."""
+    context.set_response_status(reply.status, HTTPStatus(reply.status).phrase, index)
+    context.set_response_content_type(index, reply.content_type)
 
 
 def raw_request(data: dict[str, Any], context: Any, index: int) -> RawRequest:
-    """One element of TorchServe's `data`, with what its headers say."""
+    """One element of TorchServe's `data`, with what its headers say; by gRPC an input `url_path` is the route."""
+    body = data.get("body", data.get("data"))
+    if is_grpc(context, index):
+        return RawRequest(bytes(data.get("url_path", b"")).decode(errors="replace").strip("/"), body, "")
     headers = {str(name).lower(): str(value) for name, value in context.get_all_request_header(index).items()}
-    route = headers.get("url_path", "").strip("/")
-    return RawRequest(route, data.get("body", data.get("data")), headers.get("content-type", ""))
+    return RawRequest(headers.get("url_path", "").strip("/"), body, headers.get("content-type", ""))
+
+
+def end_grpc(context: Any, index: int) -> None:
+    """Where an answer that is no stream goes to gRPC, say that it is the last. TorchServe 0.12 takes this process for
+    dead otherwise; of HTTP's it must not be said."""
+    if is_grpc(context, index):
+        context.set_response_header(index, "ts_stream_next", "false")
+
+
+def is_grpc(context: Any, index: int) -> bool:
+    """Whether a request came by gRPC: it has no headers then, but one entry for each input."""
+    return not any(isinstance(value, str) for value in context.get_all_request_header(index).values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.request import GenerationParams, make_request
 from ts_parallel.errors import BusyError, NotFoundError, RequestError
-from ts_parallel.partition.deferred import read_model_config
+from ts_parallel.partition.model_config import max_positions_of, read_model_config
 from ts_parallel.serving.answers import (
     Answer,
     ChatCompletion,
@@ -31,20 +31,23 @@ from ts_parallel.serving.bodies import (
     NativeBody,
     RawRequest,
     TokenizeBody,
+    choice_params,
     parse_chat,
     parse_completion,
     parse_native,
     parse_plain,
 )
-from ts_parallel.serving.continuous_batching import Job, Reply
-from ts_parallel.serving.detokenizer import Detokenizer
+from ts_parallel.serving.choices import Choice, Echo, GenerationJob
+from ts_parallel.serving.continuous_batching import Reply
+from ts_parallel.serving.metrics import PROMETHEUS, labels_of, prometheus_text
 from ts_parallel.serving.model_files import (
     read_eos_ids,
     read_sampling_defaults,
     read_tokenizer,
-    resolve_max_model_len,
 )
 from ts_parallel.serving.stop_strings import StopStrings
+from ts_parallel.serving.structured_output import GuideMaker
+from ts_parallel.serving.token_texts import TokenTexts
 
 GeneratingBody = NativeBody | CompletionBody | ChatBody
 
@@ -56,15 +59,20 @@ class GenerationService:
         model_config = read_model_config(folder)
         self.engine = engine
         self._name = name
-        self._max_model_len = resolve_max_model_len(config.max_model_len, model_config)
+        self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
+        self._most_choices = config.max_num_seqs
         self._most_open = config.max_num_seqs + config.max_num_waiting
+        self._max_seconds = config.max_request_seconds
         self._started_at = int(time.time())
         self._tokenizer = read_tokenizer(folder)
         self._eos_ids = read_eos_ids(folder, model_config)
         self._defaults = read_sampling_defaults(folder)
-        self._routes: dict[str, Callable[[str, RawRequest], Job | Reply]] = {
+        self._texts = TokenTexts(self._tokenizer)
+        self._guides = GuideMaker(self._tokenizer, self._eos_ids)
+        self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
             "health": self._health,
+            "metrics": self._metrics,
             "v1/models": self._models,
             "v1/completions": self._open_completion,
             "v1/chat/completions": self._open_chat,
@@ -72,7 +80,7 @@ class GenerationService:
             "detokenize": self._detokenize,
         }
 
-    def open_job(self, request_id: str, request: RawRequest) -> Job | Reply:
+    def open_job(self, request_id: str, request: RawRequest) -> GenerationJob | Reply:
         """Route one request. What cannot be served becomes a reply of its own; nothing is raised."""
         try:
             if request.route not in self._routes:
@@ -84,6 +92,10 @@ class GenerationService:
 
     def _health(self, request_id: str, request: RawRequest) -> Reply:
         return Reply.whole('{"status": "ok"}' if self.engine.is_alive else '{"status": "failed"}')
+
+    def _metrics(self, request_id: str, request: RawRequest) -> Reply:
+        text = prometheus_text(self.engine.figures(), labels_of(self._name))
+        return Reply.whole(text, PROMETHEUS)
 
     def _models(self, request_id: str, request: RawRequest) -> Reply:
         return Reply.whole(model_list(self._name, self._started_at, self._max_model_len))
@@ -97,33 +109,61 @@ class GenerationService:
         tokens = self._known(parse_plain(DetokenizeBody, request).tokens, "tokens")
         return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(tokens)}))
 
-    def _open_native(self, request_id: str, request: RawRequest) -> Job:
+    def _open_native(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_native(request)
-        prompt = self._tokens(body.prompt)
-        return self._run(request_id, prompt, body, body.temperature, TextStream() if body.stream else WholeText())
+        if body.stream and body.logprobs is not None:
+            raise RequestError("a stream of plain text has no place for logprobs: set stream to false", "logprobs")
+        answer = TextStream() if body.stream else WholeText()
+        return self._run(request_id, [self._tokens(body.prompt)], body, body.temperature, answer)
 
-    def _open_completion(self, request_id: str, request: RawRequest) -> Job:
+    def _open_completion(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_completion(request)
-        prompt = body.single_prompt()
-        if isinstance(prompt, str):
-            prompt = self._tokens(prompt)
-        answer: Answer = Completion(request_id, self._name)
+        num_choices = self._num_choices(body, len(body.prompts))
+        answer: Answer = Completion(request_id, self._name, num_choices)
         if body.stream:
-            answer = CompletionStream(request_id, self._name, **_usage_options(body))
-        return self._run(request_id, self._known(prompt, "prompt"), body, self._temperature(body), answer)
+            answer = CompletionStream(request_id, self._name, num_choices, **_usage_options(body))
+        prompts = [self._tokens(own) if isinstance(own, str) else self._known(own, "prompt") for own in body.prompts]
+        echoes: list[Echo] | None = None
+        if body.echo:
+            texts = [own if isinstance(own, str) else self._text(own) for own in body.prompts]
+            echoes = [Echo(text, is_all=body.max_tokens == 0) for text in texts]
+            body = body.model_copy(update={"max_tokens": body.max_tokens or 1})
+        return self._run(request_id, prompts, body, self._temperature(body), answer, echoes)
 
-    def _open_chat(self, request_id: str, request: RawRequest) -> Job:
+    def _open_chat(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_chat(request)
-        answer: Answer = ChatCompletion(request_id, self._name)
+        num_choices = self._num_choices(body, 1)
+        answer: Answer = ChatCompletion(request_id, self._name, num_choices)
         if body.stream:
-            answer = ChatCompletionStream(request_id, self._name, **_usage_options(body))
+            answer = ChatCompletionStream(request_id, self._name, num_choices, **_usage_options(body))
         if body.max_completion_tokens is not None:
             body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
-        return self._run(request_id, self._chat_prompt(body), body, self._temperature(body), answer)
+        return self._run(request_id, [self._chat_prompt(body)], body, self._temperature(body), answer)
+
+    def _num_choices(self, body: CompletionBody | ChatBody, num_prompts: int) -> int:
+        """Of all prompts together.
+
+        Raises:
+            RequestError: more than can ever be open.
+        """
+        if body.num_choices > self._most_choices:
+            raise RequestError(f"n is {body.num_choices}, more than max_num_seqs, {self._most_choices}", "n")
+        num_choices = body.num_choices * num_prompts
+        if num_choices > self._most_open:
+            raise RequestError(
+                f"{num_prompts} prompts with {body.num_choices} answers each are more than can be open at once: "
+                f"{self._most_open} (max_num_seqs and max_num_waiting)",
+                "prompt",
+            )
+        return num_choices
 
     def _tokens(self, text: str) -> list[int]:
         """None for an empty text, though a tokenizer may begin each with a token of its own."""
         return list(self._tokenizer(text).input_ids) if text else []
+
+    def _text(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
 
     def _chat_prompt(self, body: ChatBody) -> list[int]:
         if not self._tokenizer.chat_template:
@@ -146,19 +186,61 @@ class GenerationService:
         return self._defaults.temperature if body.temperature is None else body.temperature
 
     def _run(
-        self, request_id: str, prompt_ids: list[int], body: GeneratingBody, temperature: float, answer: Answer
-    ) -> Job:
-        if self.engine.num_open >= self._most_open:
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        body: GeneratingBody,
+        temperature: float,
+        answer: Answer,
+        echoes: Sequence[Echo] | None = None,
+    ) -> GenerationJob:
+        """Hand the choices of all prompts to the engine. Nothing is handed over where anything is refused."""
+        num_answers = 1 if isinstance(body, NativeBody) else body.num_choices
+        num_choices = num_answers * len(prompts)
+        if self.engine.num_open + num_choices > self._most_open:
             raise BusyError(
-                f"{self._most_open} requests are open already (max_num_seqs and max_num_waiting): try again later"
+                f"{self.engine.num_open} of {self._most_open} requests (max_num_seqs and max_num_waiting) are open "
+                f"already, {num_choices} more do not fit: try again later"
             )
-        params: GenerationParams = body.generation_params(temperature, random.getrandbits(64), self._defaults)
+        params = body.generation_params(temperature, random.getrandbits(64), self._defaults)
+        self._check(params)
+        form = body.form()
+        guides = [None] * num_choices if form is None else self._guides.make(form, num_choices)
+        requests = [
+            make_request(
+                f"{request_id}/{number}" if number else request_id,
+                prompts[number // num_answers],
+                choice_params(params, number % num_answers),
+                eos_ids=self._eos_ids,
+                max_model_len=self._max_model_len,
+                guide=guide,
+            )
+            for number, guide in enumerate(guides)
+        ]
+        texts = self._texts if body.num_logprobs is not None else None
+        choices = [
+            Choice(
+                own,
+                self._tokenizer,
+                StopStrings(body.stop_strings(), body.include_stop_str_in_output),
+                texts,
+                echoes[number // num_answers] if echoes else None,
+            )
+            for number, own in enumerate(requests)
+        ]
+        limits = [seconds for seconds in (body.timeout, self._max_seconds) if seconds is not None]
+        self.engine.submit(*requests, seconds=min(limits, default=None))
+        return GenerationJob(answer, choices, num_answers, self.engine)
+
+    def _check(self, params: GenerationParams) -> None:
+        """
+        Raises:
+            RequestError: a token id is none of the model's, or more tokens are to be named than it has.
+        """
         self._known([token_id for token_id, _ in params.sampling.logit_bias], "logit_bias")
         self._known(list(params.stop_token_ids), "stop_token_ids")
-        request = make_request(request_id, prompt_ids, params, eos_ids=self._eos_ids, max_model_len=self._max_model_len)
-        self.engine.submit(request)
-        stops = StopStrings(body.stop_strings(), body.include_stop_str_in_output)
-        return Job(answer, Detokenizer(self._tokenizer), request, stops)
+        if (params.sampling.num_logprobs or 0) > len(self._tokenizer):
+            raise RequestError(f"{params.sampling.num_logprobs} of {len(self._tokenizer)} tokens", "logprobs")
 
     def _known(self, token_ids: list[int], parameter: str) -> list[int]:
         """The same token ids.

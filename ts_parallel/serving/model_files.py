@@ -7,23 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from ts_parallel.errors import CheckpointError, ConfigError
+from ts_parallel.errors import CheckpointError
 from ts_parallel.serving.bodies import SamplingDefaults
-
-
-def resolve_max_model_len(wanted: int | None, model_config: PretrainedConfig) -> int:
-    """The configured length, or all that the model was trained for.
-
-    Raises:
-        ConfigError: the model has fewer positions than were asked for.
-    """
-    positions: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    wanted = wanted or positions
-    if wanted is None:
-        raise ConfigError("config.json names no max_position_embeddings: set max_model_len")
-    if positions is not None and wanted > positions:
-        raise ConfigError(f"max_model_len {wanted} is more than the model's max_position_embeddings {positions}")
-    return wanted
 
 
 def read_tokenizer(folder: Path) -> Any:

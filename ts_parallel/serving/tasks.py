@@ -14,8 +14,8 @@ from transformers import AutoImageProcessor, PretrainedConfig
 
 from ts_parallel.config import did_you_mean
 from ts_parallel.errors import CheckpointError, RequestError
-from ts_parallel.partition.deferred import choose_dtype, read_model_config
 from ts_parallel.partition.encoder import ModelCall, call_of_task
+from ts_parallel.partition.model_config import choose_dtype, read_model_config
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.micro_batching import Collator
 from ts_parallel.serving.model_files import read_tokenizer

@@ -3,45 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine, EngineThread
 from ts_parallel.engine.pacing import PrefillPacer
+from ts_parallel.engine.router import Delivery
 from ts_parallel.engine.scheduler import Scheduler
-from ts_parallel.partition.build import PipelinePlace, build_rank_model
-from ts_parallel.partition.deferred import read_model_config
+from ts_parallel.partition.load import RankModel, load_program
+from ts_parallel.partition.prepared import prepare_program
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain
-from ts_parallel.serving.generation_service import GenerationService
 from ts_parallel.serving.keep_open import has_replicas, keep_one_open
-from ts_parallel.serving.model_files import resolve_max_model_len
+from ts_parallel.serving.metrics import MetricsReporter, labels_of, torchserve_meters
+from ts_parallel.serving.streaming import Transport, make_transport
 from ts_parallel.serving.worker import exit_soon, follow_in_thread, log_loaded, log_ready, start_rank
 from ts_parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from ts_parallel.serving.generation_service import GenerationService
 
 
 class TextGenerationService:
     """One worker process: rank 0 answers requests, the other ranks follow its steps."""
 
     def __init__(self) -> None:
-        self._drain: ContinuousBatchingDrain | None = None
+        self._transport: Transport[Delivery] | None = None
 
     def handle(self, data: list[dict[str, Any]] | None, context: Any) -> list[str]:
         """TorchServe's entry point. Called first with no data, to load."""
         if data is None:
             self._load(context)
             return []
-        if self._drain is None:  # a rank that follows: it acts on rank 0's steps alone
+        if self._transport is None:  # a rank that follows: it acts on rank 0's steps alone
             return [""] * len(data)
-        return self._drain.handle(data, context)
+        return self._transport.handle(data, context)
 
     def _load(self, context: Any) -> None:
         def load(config: HandlerConfig, folder: Path, topology: Topology) -> tuple[Runner, GenerationService | None]:
             runner = make_runner(config, folder, topology)
-            leads = topology.rank == 0
-            if not leads:
-                return runner, None
+            if topology.rank != 0:
+                return runner, None  # and without transformers, which the service needs for its tokenizer
+            from ts_parallel.serving.generation_service import GenerationService
+
             engine = EngineThread(make_engine(runner, config), on_failure=exit_soon)
             return runner, GenerationService(folder, context.model_name, engine, config)
 
@@ -51,20 +58,18 @@ class TextGenerationService:
             follow_in_thread(runner.follow)
             return
         service.engine.start()
-        replicas = has_replicas(context.model_yaml_config)
-        self._drain = ContinuousBatchingDrain(service.engine, service.open_job, replicas)
-        if replicas:
+        meters, labels = torchserve_meters(context.metrics), labels_of(context.model_name)
+        MetricsReporter(service.engine.figures, meters, labels).report_for_ever()
+        self._transport = make_transport(context.model_yaml_config, service.engine, service.open_job)
+        if has_replicas(context.model_yaml_config):
             keep_one_open(context.model_name, context.manifest["model"]["modelVersion"])
         log_ready(topology, context.model_name)
 
 
 def make_runner(config: HandlerConfig, folder: Path, topology: Topology) -> Runner:
     """This rank's model, loaded and ready to step."""
-    max_model_len = resolve_max_model_len(config.max_model_len, read_model_config(folder))
-    place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
-    part = build_rank_model(
-        folder, config.dtype, topology.tensor_parallel, topology.device, None if config.eager else place
-    )
+    part = load_eager_model(config, folder, topology) if config.eager else load_model(config, folder, topology)
+    max_model_len = config.resolve_max_model_len(part.program.max_positions)
     return Runner(
         part,
         topology,
@@ -72,6 +77,21 @@ def make_runner(config: HandlerConfig, folder: Path, topology: Topology) -> Runn
         kv_cache_bytes=config.kv_cache_memory,
         max_model_len=max_model_len,
     )
+
+
+def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankModel:
+    """The way of a weight from file to device: find the rank's program, then its bytes."""
+    group = topology.tensor_parallel
+    place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
+    index = read_index(folder)
+    program = prepare_program(ProgramRequest(folder, config.dtype, group.rank, group.size, place), index)
+    return load_program(program, index, group, topology.device, pack_weight)
+
+
+def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankModel:
+    from ts_parallel.partition.build import build_eager_model  # and with it transformers and the tracer
+
+    return build_eager_model(folder, config.dtype, topology.tensor_parallel, topology.device)
 
 
 def make_engine(runner: Runner, config: HandlerConfig) -> Engine:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
+from ts_parallel.serving.streaming import refuse_unsafe_transport
 from ts_parallel.topology import Topology, open_topology
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
     Where any rank raises a `StartupError`, every rank's process ends, and rank 0 says why on one line.
     """
     try:
+        refuse_unsafe_transport(context.model_yaml_config or {})
         config = parse_config((context.model_yaml_config or {}).get("handler"), kind)
         folder = Path(context.system_properties["model_dir"]) / config.model_path
         topology = open_topology(

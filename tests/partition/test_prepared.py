@@ -1,0 +1,174 @@
+"""A rank's program comes from a file that a process of its own has made, once for all that share it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, save_random_model
+
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.errors import CheckpointError, PlanError
+from ts_parallel.partition import prepared
+from ts_parallel.partition.build import make_programs
+from ts_parallel.partition.load import load_program
+from ts_parallel.partition.prepared import CACHE_VARIABLE, prepare_program
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest, RankProgram
+from ts_parallel.topology import TensorParallelGroup
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "programs"))
+    return tmp_path / "programs"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files for which a process was started."""
+    files: list[Path] = []
+    make = prepared._make
+
+    def noted(request: ProgramRequest, file: Path) -> None:
+        files.append(file)
+        make(request, file)
+
+    monkeypatch.setattr(prepared, "_make", noted)
+    return files
+
+
+def save(folder: Path, family: str = "llama", **changes: Any) -> ProgramRequest:
+    save_random_model(folder, FAMILIES[family](num_hidden_layers=2, **changes))
+    return ProgramRequest(folder, "float32", 0, 1)
+
+
+def prepare(request: ProgramRequest) -> RankProgram:
+    return prepare_program(request, read_index(request.folder))
+
+
+def assert_same(one: RankProgram, other: RankProgram) -> None:
+    assert one.plan == other.plan and one.whole_plan == other.whole_plan and one.sources == other.sources
+    assert [stage.source for stage in one.stages] == [stage.source for stage in other.stages]
+    assert one.buffers.keys() == other.buffers.keys()
+    for name, buffer in one.buffers.items():
+        assert torch.equal(buffer, other.buffers[name]), name
+
+
+def test_program_of_the_file_is_the_one_that_is_made_here(cache: Path, tmp_path: Path) -> None:
+    request = replace(save(tmp_path / "model"), rank=1, size=2, place=PipelinePlace(1, 2))
+    found = prepare(request)
+    assert_same(found, make_programs(request, read_index(request.folder))[1])
+    group = TensorParallelGroup(1, 2)
+    tensors = load_program(found, read_index(request.folder), group, torch.device("cpu")).tensors
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_ranks_that_share_a_trace_make_it_once_and_later_starts_never(
+    cache: Path, tmp_path: Path, made: list[Path]
+) -> None:
+    request = save(tmp_path / "model")
+    places = [replace(request, place=PipelinePlace(rank, 2)) for rank in (0, 1, 0, 1)]
+    with ThreadPoolExecutor(4) as ranks:
+        programs = list(ranks.map(prepare, places))
+    assert len(made) == 1
+    assert programs[0].plan.parameters.keys() != programs[1].plan.parameters.keys()
+    assert_same(prepare(places[1]), programs[1])
+    assert len(made) == 1
+
+
+def test_same_model_in_another_folder_is_found_and_read_there(cache: Path, tmp_path: Path, made: list[Path]) -> None:
+    """As TorchServe unpacks an archive into a new folder at every start."""
+    prepare(save(tmp_path / "one"))
+    request = save(tmp_path / "other")
+    index = read_index(request.folder)
+    found = load_program(prepare(request), index, TensorParallelGroup(0, 1), torch.device("cpu"))
+    assert len(made) == 1
+    for name, tensor in index.items():
+        expected = torch.frombuffer(bytearray(tensor.file.read_bytes()), dtype=torch.uint8)
+        stored = expected[tensor.offset : tensor.offset + tensor.num_bytes].view(torch.float32).view(tensor.shape)
+        assert torch.equal(found.tensors[name], stored), name
+
+
+def test_whatever_changes_the_program_has_another_file(cache: Path, tmp_path: Path, made: list[Path]) -> None:
+    request = save(tmp_path / "model")
+    prepare(request)
+    for changed in (
+        replace(request, dtype="bfloat16"),
+        replace(request, size=2),
+        replace(request, rank=1, size=2),
+        replace(request, place=PipelinePlace(0, 2, split_points=(1,))),
+        save(tmp_path / "eps", rms_norm_eps=1e-3),
+        save(tmp_path / "tied", tie_word_embeddings=True),
+    ):
+        prepare(changed)
+    assert len({file.name for file in made}) == 7
+
+
+def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
+    request = save(tmp_path / "model")
+    with pytest.raises(PlanError, match="tensor_parallel_size must be one of"):
+        prepare(replace(request, size=3))
+    config = request.folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "zork"}))
+    with pytest.raises(CheckpointError, match="zork"):
+        prepare(request)
+    assert [file.name for file in cache.iterdir() if not file.name.endswith(".lock")] == []
+
+
+def test_process_that_dies_is_told_of_with_its_status(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = save(tmp_path / "model")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(PlanError, match="the process that traces it ended with status 1"):
+        prepare(request)
+
+
+def test_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[Path]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "programs"))
+    program = prepare(save(tmp_path / "model"))
+    assert program.architecture == "LlamaForCausalLM"
+    assert not made[0].parent.exists()
+
+
+def test_oldest_files_are_forgotten(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_MOST_FILES", 3)
+    cache.mkdir()
+    for number in range(5):
+        (cache / f"old-{number}").write_text("")
+    prepare(save(tmp_path / "model"))
+    kept = [file.name for file in cache.iterdir()]
+    assert len(kept) == 3 and sum(name.startswith("old") for name in kept) == 1  # beside it and its lock
+
+
+def test_who_runs_a_program_imports_neither_transformers_nor_the_tracer(cache: Path, tmp_path: Path) -> None:
+    request = replace(save(tmp_path / "model"), place=PipelinePlace(1, 2))
+    file = tmp_path / "request"
+    file.write_bytes(pickle.dumps(request))
+    code = f"""
+import pickle, sys
+from pathlib import Path
+from ts_parallel.serving import text_generation as serving
+from ts_parallel.runtime.stage import Stage
+from ts_parallel.topology import open_topology
+request = pickle.loads(Path({str(file)!r}).read_bytes())
+topology = open_topology(1, "cpu")
+index = serving.read_index(request.folder)
+program = serving.prepare_program(request, index)
+part = serving.load_program(program, index, topology.tensor_parallel, topology.device)
+Stage(program.stages[0], part.tensors, topology.tensor_parallel)
+print(sorted({{"transformers", "torch.export._trace", "torch.distributed.tensor"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout == "[]\n"

@@ -1,0 +1,205 @@
+"""A handler of a user's own that answers in pieces, over the transports that model-config.yaml may choose."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+from deployment import log_end, starting, wait_until
+from grpc_client import predictions_request, send
+from http_client import get, post, stream
+
+from ts_parallel.cli.torchserve import TorchServe
+from ts_parallel.errors import ConfigError, RequestError
+from ts_parallel.serving.bodies import RawRequest
+from ts_parallel.serving.streaming import ResponseStream, StreamingHandler, make_transport
+
+HANDLER = """
+import time
+
+from ts_parallel.errors import RequestError
+from ts_parallel.serving.streaming import StreamingHandler
+
+
+class Countdown(StreamingHandler):
+    def load(self, context):
+        self.name = context.model_name
+
+    def answer(self, request, stream):
+        first = request.fields().get("from")
+        if not isinstance(first, int):
+            raise RequestError("'from' must be a number", "from")
+        for number in range(first, 0, -1):
+            stream.send(f"{self.name} {number}\\n")
+            time.sleep(0.1)
+            if not stream.is_wanted:
+                print("nobody listens any more", flush=True)
+                return
+            if number == 13:
+                raise RuntimeError("bad luck")
+
+
+_handler = Countdown()
+
+
+def handle(data, context):
+    return _handler.handle(data, context)
+"""
+SETTINGS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 50, "deviceType": "cpu", "handler": {}}
+
+
+@pytest.fixture(scope="module", params=["continuous batching", "plain"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    workspace = tmp_path_factory.mktemp("streaming")
+    (workspace / "countdown.py").write_text(HANDLER)
+    (workspace / "files").mkdir()
+    (workspace / "files" / "README").write_text("torch-model-archiver wants a file")
+    settings = {**SETTINGS, "continuousBatching": request.param == "continuous batching"}
+    with starting(workspace, settings, workspace / "files", workspace / "countdown.py") as server:
+        wait_until(lambda: is_healthy(server), lambda: log_end(server))
+        yield server
+
+
+def is_healthy(server: TorchServe) -> bool:
+    try:
+        return get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
+    except OSError:
+        return False
+
+
+def lines(first: int) -> str:
+    return "".join(f"demo {number}\n" for number in range(first, 0, -1))
+
+
+@pytest.mark.torchserve
+def test_pieces_come_while_the_handler_is_at_work(server: TorchServe) -> None:
+    moments, pieces = zip(*stream(server.url, {"from": 5}), strict=True)
+    assert "".join(pieces) == lines(5)
+    assert len(pieces) >= 3
+    assert moments[-1] - moments[0] > 0.15
+
+
+@pytest.mark.torchserve
+def test_requests_at_once_each_get_their_own_pieces(server: TorchServe) -> None:
+    answers: dict[int, tuple[int, str]] = {}
+
+    def ask(first: int) -> None:
+        answers[first] = post(server.url, {"from": first})
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in (1, 3, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {first: (200, lines(first)) for first in (1, 3, 6)}
+
+
+@pytest.mark.torchserve
+def test_request_is_refused_alone_and_another_ends_with_its_error(server: TorchServe) -> None:
+    refused: list[tuple[int, str]] = []
+    thread = threading.Thread(target=lambda: refused.append(post(server.url, {"from": "x"})))
+    thread.start()
+    status, text = post(server.url, {"from": 13})
+    thread.join()
+    assert refused[0][0] == 400
+    assert json.loads(refused[0][1])["error"]["param"] == "from"
+    piece, error = text.split("\n")
+    assert (status, piece) == (200, "demo 13")
+    assert json.loads(error)["error"]["message"] == "RuntimeError: bad luck"
+
+
+@pytest.mark.torchserve
+def test_grpc_is_answered_in_pieces_where_torchserve_can(server: TorchServe, request: pytest.FixtureRequest) -> None:
+    assert server.grpc_port is not None
+    pieces = list(send(server.grpc_port, predictions_request("demo", {"data": b'{"from": 4}'})))
+    assert "".join(pieces) == lines(4)
+    assert (len(pieces) > 1) == ("plain" in request.node.name)
+    (refusal,) = send(server.grpc_port, predictions_request("demo", {"data": b'{"from": "x"}'}))
+    assert json.loads(refusal)["error"]["code"] == 400
+    assert is_healthy(server)
+    assert "Worker died" not in server.log_text()
+
+
+@pytest.mark.torchserve
+def test_handler_hears_of_a_client_that_left_where_torchserve_tells(
+    server: TorchServe, request: pytest.FixtureRequest
+) -> None:
+    if "plain" in request.node.name:
+        pytest.skip("plain batches know no disconnects")
+    leaving = stream(server.url, {"from": 12})
+    next(leaving)
+    leaving.close()  # type: ignore[attr-defined]
+    assert post(server.url, {"from": 3}) == (200, lines(3))
+    wait_until(lambda: "nobody listens any more" in server.log_text(), lambda: log_end(server), 20)
+
+
+class Context:
+    """TorchServe's context of one batch without continuous batching."""
+
+    def __init__(self, *request_ids: str) -> None:
+        self.request_ids = dict(enumerate(request_ids))
+        self.model_yaml_config: dict[str, Any] = {}
+        self.statuses: dict[int, int] = {}
+        self.content_types: dict[int, str] = {}
+
+    def get_all_request_header(self, index: int) -> dict[str, str]:
+        return {"Host": "localhost"}
+
+    def set_response_status(self, code: int, phrase: str, index: int) -> None:
+        self.statuses[index] = code
+
+    def set_response_content_type(self, index: int, value: str) -> None:
+        self.content_types[index] = value
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[int, str], dict[int, str]]]:
+    """Takes the place of TorchServe's function for pieces: what was sent to whom."""
+    messages: list[tuple[dict[int, str], dict[int, str]]] = []
+    utils = ModuleType("ts.handler_utils.utils")
+    utils.send_intermediate_predict_response = lambda ret, names, *_: messages.append((ret, names))  # type: ignore[attr-defined]
+    for name in ("ts", "ts.handler_utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "ts.handler_utils.utils", utils)
+    return messages
+
+
+class Letters(StreamingHandler):
+    """Sends a word letter by letter, each of them once the last was taken."""
+
+    def answer(self, request: RawRequest, stream: ResponseStream) -> None:
+        if request.body == "bad":
+            raise RequestError("a bad word")
+        stream.content_type = "text/x-letters"
+        for letter in request.body:
+            stream.send(letter)
+            while stream.has_news():
+                time.sleep(0.001)
+
+
+def test_plain_batch_sends_pieces_to_those_that_have_news_and_ends_all_at_once(
+    sent: list[tuple[dict[int, str], dict[int, str]]],
+) -> None:
+    handler, context = Letters(), Context("a", "b", "c")
+    handler.handle(None, context)
+    ends = handler.handle([{"body": "xyz"}, {"body": "bad"}, {"body": "q"}], context)
+    assert all(pieces.keys() == names.keys() and all(pieces.values()) for pieces, names in sent)
+    assert all(names.items() <= {0: "a", 2: "c"}.items() for _, names in sent)
+    texts = ["".join(pieces.get(index, "") for pieces, _ in sent) + ends[index] for index in (0, 2)]
+    assert texts == ["xyz", "q"]
+    assert context.statuses == {0: 200, 1: 400, 2: 200}
+    assert json.loads(ends[1])["error"]["message"] == "a bad word"
+    assert context.content_types[0] == "text/x-letters"
+    assert not handler.router.open
+
+
+def test_transport_that_loses_requests_is_refused_with_the_reason() -> None:
+    handler = Letters()
+    with pytest.raises(ConfigError, match=r"'asyncCommunication': TorchServe 0\.12 never answers"):
+        make_transport({"asyncCommunication": True, "parallelType": "custom"}, handler, handler._open)

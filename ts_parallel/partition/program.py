@@ -1,0 +1,261 @@
+"""What one rank computes and holds of a model, as plain data.
+
+A program is made once from the model (`build.py`), can be kept in a file (`prepared.py`), and is all that a rank needs
+beside the bytes of its checkpoint: whoever runs it imports neither the model's library nor the tracer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from ts_parallel.checkpoint.index import StoredTensor
+from ts_parallel.checkpoint.load import Slice
+
+
+@dataclass(frozen=True)
+class PipelinePlace:
+    """Which stages a rank has: of `num_ranks × virtual_stages` in a row, each `num_ranks`-th from `rank` on."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    virtual_stages: int = 1
+    split_points: tuple[int, ...] | None = None
+    """First layer of each stage after the first, where the user has chosen them."""
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_ranks * self.virtual_stages
+
+
+ONE_STAGE = PipelinePlace()
+
+
+@dataclass(frozen=True)
+class ProgramRequest:
+    """Whose program is wanted: rank `rank` of `size` tensor-parallel ones, at `place` among the pipeline ranks."""
+
+    folder: Path
+    dtype: str
+    """`auto`, or the name of one."""
+    rank: int
+    size: int
+    place: PipelinePlace = ONE_STAGE
+    task: str | None = None
+    """One of `encoder.TASKS`; None for a causal language model."""
+
+
+TOKEN_IDS, POSITIONS, ROWS = "token_ids", "positions", "rows"
+"""The inputs of a causal language model: T packed tokens, their positions, the R rows whose logits are wanted."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call: T tokens, H query heads, KV key/value heads, D and E the key and value head dims."""
+
+    module_name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+    scaling: float
+    softcap: float | None
+    has_sinks: bool
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter: what rank r keeps is `slices[r]`, all of it on every rank where `slices` is None."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tied parameter."""
+    slices: tuple[Slice, ...] | None = None
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        if self.slices is None:
+            return self.shape
+        kept = self.slices[rank]
+        return (*self.shape[: kept.dim], kept.length, *self.shape[kept.dim + 1 :])
+
+    def local_bytes(self, rank: int) -> int:
+        return torch.Size(self.local_shape(rank)).numel() * self.dtype.itemsize
+
+    def describe(self) -> str:
+        if self.slices is None:
+            return "replicated"
+        lengths = [kept.length for kept in self.slices]
+        pieces = len(self.slices[0].pieces)
+        return f"dim {self.slices[0].dim} in {'+'.join(map(str, lengths))}" + (f", {pieces} pieces" * (pieces > 1))
+
+
+@dataclass(frozen=True)
+class TensorParallelPlan:
+    size: int
+    styles: Mapping[str, str]
+    """Module name → style; modules not named run as they are."""
+    parameters: Mapping[str, ParameterPlan]
+    attention: Mapping[str, AttentionSite] = field(default_factory=dict)
+    """Attention modules whose heads are split, as they were before."""
+
+    def local_bytes(self, rank: int) -> int:
+        return sum(parameter.local_bytes(rank) for parameter in self.parameters.values())
+
+    def only(self, names: Collection[str]) -> TensorParallelPlan:
+        """The same plan for the parameters that have one of `names`."""
+        own = {
+            name: entry
+            for name, entry in self.parameters.items()
+            if any(alias in names for alias in (name, *entry.aliases))
+        }
+        return replace(self, parameters=own)
+
+
+@dataclass(frozen=True)
+class Source:
+    """`stored` fills the box of a whole parameter that begins at `corner` and has its shape.
+
+    The box has length 1 in the leading dims that the stored tensor lacks: it is one of a stack.
+    """
+
+    stored: StoredTensor
+    corner: tuple[int, ...]
+
+    @property
+    def box(self) -> tuple[tuple[int, int], ...]:
+        """`(start, length)` along each dim of the parameter."""
+        lengths = (1,) * (len(self.corner) - len(self.stored.shape)) + self.stored.shape
+        return tuple(zip(self.corner, lengths, strict=True))
+
+
+Sources: TypeAlias = Mapping[str, tuple[Source, ...]]
+"""Parameter → the stored tensors that together fill it."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A tensor on its way from stage to stage. Its dynamic sizes are those of model inputs."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+    """A number, or an expression over the inputs' shapes: `token_ids[1]`."""
+
+    def shape(self, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Its shape in a step whose model inputs have these shapes."""
+        return tuple(dim if isinstance(dim, int) else int(eval(dim, {}, sizes)) for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """`hidden [..., I]` → `[..., O]` by a weight `[O, I]` that nothing else in its stage reads."""
+
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A callable by its full dotted name. `module` must be imported for it to be there."""
+
+    name: str
+    module: str = "torch"
+
+    def resolve(self) -> Any:
+        """The callable itself; None where the name leads nowhere."""
+        start = self.module if self.name.startswith(f"{self.module}.") else self.name.partition(".")[0]
+        importlib.import_module(self.module)
+        found: Any = importlib.import_module(start)
+        for name in self.name.removeprefix(f"{start}.").split("."):
+            found = getattr(found, name, None)
+        return found
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value of the model's code; a tensor among them goes where the weights are."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """What the runtime supplies: `device`, `attention`, `all_reduce` or `all_gather`."""
+
+    name: str
+
+
+StageGlobal: TypeAlias = Weight | LinearLayer | Operation | Constant | Supplied
+
+
+@dataclass(frozen=True)
+class StageCode:
+    """One stage as the source of a flat function `run(step, inputs, received)`, and what its global names stand for."""
+
+    source: str
+    globals: Mapping[str, StageGlobal]
+    inputs: tuple[str, ...]
+    """Names of the model inputs that it reads."""
+    received: tuple[Crossing, ...]
+    sent: tuple[Crossing, ...]
+    """What goes to the next stage; on the last one, the model's outputs."""
+    sites: tuple[AttentionSite, ...]
+    """Its attention calls, in call order."""
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """One rank's part of a model, without its weights."""
+
+    architecture: str
+    dtype: torch.dtype
+    plan: TensorParallelPlan
+    """Of the parameters that this rank has."""
+    whole_plan: TensorParallelPlan
+    """Of the parameters that any rank has."""
+    stages: tuple[StageCode, ...]
+    """This rank's; none where the model's own modules run."""
+    inputs_by_stage: tuple[tuple[str, ...], ...]
+    """The model inputs that each stage of the whole model reads, in the order of the stages."""
+    outputs: tuple[Crossing, ...]
+    """What the last stage of the whole model makes."""
+    sites_of_ranks: tuple[tuple[AttentionSite, ...], ...]
+    """The attention calls of each pipeline rank, with the heads that one tensor-parallel rank has."""
+    head_sizes: tuple[int, ...] = ()
+    """How many of the vocabulary's logits each rank of the last stage computes; one number where each computes all."""
+    max_positions: int | None = None
+    """The longest sequence that the model was trained for, where its config names it."""
+    changing_rope: tuple[str, int] | None = None
+    """Kind of the rotary frequencies that depend on the longest sequence of a batch, and the length where they begin
+    to; None for all other kinds."""
+    sources: Sources = field(default_factory=dict, repr=False)
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    """What its stages read that is in no checkpoint: rotary frequencies, say."""
+
+    def packable(self) -> frozenset[str]:
+        """The parameters that linears alone read: whoever loads them may lay them out otherwise."""
+        every = [entry for stage in self.stages for entry in stage.globals.values()]
+        linears = {entry.weight for entry in every if isinstance(entry, LinearLayer)}
+        others = {entry.name for entry in every if isinstance(entry, Weight)}
+        others |= {entry.bias for entry in every if isinstance(entry, LinearLayer) and entry.bias is not None}
+        named = {name: {name, *entry.aliases} for name, entry in self.plan.parameters.items()}
+        return frozenset(name for name, own in named.items() if own & linears and not own & others)

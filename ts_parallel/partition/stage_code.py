@@ -1,0 +1,255 @@
+"""A stage's graph as the source of one flat Python function, with the operations that a CPU or GPU runs fastest.
+
+torch.fx's own interpreter and its generated code look every weight up and go through the operator dispatcher's Python
+layer at every call. Here weights and callables are globals of one generated function, every tensor is forgotten after
+its last use, and operations that change nothing are left out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.fx import Node
+
+from ts_parallel.errors import PlanError
+from ts_parallel.partition.program import Constant, LinearLayer, Operation, StageCode, StageGlobal, Supplied, Weight
+from ts_parallel.partition.stages import StageGraph
+from ts_parallel.partition.trace import all_gather_marker, all_reduce_marker, attention_marker
+
+aten = torch.ops.aten
+
+# The same operations without the dispatcher's Python layer; each does what the overload does for these arguments.
+_DIRECT: dict[Any, str] = {
+    aten.linear.default: "torch._C._nn.linear",
+    aten.add.Tensor: "operator.add",
+    aten.sub.Tensor: "operator.sub",
+    aten.mul.Tensor: "operator.mul",
+    aten.div.Tensor: "operator.truediv",
+    aten.neg.default: "torch.neg",
+    aten.pow.Tensor_Scalar: "torch.pow",
+    aten.rsqrt.default: "torch.rsqrt",
+    aten.mean.dim: "torch.mean",
+    aten.view.default: "torch.Tensor.view",
+    aten.reshape.default: "torch.Tensor.reshape",
+    aten.transpose.int: "torch.transpose",
+    aten.permute.default: "torch.Tensor.permute",
+    aten.unsqueeze.default: "torch.unsqueeze",
+    aten.cat.default: "torch.cat",
+    aten.silu.default: "torch._C._nn.silu",
+    aten.gelu.default: "torch._C._nn.gelu",
+    aten.tanh.default: "torch.tanh",
+    aten.relu.default: "torch.relu",
+    aten.sigmoid.default: "torch.sigmoid",
+    aten.softmax.int: "torch.softmax",
+    aten.matmul.default: "torch.matmul",
+    aten.addmm.default: "torch.addmm",
+    aten.cos.default: "torch.cos",
+    aten.sin.default: "torch.sin",
+    aten.to.dtype: "torch.Tensor.to",
+    aten.sym_size.int: "torch.Tensor.size",
+    aten.layer_norm.default: "torch.layer_norm",
+    aten.chunk.default: "torch.chunk",
+    aten.split.Tensor: "torch.Tensor.split",
+    aten.contiguous.default: "torch.Tensor.contiguous",
+}
+_OPERATORS = {"operator.add", "operator.sub", "operator.mul", "operator.truediv"}
+_SUPPLIED = {all_reduce_marker._opoverload: "all_reduce", all_gather_marker._opoverload: "all_gather"}
+
+
+def write_stage(graph: StageGraph) -> StageCode:
+    """
+    Raises:
+        PlanError: the graph calls a function that has no name of its own.
+    """
+    writer = _Writer(graph)
+    return StageCode(
+        source="\n".join(writer.lines),
+        globals=writer.globals,
+        inputs=tuple(dict.fromkeys(graph.inputs.values())),
+        received=tuple(graph.crossings[node] for node in graph.received),
+        sent=tuple(graph.crossings[node] for node in graph.sent if node in graph.crossings),
+        sites=graph.sites,
+    )
+
+
+class _Writer:
+    """Writes the function's source and collects its globals."""
+
+    def __init__(self, graph: StageGraph) -> None:
+        self._graph = graph
+        self.globals: dict[str, StageGlobal] = {}
+        self.lines = ["def run(step, inputs, received):"]
+        self._names: dict[Node, str] = {}
+        self._taken = {node.name for node in (*graph.nodes, *graph.inputs, *graph.received)}
+        self._write()
+
+    def _write(self) -> None:
+        graph = self._graph
+        for node, name in graph.inputs.items():
+            self._assign(node, f"inputs[{name!r}]")
+        for index, node in enumerate(graph.received):
+            self._assign(node, f"received[{index}]")
+        last_users = self._last_users()
+        for node in graph.nodes:
+            self._assign(node, self._expression(node))
+            for done in last_users.get(node, ()):
+                self.lines.append(f"    del {done}")
+        self.lines.append(f"    return [{', '.join(self._names[node] for node in graph.sent)}]")
+
+    def _assign(self, node: Node, expression: str) -> None:
+        self._names[node] = node.name
+        self.lines.append(f"    {node.name} = {expression}")
+
+    def _expression(self, node: Node) -> str:
+        """Source text of what `node` computes."""
+        same = _unchanged(node)
+        if same is not None:
+            return self._text(same)
+        if node.target is operator.getitem:
+            source, index = node.args
+            return f"{self._text(source)}[{index!r}]"
+        if (narrow := _as_narrow(node)) is not None:
+            return f"{self._global('narrow', Operation('torch.narrow'))}({self._text(node.args[0])}, {narrow})"
+        if node.target is attention_marker._opoverload:
+            *tensors, number = node.args
+            arguments = ", ".join(self._text(tensor) for tensor in tensors)
+            site = self._graph.site_numbers[int(number)]  # type: ignore[arg-type]
+            return f"{self._global('attention', Supplied('attention'))}(step, {arguments}, {site})"
+        if (linear := self._own_linear(node)) is not None:
+            return f"{self._global(f'{node.name}_layer', linear)}({self._text(node.args[0])})"
+        positional = [self._text(argument) for argument in node.args]
+        named = [f"{name}={self._text(value)}" for name, value in node.kwargs.items()]
+        return f"{self._callable(node)}({', '.join((*positional, *named))})"
+
+    def _callable(self, node: Node) -> str:
+        """Name of the function that does what `node` does."""
+        target = node.target
+        if target in _SUPPLIED:
+            return self._global(_SUPPLIED[target], Supplied(_SUPPLIED[target]))
+        direct = _DIRECT.get(target)
+        if direct is not None and _takes(direct, node):
+            return self._global(direct.rpartition(".")[2], Operation(direct))
+        assert callable(target), node.format_node()
+        return self._global(getattr(target, "__name__", "call").replace(".", "_"), _operation(target))
+
+    def _own_linear(self, node: Node) -> LinearLayer | None:
+        """A linear whose weight nothing else reads (as it does where head and embedding are tied)."""
+        if node.target is not aten.linear.default:
+            return None
+        _, weight, bias = (*node.args, None)[:3]
+        tensors = self._graph.tensors
+        if not isinstance(weight, Node) or weight not in tensors or len(weight.users) > 1:
+            return None
+        if bias is not None and bias not in tensors:
+            return None
+        return LinearLayer(tensors[weight], None if bias is None else tensors[bias])  # type: ignore[index]
+
+    def _global(self, name: str, value: StageGlobal) -> str:
+        name = f"_{name}"
+        while name in self._taken or (self.globals.get(name, value) is not value and self.globals[name] != value):
+            name += "_"
+        self.globals[name] = value
+        return name
+
+    def _text(self, argument: Any) -> str:
+        """Source text of an argument."""
+        if isinstance(argument, Node):
+            return self._names.get(argument) or self._weight(argument)
+        if isinstance(argument, (list, tuple)):
+            inside = ", ".join(self._text(part) for part in argument)
+            return f"[{inside}]"
+        if isinstance(argument, slice):
+            return f"slice({self._text(argument.start)}, {self._text(argument.stop)}, {self._text(argument.step)})"
+        if argument is None or isinstance(argument, (bool, int, str)):
+            return repr(argument)
+        if isinstance(argument, float):
+            return repr(argument) if argument == argument and abs(argument) != float("inf") else f'float("{argument}")'
+        if isinstance(argument, torch.device):  # the trace was made on the CPU; the code belongs where the weights are
+            return self._global("device", Supplied("device"))
+        return self._global(f"c_{len(self.globals)}", Constant(argument))  # a dtype, a layout
+
+    def _weight(self, node: Node) -> str:
+        name = f"w_{node.name}"
+        if node in self._graph.tensors:
+            return self._global(name, Weight(self._graph.tensors[node]))
+        own = f"_{name}"
+        if own not in self.globals:  # tensors cannot be compared as other values are
+            self.globals[own] = Constant(self._graph.constants[node])
+        return own
+
+    def _last_users(self) -> dict[Node, list[str]]:
+        """Node → the names that nobody reads after it."""
+        kept = set(self._graph.sent)
+        users: dict[Node, Node] = {}
+        own = {*self._graph.nodes, *self._graph.inputs, *self._graph.received}
+        for node in self._graph.nodes:
+            for parent in node.all_input_nodes:
+                if parent in own and parent not in kept:
+                    users[parent] = node
+        last: dict[Node, list[str]] = {}
+        for parent, node in users.items():
+            last.setdefault(node, []).append(parent.name)
+        return last
+
+
+def _operation(target: Callable[..., Any]) -> Operation:
+    """The name under which every process finds `target`."""
+    if isinstance(target, torch._ops.OpOverload):
+        definition = OPDEFS.get(target._schema.name)  # an operation of a library's own is there once it is imported
+        return Operation(f"torch.ops.{target}", definition._init_fn.__module__ if definition else "torch")
+    module = target.__module__
+    operation = Operation(f"{module}.{target.__qualname__}", module)
+    if operation.resolve() is not target:
+        raise PlanError(f"{operation.name!r}, which the model calls, cannot be called by its name")
+    return operation
+
+
+def _unchanged(node: Node) -> Any:
+    """The argument that `node` returns as it is; None where it does something."""
+    value, source = node.meta.get("val"), node.args[0] if node.args else None
+    if not isinstance(source, Node) or not isinstance(value, torch.Tensor):
+        return None
+    before = source.meta.get("val")
+    if not isinstance(before, torch.Tensor) or before.dtype != value.dtype or before.device != value.device:
+        return None
+    if node.target in (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default):
+        return source
+    if node.target in (
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.type_as.default,
+    ):
+        return source
+    if node.target is aten.dropout.default and node.args[2] is False:
+        return source
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1.0 and isinstance(node.args[1], float):
+        return source
+    return None
+
+
+def _as_narrow(node: Node) -> str | None:
+    """`dim, start, length` of a slice whose sizes are known, which `torch.narrow` takes faster."""
+    if node.target is not aten.slice.Tensor or node.kwargs or len(node.args) != 4:
+        return None
+    source, dim, start, end = node.args
+    numbers = (dim, start, end)
+    size = source.meta["val"].shape[dim]  # type: ignore[union-attr]
+    if not isinstance(size, int) or not all(isinstance(number, int) for number in numbers):
+        return None
+    first, last, _ = slice(start, end).indices(size)
+    return f"{dim}, {first}, {max(0, last - first)}"
+
+
+def _takes(direct: str, node: Node) -> bool:
+    """Whether a direct callable takes the arguments of `node`, which may have come by name (as `alpha` does)."""
+    if direct in ("torch.mean", "torch.Tensor.to"):
+        return all(name == "dtype" for name in node.kwargs)
+    if direct in _OPERATORS:
+        return isinstance(node.args[0], Node) and not node.kwargs
+    return True

@@ -1,0 +1,124 @@
+"""The engine in a program of yours: no TorchServe, no HTTP. `examples/offline.py` is a whole one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from ts_parallel.config import HandlerConfig, parse_config
+from ts_parallel.engine.engine import Engine
+from ts_parallel.engine.request import FinishReason, GenerationParams, Request, make_request
+from ts_parallel.errors import StartupError
+from ts_parallel.partition.model_config import max_positions_of, read_model_config
+from ts_parallel.runtime.runner import Runner
+from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
+from ts_parallel.serving.text_generation import make_engine, make_runner
+from ts_parallel.topology import Topology, open_topology
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class OfflineModel:
+    """One rank's part of a model. Rank 0 generates; the others work for it until the block of `open_model` ends."""
+
+    def __init__(self, runner: Runner, config: HandlerConfig, folder: Path, *, is_leader: bool) -> None:
+        model_config = read_model_config(folder)
+        self.is_leader = is_leader
+        self._engine: Engine | None = make_engine(runner, config) if is_leader else None
+        self._tokenizer = read_tokenizer(folder)
+        self._eos_ids = read_eos_ids(folder, model_config)
+        self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
+        self._names = map(str, count())
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], params: GenerationParams) -> list[Generation]:
+        """Answers in the order of the prompts, which run together; on ranks other than 0 an empty list, at once.
+
+        Args:
+            prompts: texts, or token ids.
+
+        Raises:
+            RequestError: a prompt is empty or too long, or `max_tokens` is more than the room it leaves.
+        """
+        if self._engine is None:
+            return []
+        requests = [self._request(prompt, params) for prompt in prompts]
+        self._engine.generate(requests)
+        return [self._generation(request) for request in requests]
+
+    def _request(self, prompt: str | Sequence[int], params: GenerationParams) -> Request:
+        return make_request(
+            next(self._names), self._token_ids(prompt), params, eos_ids=self._eos_ids, max_model_len=self._max_model_len
+        )
+
+    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """None for an empty text, though a tokenizer may begin each with a token of its own."""
+        if isinstance(prompt, str):
+            return list(self._tokenizer(prompt).input_ids) if prompt else []
+        return list(prompt)
+
+    def _generation(self, request: Request) -> Generation:
+        reason = request.finish_reason()
+        assert reason is not None
+        text = self._tokenizer.decode(request.output_ids, skip_special_tokens=True)
+        return Generation(text, tuple(request.output_ids), reason)
+
+
+@contextmanager
+def open_model(folder: str | Path, **settings: Any) -> Iterator[OfflineModel]:
+    """The checkpoint in `folder`, loaded on all ranks that torchrun has started, or in this process alone.
+
+    Args:
+        settings: further keys of the `handler:` section, such as `tensor_parallel_size`.
+
+    Raises:
+        StartupError: the model cannot be loaded on some rank, or the ranks are not as many as it needs.
+    """
+    config = parse_config({"model_path": str(folder), **settings})
+    topology = open_topology(
+        config.tensor_parallel_size,
+        config.device,
+        num_threads=config.num_threads,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+    )
+    try:
+        runner, model = _load(config, Path(folder), topology)
+        try:
+            yield model
+        finally:
+            if model.is_leader:
+                runner.stop_followers()
+            else:
+                runner.follow()
+    finally:
+        topology.close()
+
+
+def _load(config: HandlerConfig, folder: Path, topology: Topology) -> tuple[Runner, OfflineModel]:
+    failure, loaded = None, None
+    try:
+        runner = make_runner(config, folder, topology)
+        loaded = runner, OfflineModel(runner, config, folder, is_leader=topology.rank == 0)
+    except StartupError as refused:
+        failure = str(refused)
+    errors = topology.gather_errors(failure)  # else the others would wait for the one that failed
+    if errors:
+        raise StartupError(errors[0])
+    assert loaded is not None
+    return loaded
+
+
+def num_ranks_started() -> int:
+    """As many as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,61 @@
+"""TorchServe without continuous batching: one `handle()` call answers a batch, and sends pieces meanwhile.
+
+A piece is a message of its own that names the jobs it is for. Only the last message, which the call returns, ends any:
+whoever is done before the slowest of the batch waits for its end until then, and nobody hears of clients that left.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from ts_parallel.serving.continuous_batching import (
+    SECONDS_PER_DRAIN,
+    OpenJobs,
+    Reply,
+    announce,
+    end_grpc,
+    raw_request,
+)
+
+D = TypeVar("D")
+
+
+class PlainBatches(OpenJobs[D]):
+    """The jobs of one `handle()` call."""
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """Returns once all jobs have ended."""
+        waiting: dict[int, str] = dict(context.request_ids)
+        for index, request_id in waiting.items():
+            self._register(request_id, raw_request(data[index], context, index))
+        begun: set[int] = set()
+        ends = [""] * len(data)
+        while waiting:
+            if not self._ready:
+                self._door.router.wait(SECONDS_PER_DRAIN)
+            pieces: dict[int, str] = {}
+            for index, reply in self._replies(waiting):
+                if index not in begun:
+                    announce(reply, context, index)
+                    begun.add(index)
+                if reply.is_last:
+                    del waiting[index]
+                    ends[index] = reply.body
+                    if reply.is_first:
+                        end_grpc(context, index)
+                else:
+                    pieces[index] = reply.body
+            if pieces:
+                self._send(pieces, context)
+        return ends
+
+    def _replies(self, waiting: dict[int, str]) -> list[tuple[int, Reply]]:
+        replies = [(index, self._collect(request_id)) for index, request_id in waiting.items()]
+        return [(index, reply) for index, reply in replies if reply is not None]
+
+    def _send(self, pieces: dict[int, str], context: Any) -> None:
+        # Not above: to import anything of TorchServe's leaves a file open, which only its own workers can bear.
+        from ts.handler_utils.utils import send_intermediate_predict_response
+
+        names = {index: context.request_ids[index] for index in pieces}
+        send_intermediate_predict_response(pieces, names, "Intermediate Prediction success", 200, context)

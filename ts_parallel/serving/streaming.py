@@ -1,0 +1,201 @@
+"""One way to answer in pieces, whichever of TorchServe's transports model-config.yaml chose. For handlers of your own:
+
+from ts_parallel.serving.streaming import StreamingHandler
+
+class Countdown(StreamingHandler):
+    def answer(self, request, stream):
+        for number in range(request.fields()["from"], 0, -1):
+            stream.send(f"{number}\\n")
+
+_handler = Countdown()
+
+def handle(data, context):
+    return _handler.handle(data, context)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ts_parallel.errors import ConfigError, EngineError, RequestError
+from ts_parallel.serving.answers import TEXT, error_body
+from ts_parallel.serving.bodies import RawRequest
+from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain, Door, OpenJob, Reply
+from ts_parallel.serving.keep_open import has_replicas
+from ts_parallel.serving.plain_batching import PlainBatches
+
+logger = logging.getLogger(__name__)
+
+D = TypeVar("D")
+Transport = ContinuousBatchingDrain[D] | PlainBatches[D]
+
+
+def make_transport(
+    settings: Mapping[str, Any], door: Door[D], open_job: Callable[[str, RawRequest], OpenJob[D] | Reply]
+) -> Transport[D]:
+    """What carries the replies, as the keys of model-config.yaml say.
+
+    Raises:
+        ConfigError: as `refuse_unsafe_transport`.
+    """
+    refuse_unsafe_transport(settings)
+    if settings.get("continuousBatching"):
+        return ContinuousBatchingDrain(door, open_job, has_replicas(settings))
+    return PlainBatches(door, open_job)
+
+
+def refuse_unsafe_transport(settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: model-config.yaml asks for a transport under which requests are lost.
+    """
+    if settings.get("asyncCommunication"):
+        raise ConfigError(
+            "model-config.yaml key 'asyncCommunication': TorchServe 0.12 never answers those whose worker ends then, "
+            "and tells no worker of a client that left: remove the key, and set continuousBatching to true"
+        )
+
+
+@dataclass
+class News:
+    """What a stream was given to send since it was last asked. `error` ends it, as `is_last` does."""
+
+    pieces: list[str] = field(default_factory=list)
+    is_last: bool = False
+    error: RequestError | None = None
+
+
+class ResponseStream:
+    """The answer to one request, sent in pieces as they are ready; from any thread."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        self._news = News()
+        self._is_wanted = True
+        self.content_type = TEXT
+        """What it is; to be set before the first piece."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody still listens. Only with continuous batching does TorchServe tell of clients that left."""
+        return self._is_wanted
+
+    def send(self, piece: str) -> None:
+        """Send one piece; it leaves with what else is ready when TorchServe asks next."""
+        with self._changed:
+            self._news.pieces.append(piece)
+            self._changed.notify_all()
+
+    def end(self, error: RequestError | None = None) -> None:
+        """Nothing more comes; `error` says why not, where the answer is not whole."""
+        with self._changed:
+            self._news.is_last, self._news.error = True, error
+            self._changed.notify_all()
+
+    def take(self) -> News:
+        with self._changed:
+            news, self._news = self._news, News()
+            return news
+
+    def has_news(self) -> bool:
+        return bool(self._news.pieces) or self._news.is_last
+
+    def close(self) -> None:
+        self._is_wanted = False
+
+
+class StreamJob:
+    """A stream as the transports see it."""
+
+    def __init__(self, stream: ResponseStream) -> None:
+        self._stream = stream
+        self._has_begun = False
+
+    def advance(self, news: News) -> Reply | None:
+        if not news.pieces and not news.is_last:
+            return None
+        is_first, self._has_begun = not self._has_begun, True
+        body = "".join(news.pieces)
+        if news.error is None:
+            return Reply(body, is_first, news.is_last, content_type=self._stream.content_type)
+        if is_first and not body:
+            return Reply.refusal(news.error)
+        return Reply(body + error_body(news.error), is_first, True, content_type=self._stream.content_type)
+
+
+class _Streams:
+    """Owns the open streams: the mailboxes of `Door`."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.open: dict[str, ResponseStream] = {}
+
+    def wait(self, seconds: float) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: any(stream.has_news() for stream in self.open.values()), seconds)
+
+    def take(self, request_id: str) -> News:
+        return self.open[request_id].take()
+
+
+class StreamingHandler:
+    """A handler that answers each request in pieces. Override `answer`, and `load` where there is something to load.
+
+    It runs in one process; for models over several ranks there are `text_generation` and `batch_inference`.
+    """
+
+    def __init__(self, num_threads: int = 32) -> None:
+        """
+        Args:
+            num_threads: how many requests are answered at once; the others wait.
+        """
+        self.router = _Streams()
+        self._threads = ThreadPoolExecutor(num_threads, "answer")
+        self._transport: Transport[News] | None = None
+
+    def load(self, context: Any) -> None:
+        """Called once, before any request, with TorchServe's context."""
+
+    def answer(self, request: RawRequest, stream: ResponseStream) -> None:
+        """Answer one request, in a thread of its own: `stream.send` what is ready, and return at the end.
+
+        Raises:
+            RequestError: the request is refused, with the error's status if nothing was sent yet. Any other exception
+                is a 500.
+        """
+        raise NotImplementedError
+
+    def handle(self, data: list[dict[str, Any]] | None, context: Any) -> list[str]:
+        """TorchServe's entry point. Called first with no data, to load."""
+        if data is None:
+            self._transport = make_transport(context.model_yaml_config or {}, self, self._open)
+            self.load(context)
+            return []
+        assert self._transport is not None
+        return self._transport.handle(data, context)
+
+    def abort(self, request_id: str) -> None:
+        """The transports': nobody reads the stream any more."""
+        self.router.open.pop(request_id).close()
+
+    def _open(self, request_id: str, request: RawRequest) -> StreamJob | Reply:
+        if request.route == "health":
+            return Reply.whole('{"status": "ok"}')
+        stream = self.router.open[request_id] = ResponseStream(self.router.changed)
+        self._threads.submit(self._answer, request, stream)
+        return StreamJob(stream)
+
+    def _answer(self, request: RawRequest, stream: ResponseStream) -> None:
+        try:
+            self.answer(request, stream)
+            stream.end()
+        except RequestError as error:
+            stream.end(error)
+        except Exception as error:  # whatever it was, the stream must not hang for it
+            logger.exception("a request failed")
+            stream.end(EngineError(f"{type(error).__name__}: {error}"))

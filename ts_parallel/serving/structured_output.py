@@ -1,0 +1,136 @@
+"""Answers in a wanted form: a JSON schema, a regular expression, a choice or a grammar, by llguidance.
+
+A guide says before each token which ones keep the answer within its form. It lives beside its request, where the tokens
+are counted, and its masks travel with the step plan: so it needs no rank of its own, and survives a preemption.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ts_parallel.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+# One space, or a new line that is indented: a greedy model that may put more there is known to go on with it for ever.
+_WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
+_LONGEST_MESSAGE = 300
+
+FormKind = Literal["json", "regex", "choice", "grammar"]
+FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer must be; `parameter` is the body's field that says so."""
+
+    kind: FormKind
+    value: Any
+    """A JSON schema (an object or a boolean), an expression, a list of texts, or a grammar in Lark's syntax or GBNF."""
+    parameter: str
+
+
+class Guide:
+    """One answer's guide, an `engine.request.TokenGuide`. Owns a matcher of llguidance's."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def is_finished(self) -> bool:
+        stopped: bool = self._matcher.is_stopped()
+        return stopped
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot go on, where the form became too complex on the way."""
+        return _first_line(self._matcher.get_error()) or None
+
+    def allowed(self) -> tuple[int, ...]:
+        mask: bytes = self._matcher.compute_bitmask()
+        padded = mask + bytes(-len(mask) % 8)
+        return tuple(memoryview(padded).cast("q"))
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+
+
+class GuideMaker:
+    """Makes guides. Owns the vocabulary as llguidance wants it, from the first request that needs one."""
+
+    def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos_ids = sorted(eos_ids)
+        self._vocabulary: Any = None
+
+    def make(self, form: Form, num_guides: int) -> list[Guide]:
+        """Guides that know nothing of one another.
+
+        Raises:
+            RequestError: the form is no valid one, is too complex, or nothing could ever be of it.
+        """
+        # Most servers never need it: neither the library nor a second copy of the vocabulary is worth their memory.
+        import llguidance
+
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary(form.parameter)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        try:
+            grammar = _grammar(form)
+        except ValueError as error:
+            raise RequestError(f"{form.parameter}: {_first_line(str(error))}", form.parameter) from None
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(f"{form.parameter}: {_first_line(matcher.get_error())}", form.parameter)
+        matcher.compute_bitmask()
+        if matcher.is_stopped():
+            raise RequestError(f"{form.parameter}: no answer is of this form", form.parameter)
+        return [Guide(matcher.deep_copy()) for _ in range(num_guides)]
+
+    def _read_vocabulary(self, parameter: str) -> Any:
+        import llguidance
+
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or not self._eos_ids:
+            raise RequestError(
+                f"{parameter}: needs a fast tokenizer and an end token, which this model has not", parameter
+            )
+        started = time.perf_counter()
+        try:
+            vocabulary = llguidance.LLTokenizer(backend.to_str(), eos_token=self._eos_ids)
+        except ValueError as error:
+            raise RequestError(
+                f"{parameter}: llguidance cannot read the model's tokenizer: {error}", parameter
+            ) from None
+        logger.info("read the vocabulary for structured output in %.2f s", time.perf_counter() - started)
+        return vocabulary
+
+
+def _grammar(form: Form) -> str:
+    """In llguidance's own notation.
+
+    Raises:
+        ValueError: it has none.
+    """
+    import llguidance
+
+    grammar: str
+    if form.kind == "json":
+        schema = json.dumps(form.value)
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    elif form.kind == "regex":
+        grammar = llguidance.LLMatcher.grammar_from_regex(form.value)
+    else:
+        text = json.dumps(form.value) if form.kind == "choice" else form.value
+        grammar = llguidance.grammar_from(form.kind, text)
+    return grammar
+
+
+def _first_line(message: str) -> str:
+    """What a client needs of it: one line, without the place in the grammar."""
+    line = next((line.strip() for line in message.splitlines() if line.strip()), "")
+    return line[:_LONGEST_MESSAGE]
