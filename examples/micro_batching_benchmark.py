@@ -82,7 +82,7 @@ def report_micro_batching() -> None:
     stage = Encoder()
     runner = BatchRunner([stage], StepChannel(topology), topology, [stage.inputs], stage.sent[0])
     batchers = {
-        (num_threads, size): MicroBatcher(runner, preprocess, torch.Tensor.tolist, size, num_threads)
+        (num_threads, size): MicroBatcher(runner, preprocess, lambda _, row: row.tolist(), size, num_threads)
         for num_threads, size in ((1, 8), (2, 16), (2, 8), (2, 4), (4, 8))
     }
     plain: list[float] = []

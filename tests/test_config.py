@@ -27,6 +27,7 @@ DEFAULTS = {
     "block_size": 16,
     "kv_cache_memory": 512 * 2**20,
     "max_num_waiting": 1024,
+    "max_request_seconds": None,
     "enable_prefix_caching": True,
     "max_prefill_slowdown": 1.8,
     "eager": False,
@@ -63,6 +64,7 @@ def test_every_key_reaches_its_field() -> None:
         "block_size": 8,
         "kv_cache_memory": 1000,
         "max_num_waiting": 0,
+        "max_request_seconds": 1.5,
         "enable_prefix_caching": False,
         "max_prefill_slowdown": 2.5,
     }

@@ -34,6 +34,14 @@ class TensorParallelGroup:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def from_own_start(self, numbers: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
+        """`numbers` counted from the start of this rank's part, `starts[rank]`."""
+        return numbers - starts[self.rank]
+
+    def own_part(self, tensor: torch.Tensor, pieces: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """This rank's `(start, length)` of `pieces` along the last dim."""
+        return tensor.narrow(-1, *pieces[self.rank])
+
     def all_gather(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
         """Concatenation over the ranks along the last dim, where rank r holds `sizes[r]` of it."""
         if self.size == 1:

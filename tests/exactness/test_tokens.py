@@ -13,6 +13,11 @@ import torch
 from families import FAMILIES, save_random_model
 from transformers import AutoModelForCausalLM
 
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.partition.build import make_programs
+from ts_parallel.partition.prepared import store_programs
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 RANKS = Path(__file__).parents[1] / "ranks" / "generate.py"
 NAMES = ("llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "mixtral", "demo")
@@ -62,6 +67,9 @@ def plain_answers(folder: Path) -> list[list[int]]:
 def test_tokens_of_every_parallel_shape_are_the_plain_models(
     models: dict[str, Path], expected: dict[str, list[list[int]]], tp: int, pp: int, tmp_path: Path
 ) -> None:
+    for folder in models.values():  # here, where what makes them is imported already
+        request, index = ProgramRequest(folder, "float32", 0, tp, PipelinePlace(0, pp)), read_index(folder)
+        store_programs(request, index, make_programs(request, index))
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp)]
     command += [str(RANKS), str(report), str(tp), str(pp), *map(str, models.values())]

@@ -17,11 +17,20 @@ from families import FAMILIES, save_random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ts_parallel.checkpoint.index import read_index
 from ts_parallel.errors import CheckpointError
-from ts_parallel.partition.build import all_tensors, build_eager_model, build_rank_model, shard_causal_lm
+from ts_parallel.partition import build
+from ts_parallel.partition.build import (
+    StagedModel,
+    all_tensors,
+    build_eager_model,
+    build_rank_model,
+    program_of,
+    shard_causal_lm,
+)
 from ts_parallel.partition.load import RankModel
 from ts_parallel.partition.model_config import read_model_config
-from ts_parallel.partition.program import PipelinePlace
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.topology import TensorParallelGroup
 
 TIED = ["gpt2", "gemma2", "opt", "starcoder2"]
@@ -37,7 +46,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def build(folder: Path, dtype: str = "float32", group: TensorParallelGroup = ALONE) -> RankModel:
+def build_part(folder: Path, dtype: str = "float32", group: TensorParallelGroup = ALONE) -> RankModel:
     """Untraced: that takes less time, and the way of a weight is the same."""
     return build_eager_model(folder, dtype, group, torch.device("cpu"))
 
@@ -62,7 +71,7 @@ def assert_equal_parameters(actual: PreTrainedModel, expected: PreTrainedModel) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_ranks_parameters_are_those_that_transformers_loads(family: str, checkpoints: dict[str, Path]) -> None:
-    part = build(checkpoints[family])
+    part = build_part(checkpoints[family])
     assert_equal_parameters(part.model, AutoModelForCausalLM.from_pretrained(checkpoints[family]))
     for name, tensor in [*part.model.named_parameters(), *part.model.named_buffers()]:
         assert not tensor.is_meta, name
@@ -73,7 +82,7 @@ def test_one_ranks_parameters_are_those_that_transformers_loads(family: str, che
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_together_hold_every_parameter(family: str, checkpoints: dict[str, Path]) -> None:
     stored = AutoModelForCausalLM.from_pretrained(checkpoints[family]).state_dict()
-    parts = [build(checkpoints[family], group=TensorParallelGroup(rank, 2)) for rank in range(2)]
+    parts = [build_part(checkpoints[family], group=TensorParallelGroup(rank, 2)) for rank in range(2)]
     for name, entry in parts[0].program.plan.parameters.items():
         whole = torch.full(entry.shape, float("nan"))
         for rank, part in enumerate(parts):
@@ -121,13 +130,13 @@ def test_tensor_that_another_rank_misses_is_missed_by_all(checkpoints: dict[str,
 def test_stored_dtype_is_converted_to_the_one_asked_for(stored: torch.dtype, wanted: str, tmp_path: Path) -> None:
     save_random_model(tmp_path, FAMILIES["gpt2"](num_hidden_layers=2), dtype=stored)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, wanted))
-    assert_equal_parameters(build(tmp_path, wanted).model, expected)
+    assert_equal_parameters(build_part(tmp_path, wanted).model, expected)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {stored}
 
 
 def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
     save_random_model(tmp_path, FAMILIES["llama"](num_hidden_layers=1), dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in build(tmp_path, "auto").model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in build_part(tmp_path, "auto").model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -135,7 +144,7 @@ def test_checkpoint_in_several_files_is_read(family: str, checkpoints: dict[str,
     plain = AutoModelForCausalLM.from_pretrained(checkpoints[family])
     plain.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert_equal_parameters(build(tmp_path).model, plain)
+    assert_equal_parameters(build_part(tmp_path).model, plain)
 
 
 def test_missing_tensor_is_refused_by_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -144,7 +153,7 @@ def test_missing_tensor_is_refused_by_name(checkpoints: dict[str, Path], tmp_pat
     save_file(tensors, tmp_path / "model.safetensors")
     message = r"no tensor for 'model\.layers\.0\.mlp\.up_proj\.weight' and 1 more of LlamaForCausalLM"
     with pytest.raises(CheckpointError, match=message):
-        build(tmp_path)
+        build_part(tmp_path)
 
 
 def test_tensor_of_another_shape_is_refused_with_both_shapes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -153,7 +162,7 @@ def test_tensor_of_another_shape_is_refused_with_both_shapes(checkpoints: dict[s
     save_file(tensors, tmp_path / "model.safetensors")
     message = r"'model\.layers\.1\.mlp\.up_proj\.weight' has shape \[64, 128\] in .*, not \[128, 64\]"
     with pytest.raises(CheckpointError, match=message):
-        build(tmp_path)
+        build_part(tmp_path)
 
 
 def test_extra_tensors_are_counted_in_the_log_and_no_more(
@@ -163,7 +172,7 @@ def test_extra_tensors_are_counted_in_the_log_and_no_more(
     extra = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.zeros(8) for layer in range(2)}
     save_file({**tensors, **extra}, tmp_path / "model.safetensors")
     with caplog.at_level(logging.INFO):
-        model = build(tmp_path).model
+        model = build_part(tmp_path).model
     assert "2 tensors of the checkpoint belong to no parameter of LlamaForCausalLM" in caplog.text
     assert_equal_parameters(model, AutoModelForCausalLM.from_pretrained(checkpoints["llama"]))
 
@@ -172,7 +181,7 @@ def test_checkpoint_that_fits_is_not_said_to_have_extra_tensors(
     checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        build(checkpoints["gpt2"])
+        build_part(checkpoints["gpt2"])
     assert "belong to no parameter" not in caplog.text
 
 
@@ -182,13 +191,13 @@ def test_checkpoint_of_the_base_model_alone_is_accepted(checkpoints: dict[str, P
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256) for layer in range(2)}
     assert "wte.weight" in tensors and "lm_head.weight" not in tensors
     save_file({**tensors, **masks}, tmp_path / "model.safetensors")
-    assert_equal_parameters(build(tmp_path).model, AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"]))
+    assert_equal_parameters(build_part(tmp_path).model, AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"]))
 
 
 def test_old_name_of_a_head_is_accepted(checkpoints: dict[str, Path]) -> None:
     assert "embed_out.weight" in load_file(checkpoints["gpt_neox"] / "model.safetensors")
     expected = AutoModelForCausalLM.from_pretrained(checkpoints["gpt_neox"]).lm_head.weight
-    assert torch.equal(build(checkpoints["gpt_neox"]).model.lm_head.weight, expected)
+    assert torch.equal(build_part(checkpoints["gpt_neox"]).model.lm_head.weight, expected)
 
 
 def test_fused_experts_under_the_old_name_of_their_module_are_accepted(
@@ -199,7 +208,7 @@ def test_fused_experts_under_the_old_name_of_their_module_are_accepted(
     shutil.copy(checkpoints["mixtral"] / "config.json", tmp_path)
     tensors = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in fused.state_dict().items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert_equal_parameters(build(tmp_path, "bfloat16").model, fused)
+    assert_equal_parameters(build_part(tmp_path, "bfloat16").model, fused)
 
 
 @pytest.mark.parametrize("family", TIED)
@@ -210,7 +219,7 @@ def test_tied_weight_is_found_under_either_name(family: str, checkpoints: dict[s
     assert tied.name in tensors and "lm_head.weight" in tied.aliases
     tensors["lm_head.weight"] = tensors.pop(tied.name)
     save_file(tensors, tmp_path / "model.safetensors")
-    model = build(tmp_path).model
+    model = build_part(tmp_path).model
     assert_equal_parameters(model, AutoModelForCausalLM.from_pretrained(checkpoints[family]))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
@@ -253,7 +262,7 @@ def test_pickled_weights_are_never_opened(checkpoints: dict[str, Path], tmp_path
     for name in ("pytorch_model.bin", "training_args.bin", "model.pt"):
         (folder / name).write_bytes(payload)
     with opened_files() as opened:
-        build(folder)
+        build_part(folder)
     assert str(folder / "model.safetensors") in opened  # or nothing was heard at all
     assert not [name for name in opened if name.endswith((".bin", ".pt"))]
     assert not (tmp_path / "ran").exists()
@@ -267,5 +276,36 @@ def test_pickled_weights_alone_are_refused(checkpoints: dict[str, Path], tmp_pat
     shutil.copy(checkpoints["llama"] / "config.json", folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        build(folder)
+        build_part(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "num_traces"),
+    [
+        ("llama", {"vocab_size": 96, "num_key_value_heads": 1}, 1),
+        ("olmo2", {}, 1),  # whose output projections cut their own part out
+        ("mixtral", {}, 1),
+        ("llama", {"vocab_size": 96, "intermediate_size": 130}, 2),  # 33 + 33 + 33 + 31
+        ("stablelm", {"qk_layernorm": True}, 4),  # a norm for each head, by the head's own name
+    ],
+)
+def test_ranks_that_run_the_same_code_share_a_trace(
+    family: str, changes: dict[str, Any], num_traces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_random_model(tmp_path, FAMILIES[family](num_hidden_layers=1, **changes))
+    traced = []
+    whole = build.stage_model
+
+    def noted(request: ProgramRequest, rank: int) -> StagedModel:
+        traced.append(rank)
+        return whole(request, rank)
+
+    monkeypatch.setattr(build, "stage_model", noted)
+    request, index = ProgramRequest(tmp_path, "float32", 0, 4), read_index(tmp_path)
+    programs = build.make_programs(request, index)
+    assert len(traced) == num_traces
+    for (rank, _), program in programs.items():
+        own = program_of(whole(request, rank), PipelinePlace(), {})
+        assert [stage.source for stage in program.stages] == [stage.source for stage in own.stages]
+        assert [stage.globals.keys() for stage in program.stages] == [stage.globals.keys() for stage in own.stages]

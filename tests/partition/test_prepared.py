@@ -37,9 +37,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     files: list[Path] = []
     make = prepared._make
 
-    def noted(request: ProgramRequest, file: Path) -> None:
-        files.append(file)
-        make(request, file)
+    def noted(request: ProgramRequest, stem: Path, file: Path) -> None:
+        files.append(stem)
+        make(request, stem, file)
 
     monkeypatch.setattr(prepared, "_make", noted)
     return files
@@ -65,21 +65,20 @@ def assert_same(one: RankProgram, other: RankProgram) -> None:
 def test_program_of_the_file_is_the_one_that_is_made_here(cache: Path, tmp_path: Path) -> None:
     request = replace(save(tmp_path / "model"), rank=1, size=2, place=PipelinePlace(1, 2))
     found = prepare(request)
-    assert_same(found, make_programs(request, read_index(request.folder))[1])
+    assert_same(found, make_programs(request, read_index(request.folder))[1, 1])
     group = TensorParallelGroup(1, 2)
     tensors = load_program(found, read_index(request.folder), group, torch.device("cpu")).tensors
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_ranks_that_share_a_trace_make_it_once_and_later_starts_never(
-    cache: Path, tmp_path: Path, made: list[Path]
-) -> None:
-    request = save(tmp_path / "model")
-    places = [replace(request, place=PipelinePlace(rank, 2)) for rank in (0, 1, 0, 1)]
+def test_ranks_of_a_host_make_it_once_and_later_starts_never(cache: Path, tmp_path: Path, made: list[Path]) -> None:
+    request = replace(save(tmp_path / "model"), size=2)
+    places = [replace(request, rank=rank, place=PipelinePlace(place, 2)) for rank in range(2) for place in range(2)]
     with ThreadPoolExecutor(4) as ranks:
         programs = list(ranks.map(prepare, places))
     assert len(made) == 1
     assert programs[0].plan.parameters.keys() != programs[1].plan.parameters.keys()
+    assert_same(programs[1], programs[3])
     assert_same(prepare(places[1]), programs[1])
     assert len(made) == 1
 
@@ -103,13 +102,12 @@ def test_whatever_changes_the_program_has_another_file(cache: Path, tmp_path: Pa
     for changed in (
         replace(request, dtype="bfloat16"),
         replace(request, size=2),
-        replace(request, rank=1, size=2),
         replace(request, place=PipelinePlace(0, 2, split_points=(1,))),
         save(tmp_path / "eps", rms_norm_eps=1e-3),
         save(tmp_path / "tied", tie_word_embeddings=True),
     ):
         prepare(changed)
-    assert len({file.name for file in made}) == 7
+    assert len({file.name for file in made}) == 6
 
 
 def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache: Path, tmp_path: Path) -> None:

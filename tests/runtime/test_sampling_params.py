@@ -183,3 +183,10 @@ def test_asking_for_logprobs_changes_no_token() -> None:
     asked = [SamplingParams(0.8 * (row % 2), seed=row, num_logprobs=row) for row in range(6)]
     plain = choose(own, [chunk(one) for one in params])
     assert choose(own, [chunk(one) for one in asked])[:6] == plain
+
+
+def test_scores_are_the_same_however_many_rows_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, token_ids = torch.stack([logits(seed) for seed in range(7)]), [seed % 5 for seed in range(7)]
+    at_once = sampling.score(own, token_ids, 3)
+    monkeypatch.setattr(sampling, "_ROWS_AT_ONCE", 2)
+    assert sampling.score(own, token_ids, 3) == at_once

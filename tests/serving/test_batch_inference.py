@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.serving.batch_inference import BatchInferenceHandler
 from ts_parallel.serving.bodies import RawRequest
+from ts_parallel.serving.streaming import ResponseStream
 from ts_parallel.serving.tasks import Labels, make_task
 from ts_parallel.topology import open_topology
 
@@ -100,6 +102,7 @@ class Context:
     model_name: str = "m"
     model_yaml_config: dict[str, Any] = field(default_factory=dict)
     system_properties: dict[str, Any] = field(default_factory=lambda: {"model_dir": "/"})
+    request_ids: dict[int, str] = field(default_factory=dict)
     headers: dict[int, dict[str, str]] = field(default_factory=dict)
     statuses: dict[int, tuple[int, str]] = field(default_factory=dict)
     content_types: dict[int, str] = field(default_factory=dict)
@@ -125,7 +128,7 @@ class Worker:
 
     def ask(self, *bodies: Any, headers: Mapping[int, dict[str, str]] | None = None) -> list[tuple[int, Any]]:
         """Status and answer of each body, all sent in one batch."""
-        context = Context(headers=dict(headers or {}))
+        context = Context(headers=dict(headers or {}), request_ids={index: str(index) for index in range(len(bodies))})
         answers = self.handler.handle([{"body": body} for body in bodies], context)
         assert set(context.content_types.values()) == {JSON}
         return [(context.statuses[index][0], json.loads(answer)) for index, answer in enumerate(answers)]
@@ -313,6 +316,28 @@ def test_users_own_methods_take_the_place_of_the_tasks(reviews: Path) -> None:
     assert (good[0], good[1]["stars"]) == (200, 1 + best)
     assert (refused[0], refused[1]["error"]["message"]) == (400, "'review' must be a text")
     assert (failed[0], failed[1]["error"]["message"]) == (500, "LookupError: no luck")
+
+
+class Pieces(BatchInferenceHandler):
+    """Sends each number of a text's logits by itself."""
+
+    def respond(self, output: torch.Tensor, stream: ResponseStream) -> None:
+        for number in output.tolist():
+            stream.send(f"{number:.3f} ")
+            while stream.has_news():
+                time.sleep(0.001)
+
+
+def test_handler_may_answer_in_pieces(reviews: Path, sent_pieces: list[tuple[dict[int, str], dict[int, str]]]) -> None:
+    worker = Worker("text_classification", reviews, Pieces())
+    context = Context(request_ids={0: "a", 1: "b", 2: "c"})
+    ends = worker.handler.handle([{"body": {"text": "a"}}, {"body": {"text": 5}}, {"body": {"text": "b"}}], context)
+    assert len(sent_pieces) >= 3
+    assert {index for pieces, _ in sent_pieces for index in pieces} == {0, 2}
+    for index in (0, 2):
+        text = "".join(pieces.get(index, "") for pieces, _ in sent_pieces) + ends[index]
+        assert len([float(number) for number in text.split()]) == 3
+    assert [context.statuses[index][0] for index in range(3)] == [200, 400, 200]
 
 
 def test_folder_without_what_the_task_needs_is_said(tmp_path: Path, vit: Path, reviews: Path) -> None:

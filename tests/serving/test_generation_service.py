@@ -183,6 +183,15 @@ def test_repetition_penalty_changes_a_greedy_answer(bench: Bench) -> None:
     assert bench.complete(max_tokens=30, repetition_penalty=1.5)["text"] != bench.complete(max_tokens=30)["text"]
 
 
+def test_ignored_end_is_a_token_like_others(bench: Bench) -> None:
+    fields = {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "max_tokens": 12}
+    ended = bench.ask("v1/chat/completions", **fields)
+    assert ended["choices"][0]["finish_reason"] == "stop" and ended["usage"]["completion_tokens"] < 12
+    longer = bench.ask("v1/chat/completions", ignore_eos=True, **fields)
+    assert longer["choices"][0]["finish_reason"] == "length" and longer["usage"]["completion_tokens"] == 12
+    assert bench.ask("v1/chat/completions", min_tokens=12, **fields)["usage"]["completion_tokens"] == 12
+
+
 def test_answer_depends_on_its_own_seed_whoever_runs_beside_it(bench: Bench) -> None:
     alone = bench.complete(**HOT, seed=11)["text"]
     together = bench.ask("v1/completions", prompt=["x", PROMPT, "def f(", "A b c"], **HOT, seed=11)["choices"]

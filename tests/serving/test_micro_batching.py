@@ -63,7 +63,9 @@ class Bench:
         threads: int = 1,
         collator: Collator = PADDING,
     ) -> list[Any]:
-        batcher = MicroBatcher(self._runner, preprocess or ids_of, postprocess, 4, threads, threads, collator)
+        batcher = MicroBatcher(
+            self._runner, preprocess or ids_of, lambda _, row: postprocess(row), 4, threads, threads, collator
+        )
         self._batchers.append(batcher)
         return batcher.run(items)
 

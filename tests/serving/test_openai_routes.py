@@ -302,3 +302,21 @@ def test_client_that_leaves_takes_all_its_choices_along(server: TorchServe, clie
     while num_running(server):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_request_that_takes_too_long_is_a_504_and_lets_go_of_everything(
+    server: TorchServe, client: openai.OpenAI
+) -> None:
+    fields: Any = {
+        "model": "demo",
+        "prompt": PROMPT,
+        "max_tokens": 480,
+        "extra_body": {"ignore_eos": True, "timeout": 0.1},
+    }
+    with pytest.raises(openai.InternalServerError, match=r"longer than its 0\.1 s") as refusal:
+        client.completions.create(**fields)
+    assert refusal.value.status_code == 504
+    with pytest.raises(openai.APIError, match=r"longer than its 0\.1 s"):
+        for _ in client.completions.create(stream=True, **fields):
+            pass
+    assert num_running(server) == 0

@@ -35,7 +35,7 @@ from ts_parallel.partition.program import (
     Sources,
     TensorParallelPlan,
 )
-from ts_parallel.partition.shard import apply_tensor_parallel
+from ts_parallel.partition.shard import OwnHeads, apply_tensor_parallel
 from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import (
     LayerCosts,
@@ -80,24 +80,45 @@ class StagedModel:
         return self.sharded.plan.only(names)
 
 
-def make_programs(request: ProgramRequest, index: CheckpointIndex) -> list[RankProgram]:
-    """The programs of the pipeline ranks that share one tensor-parallel rank, in the order of their stages.
+def make_programs(request: ProgramRequest, index: CheckpointIndex) -> dict[tuple[int, int], RankProgram]:
+    """The programs of all ranks, by tensor-parallel rank and pipeline rank, whichever `request` names.
+
+    Ranks whose parameters have the same shapes run the same code, so one trace is usually good for all.
 
     Raises:
         CheckpointError: the folder's files do not hold the model that its config.json describes.
         PlanError: the model cannot be traced, or split as asked.
     """
+    first = stage_model(request, 0)
+    made: dict[object, list[RankProgram]] = {}
+    programs: dict[tuple[int, int], RankProgram] = {}
+    for rank in range(request.size):
+        kind = _kind_of_rank(first.sharded, rank)
+        if kind not in made:
+            staged = first if rank == 0 else stage_model(request, rank)
+            sources = match_checkpoint(staged.sharded.model, staged.plan_of(staged.stages), index)
+            places = [replace(request.place, rank=place) for place in range(request.place.num_ranks)]
+            made[kind] = [program_of(staged, place, sources) for place in places]
+        programs |= {(rank, place): program for place, program in enumerate(made[kind])}
+    return programs
+
+
+def _kind_of_rank(sharded: ShardedModel, rank: int) -> object:
+    """Ranks of one kind run the same code: their parameters have the same shapes, and none has names of its own."""
+    if any(isinstance(module, OwnHeads) for module in sharded.model.modules()):
+        return rank
+    return tuple(entry.local_shape(rank) for entry in sharded.plan.parameters.values())
+
+
+def stage_model(request: ProgramRequest, rank: int) -> StagedModel:
+    """The model as one tensor-parallel rank runs it, traced and cut."""
     config = read_model_config(request.folder)
     dtype = choose_dtype(request.dtype, config)
-    group = TracedGroup(request.rank, request.size)
+    group = TracedGroup(rank, request.size)
     if request.task is None:
-        staged = cut_causal_lm(shard_causal_lm(config, dtype, group), request.place)
-    else:
-        call = call_of_task(request.task, request.folder, config, dtype)
-        staged = cut_dense(shard_dense(config, call, dtype, group), call, request.place)
-    sources = match_checkpoint(staged.sharded.model, staged.plan_of(staged.stages), index)
-    places = [replace(request.place, rank=rank) for rank in range(request.place.num_ranks)]
-    return [program_of(staged, place, sources) for place in places]
+        return cut_causal_lm(shard_causal_lm(config, dtype, group), request.place)
+    call = call_of_task(request.task, request.folder, config, dtype)
+    return cut_dense(shard_dense(config, call, dtype, group), call, request.place)
 
 
 def shard_causal_lm(config: PretrainedConfig, dtype: torch.dtype, group: TensorParallelGroup) -> ShardedModel:
@@ -220,7 +241,7 @@ def build_rank_model(
     `load_program` for the errors."""
     index = read_index(folder)
     request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
-    return load_program(make_programs(request, index)[place.rank], index, group, device, pack)
+    return load_program(make_programs(request, index)[group.rank, place.rank], index, group, device, pack)
 
 
 def build_eager_model(folder: Path, dtype: str, group: TensorParallelGroup, device: torch.device) -> RankModel:

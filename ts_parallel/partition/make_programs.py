@@ -1,4 +1,4 @@
-"""Run as a program by `prepared.py`: a pickled `ProgramRequest` on stdin → one file a pipeline rank, `STEM-RANK`.
+"""Run as a program by `prepared.py`: a pickled `ProgramRequest` on stdin → one file a rank, see `file_of_rank`.
 
 Where the model is refused, the pickled error goes to stdout, and the exit status is 1.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.errors import StartupError
 from ts_parallel.partition.build import make_programs
-from ts_parallel.partition.prepared import write_whole
+from ts_parallel.partition.prepared import write_programs
 
 
 def main(stem: Path) -> int:
@@ -26,8 +26,7 @@ def main(stem: Path) -> int:
         answer.write(pickle.dumps(refused))
         answer.close()
         return 1
-    for rank, program in enumerate(programs):
-        write_whole(stem.with_name(f"{stem.name}-{rank}"), pickle.dumps(program))
+    write_programs(stem, programs)
     return 0
 
 

@@ -1,7 +1,7 @@
 """A rank's program from a file, made there first by a process of its own where it is missing.
 
 Making one takes transformers, the tracer and a few seconds. A process that makes it and ends keeps their memory out of
-the ranks, the ranks of one host that share a trace make it once, and the next start reads what an earlier one has left.
+the ranks, the ranks of one host make it once, and the next start reads what an earlier one has left.
 The file's name is a digest of all that the program depends on, so nothing in the cache can be out of date.
 """
 
@@ -13,7 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -36,29 +36,37 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
         CheckpointError, ConfigError, PlanError: as `build.make_programs` does.
     """
     with _cache_folder() as cache:
-        file = cache / f"{_digest(request, index)}-{request.place.rank}"
+        digest = _digest(request, index)
+        file = file_of_rank(cache / digest, request.rank, request.place.rank)
         if not file.is_file():
-            with _locked(cache / f"{_digest(request, index)}.lock"):
+            with _locked(cache / f"{digest}.lock"):
                 if not file.is_file():  # another rank may have made it meanwhile
-                    _make(request, file)
+                    _make(request, cache / digest, file)
                     _forget_oldest(cache)
         with file.open("rb") as stream:
             program: RankProgram = pickle.load(stream)
     return program
 
 
-def store_programs(request: ProgramRequest, index: CheckpointIndex, programs: list[RankProgram]) -> None:
-    """Keep the programs of all pipeline ranks for later starts."""
+def store_programs(
+    request: ProgramRequest, index: CheckpointIndex, programs: Mapping[tuple[int, int], RankProgram]
+) -> None:
+    """Keep the programs of all ranks for later starts."""
     with _cache_folder() as cache:
-        for rank, program in enumerate(programs):
-            write_whole(cache / f"{_digest(request, index)}-{rank}", pickle.dumps(program))
+        write_programs(cache / _digest(request, index), programs)
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that other processes see whole or not at all."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(file)
+def write_programs(stem: Path, programs: Mapping[tuple[int, int], RankProgram]) -> None:
+    """One file a rank, which other processes see whole or not at all."""
+    for (rank, place), program in programs.items():
+        file = file_of_rank(stem, rank, place)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_bytes(pickle.dumps(program))
+        part.replace(file)
+
+
+def file_of_rank(stem: Path, rank: int, place: int) -> Path:
+    return stem.with_name(f"{stem.name}-{rank}-{place}")
 
 
 @contextmanager
@@ -89,9 +97,9 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
-    """Of all that the programs of one tensor-parallel rank depend on."""
+    """Of all that the programs of the ranks depend on."""
     digest = hashlib.sha256()
-    shared = replace(request, folder=Path(), place=replace(request.place, rank=0))
+    shared = replace(request, folder=Path(), rank=0, place=replace(request.place, rank=0))
     tensors = sorted((stored.name, str(stored.dtype), stored.shape) for stored in index.values())
     versions = [version(library) for library in _LIBRARIES]
     digest.update(repr((shared, tensors, versions, sys.version_info)).encode())
@@ -105,12 +113,11 @@ def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
     return digest.hexdigest()[:32]
 
 
-def _make(request: ProgramRequest, file: Path) -> None:
-    """Let a process of its own write the programs of all pipeline ranks beside `file`."""
-    stem = file.name.rpartition("-")[0]
+def _make(request: ProgramRequest, stem: Path, file: Path) -> None:
+    """Let a process of its own write the programs of all ranks, `file` among them."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     result = subprocess.run(
-        [sys.executable, "-m", "ts_parallel.partition.make_programs", str(file.with_name(stem))],
+        [sys.executable, "-m", "ts_parallel.partition.make_programs", str(stem)],
         input=pickle.dumps(request),
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

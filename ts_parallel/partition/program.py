@@ -199,7 +199,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Supplied:
-    """What the runtime supplies: `device`, `attention`, `all_reduce` or `all_gather`."""
+    """What the runtime supplies: `device`, `attention`, or a method of the tensor-parallel group."""
 
     name: str
 

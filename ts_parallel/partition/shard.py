@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ts_parallel.checkpoint.load import Slice
 from ts_parallel.partition.plan import heads_of_rank
 from ts_parallel.partition.program import AttentionSite, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
@@ -94,7 +95,7 @@ def _tell_heads(module: nn.Module, site: AttentionSite, size: int) -> None:
         module.config = config
 
 
-class _OwnHeads(nn.ModuleList):
+class OwnHeads(nn.ModuleList):
     """A list of one module for each head, of which code sees this rank's heads; all keep their names.
 
     Those of the other ranks stay: they are as small as a head, and the plan's parameters are the same on every rank.
@@ -120,7 +121,7 @@ def _keep_own_heads(module: nn.Module, site: AttentionSite, group: TensorParalle
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.ModuleList) and len(child) in (site.num_heads, site.num_kv_heads):
             own = heads_of_rank(len(child), group.rank, group.size)
-            module.set_submodule(name, _OwnHeads(child, own))
+            module.set_submodule(name, OwnHeads(child, own))
 
 
 def _forward_of(
@@ -131,15 +132,15 @@ def _forward_of(
     if style == "embedding":
         slices = plan.parameters[f"{name}.weight"].slices
         assert slices is not None
-        return _vocabulary_parallel(module, whole, slices[group.rank].pieces[0], group)
+        return _vocabulary_parallel(module, whole, slices, group)
     if style == "rowwise":
         return _row_parallel(module, group)
     if style == "rowwise_split_input":
         slices = plan.parameters[f"{name}.weight"].slices
         assert slices is not None
-        start, length = slices[group.rank].pieces[0]
+        pieces = tuple(kept.pieces[0] for kept in slices)
         rows = _row_parallel(module, group)
-        return lambda hidden: rows(hidden[..., start : start + length])
+        return lambda hidden: rows(group.own_part(hidden, pieces))
     if style == "colwise_gather_output":
         slices = plan.parameters[f"{name}.weight"].slices
         assert slices is not None
@@ -162,18 +163,18 @@ def _row_parallel(module: nn.Module, group: TensorParallelGroup) -> Forward:
 
 
 def _vocabulary_parallel(
-    module: nn.Module, whole: Forward, kept: tuple[int, int], group: TensorParallelGroup
+    module: nn.Module, whole: Forward, slices: tuple[Slice, ...], group: TensorParallelGroup
 ) -> Forward:
     """Each rank looks up the tokens of its part of the vocabulary; the others count as zero in the sum.
 
     The module's own forward does the look-up, so that an embedding that scales still scales.
     """
-    start, length = kept
+    starts, length = tuple(kept.pieces[0][0] for kept in slices), slices[group.rank].length
     if getattr(module, "padding_idx", None) is not None:
         module.padding_idx = None  # type: ignore[assignment]  # of training alone, and it may lie outside this part
 
     def forward(token_ids: torch.Tensor) -> torch.Tensor:
-        local = token_ids - start
+        local = group.from_own_start(token_ids, starts)
         is_elsewhere = (local < 0) | (local >= length)
         found = whole(local.masked_fill(is_elsewhere, 0))
         return group.all_reduce(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))

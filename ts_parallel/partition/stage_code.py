@@ -18,7 +18,13 @@ from torch.fx import Node
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.program import Constant, LinearLayer, Operation, StageCode, StageGlobal, Supplied, Weight
 from ts_parallel.partition.stages import StageGraph
-from ts_parallel.partition.trace import all_gather_marker, all_reduce_marker, attention_marker
+from ts_parallel.partition.trace import (
+    all_gather_marker,
+    all_reduce_marker,
+    attention_marker,
+    from_own_start_marker,
+    own_part_marker,
+)
 
 aten = torch.ops.aten
 
@@ -57,7 +63,11 @@ _DIRECT: dict[Any, str] = {
     aten.contiguous.default: "torch.Tensor.contiguous",
 }
 _OPERATORS = {"operator.add", "operator.sub", "operator.mul", "operator.truediv"}
-_SUPPLIED = {all_reduce_marker._opoverload: "all_reduce", all_gather_marker._opoverload: "all_gather"}
+_SUPPLIED = {
+    all_reduce_marker._opoverload: "all_reduce",
+    all_gather_marker._opoverload: "all_gather",
+    from_own_start_marker._opoverload: "from_own_start",
+}
 
 
 def write_stage(graph: StageGraph) -> StageCode:
@@ -119,6 +129,10 @@ class _Writer:
             arguments = ", ".join(self._text(tensor) for tensor in tensors)
             site = self._graph.site_numbers[int(number)]  # type: ignore[arg-type]
             return f"{self._global('attention', Supplied('attention'))}(step, {arguments}, {site})"
+        if node.target is own_part_marker._opoverload:
+            tensor, starts, lengths, _ = node.args
+            pieces = tuple(zip(starts, lengths, strict=True))  # type: ignore[arg-type]
+            return f"{self._global('own_part', Supplied('own_part'))}({self._text(tensor)}, {pieces!r})"
         if (linear := self._own_linear(node)) is not None:
             return f"{self._global(f'{node.name}_layer', linear)}({self._text(node.args[0])})"
         positional = [self._text(argument) for argument in node.args]

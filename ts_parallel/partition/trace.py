@@ -66,8 +66,39 @@ def _(tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return tensor.new_empty(*tensor.shape[:-1], sum(sizes))
 
 
+@torch.library.custom_op("ts_parallel::from_own_start", mutates_args=())
+def from_own_start_marker(numbers: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    """`numbers` counted from the start of this rank's part: one trace is good for every rank."""
+    raise NotImplementedError("a marker of a traced graph was run")
+
+
+@from_own_start_marker.register_fake
+def _(numbers: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    return torch.empty_like(numbers)
+
+
+@torch.library.custom_op("ts_parallel::own_part", mutates_args=())
+def own_part_marker(tensor: torch.Tensor, starts: list[int], lengths: list[int], rank: int) -> torch.Tensor:
+    """This rank's part of a tensor along the last dim; the trace was made as `rank`."""
+    raise NotImplementedError("a marker of a traced graph was run")
+
+
+@own_part_marker.register_fake
+def _(tensor: torch.Tensor, starts: list[int], lengths: list[int], rank: int) -> torch.Tensor:
+    return tensor.new_empty(*tensor.shape[:-1], lengths[rank])
+
+
 class TracedGroup(TensorParallelGroup):
-    """A tensor-parallel group whose traffic is recorded, not done."""
+    """A tensor-parallel group whose traffic is recorded, not done, as is what depends on the rank's number."""
+
+    def from_own_start(self, numbers: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
+        counted: torch.Tensor = from_own_start_marker(numbers, list(starts))
+        return counted
+
+    def own_part(self, tensor: torch.Tensor, pieces: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        starts, lengths = zip(*pieces, strict=True)
+        part: torch.Tensor = own_part_marker(tensor, list(starts), list(lengths), self.rank)
+        return part
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return all_reduce_marker(tensor) if self.size > 1 else tensor

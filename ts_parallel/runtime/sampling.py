@@ -14,6 +14,9 @@ import torch
 
 from ts_parallel.runtime.step import Chunk, SamplingParams
 
+# Of a prompt that is scored, each token is a row: this bounds what their log-probabilities need beside their logits.
+_ROWS_AT_ONCE = 64
+
 
 def choose(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
     """A step's result: the token of each sampled chunk, then the numbers that `step.read_logprobs` reads.
@@ -39,12 +42,18 @@ def score(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[
     Returns:
         R × (1 + 2 K) numbers: the bits of one float64, K token ids, the bits of K float64.
     """
-    logprobs = logits.float().log_softmax(dim=-1).double()
-    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
-    best = logprobs.topk(num_top)
-    rows = torch.cat([own.view(torch.int64), best.indices, best.values.view(torch.int64)], dim=1)
-    numbers: list[int] = rows.flatten().tolist()
+    numbers: list[int] = []
+    following = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
+    for part, own in zip(torch.split(logits, _ROWS_AT_ONCE), torch.split(following, _ROWS_AT_ONCE), strict=True):
+        logprobs = part.float().log_softmax(dim=-1)
+        best = logprobs.topk(num_top)
+        rows = torch.cat([_bits(logprobs.gather(1, own)), best.indices, _bits(best.values)], dim=1)
+        numbers += rows.flatten().tolist()
     return numbers
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.double().view(torch.int64)
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
@@ -91,14 +100,17 @@ def adjust(logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     for token_id, bias in params.logit_bias:
         logits[token_id] += bias
     if chunk.allowed:
-        logits[~_unpack(chunk.allowed, len(logits)).to(logits.device)] = float("-inf")
+        logits = logits.masked_fill(_forbidden(chunk.allowed, len(logits)).to(logits.device), float("-inf"))
     return logits
 
 
-def _unpack(words: Sequence[int], num_bits: int) -> torch.Tensor:
-    """bool `[num_bits]`; what the words leave out is False."""
-    bits = np.unpackbits(np.array(words, dtype="<i8").view(np.uint8), bitorder="little")[:num_bits]
-    return torch.from_numpy(np.pad(bits, (0, num_bits - len(bits))).astype(bool))
+def _forbidden(allowed: Sequence[int], num_bits: int) -> torch.Tensor:
+    """bool `[num_bits]`: where there is no bit in `Chunk.allowed`."""
+    words = np.zeros(-(-num_bits // 64), dtype="<i8")
+    num_words = min(len(words), len(allowed))
+    words[:num_words] = allowed[:num_words]
+    bits = np.unpackbits((~words).view(np.uint8), count=num_bits, bitorder="little")
+    return torch.from_numpy(bits.view(bool))
 
 
 def _sample_row(logits: torch.Tensor, params: SamplingParams, number: float) -> int:

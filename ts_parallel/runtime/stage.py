@@ -50,6 +50,8 @@ class Stage:
             "attention": attention,
             "all_reduce": group.all_reduce,
             "all_gather": group.all_gather,
+            "from_own_start": group.from_own_start,
+            "own_part": group.own_part,
         }
         names = {name: _value_of(entry, tensors, supplied) for name, entry in code.globals.items()}
         exec(compile(code.source, "<stage>", "exec"), names)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from http import HTTPStatus
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.stage import Stage
-from ts_parallel.serving.answers import JSON, error_body
+from ts_parallel.serving.answers import JSON
 from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.continuous_batching import end_grpc, raw_request
+from ts_parallel.serving.continuous_batching import Reply
 from ts_parallel.serving.micro_batching import MicroBatcher
+from ts_parallel.serving.plain_batching import PlainBatches
+from ts_parallel.serving.streaming import ResponseStream, StreamJob, Streams
 from ts_parallel.serving.tasks import Task, make_task
 from ts_parallel.serving.worker import exit_now, follow_in_thread, log_loaded, log_ready, start_rank
 from ts_parallel.topology import Topology
@@ -66,6 +69,10 @@ class BatchInferenceHandler:
         self._task: Task | None = None
         self._runner: BatchRunner | None = None
         self._batcher: MicroBatcher | None = None
+        self._streams = Streams()
+        self._opened: list[_Item] = []
+        self._inference = ThreadPoolExecutor(1, "inference")
+        self._transport = PlainBatches(self._streams, self._open, self._begin)
 
     def preprocess(self, item: RawRequest) -> dict[str, torch.Tensor]:
         """One request → the model's inputs by name, without the dim of the batch. The default is the task's.
@@ -84,6 +91,14 @@ class BatchInferenceHandler:
         assert self._task is not None
         return self._task.postprocess(output)
 
+    def respond(self, output: torch.Tensor, stream: ResponseStream) -> None:
+        """Answer one request, in a thread of postprocessing: the default sends what `postprocess` makes, as JSON.
+
+        To answer in pieces, override this and `stream.send` each as it is ready; returning ends the answer.
+        """
+        stream.content_type = JSON
+        stream.end(json.dumps(self.postprocess(output), allow_nan=False))
+
     def handle(self, data: list[dict[str, Any]] | None, context: Any) -> list[str]:
         """TorchServe's entry point. Called first with no data, to load."""
         if data is None:
@@ -91,12 +106,7 @@ class BatchInferenceHandler:
             return []
         if self._batcher is None:  # a rank that follows: it acts on rank 0's turns alone
             return [""] * len(data)
-        answers = self._answer([raw_request(element, context, index) for index, element in enumerate(data)])
-        for index, (status, _) in enumerate(answers):
-            context.set_response_status(status, HTTPStatus(status).phrase, index)
-            context.set_response_content_type(index, JSON)
-            end_grpc(context, index)
-        return [body for _, body in answers]
+        return self._transport.handle(data, context)
 
     def _load(self, context: Any) -> None:
         def load(config: BatchConfig, folder: Path, topology: Topology) -> tuple[BatchConfig, BatchRunner, Task | None]:
@@ -111,8 +121,8 @@ class BatchInferenceHandler:
         self._runner = runner
         self._batcher = MicroBatcher(
             runner,
-            self.preprocess,
-            lambda output: json.dumps(self.postprocess(output), allow_nan=False),
+            lambda item: self.preprocess(item.request),
+            self._respond,
             config.micro_batch_size,
             config.parallelism.preprocess,
             config.parallelism.postprocess,
@@ -122,11 +132,26 @@ class BatchInferenceHandler:
             threading.Thread(target=give_signs_of_life, args=(runner,), name="signs of life", daemon=True).start()
         log_ready(topology, context.model_name)
 
-    def _answer(self, requests: list[RawRequest]) -> list[tuple[int, str]]:
-        """Status and body of each; nothing is raised. Where the ranks are out of step, this process ends."""
+    def _respond(self, item: _Item, output: torch.Tensor) -> None:
+        self.respond(output, item.stream)
+        item.stream.end()
+
+    def _open(self, request_id: str, request: RawRequest) -> StreamJob | Reply:
+        if request.route == "health":
+            return Reply.whole('{"status": "ok"}')
+        if request.route:
+            return Reply.refusal(NotFoundError(f"no route {request.route!r}: there is health"))
+        stream = self._streams.open(request_id)
+        self._opened.append(_Item(request, stream))
+        return StreamJob(stream)
+
+    def _begin(self) -> Future[None]:
+        items, self._opened = self._opened, []
+        return self._inference.submit(self._answer, items)
+
+    def _answer(self, items: list[_Item]) -> None:
+        """End each item's stream; nothing is raised. Where the ranks are out of step, this process ends."""
         assert self._batcher is not None and self._runner is not None
-        answers = {index: _answer_to_route(request.route) for index, request in enumerate(requests) if request.route}
-        items = [request for request in requests if not request.route]
         try:
             results = self._batcher.run(items)
         except Exception as error:
@@ -134,8 +159,15 @@ class BatchInferenceHandler:
             if self._runner.is_broken:
                 exit_now()
             results = [EngineError(f"the inference failed: {error}")] * len(items)
-        waiting = iter(results)
-        return [answers[index] if index in answers else _answer_of(next(waiting)) for index in range(len(requests))]
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, Exception):
+                item.stream.end(error=_as_request_error(result))
+
+
+@dataclass(frozen=True)
+class _Item:
+    request: RawRequest
+    stream: ResponseStream
 
 
 def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> BatchRunner:
@@ -161,16 +193,8 @@ def give_signs_of_life(runner: BatchRunner) -> None:
             exit_now()
 
 
-def _answer_to_route(route: str) -> tuple[int, str]:
-    if route == "health":
-        return 200, '{"status": "ok"}'
-    return _answer_of(NotFoundError(f"no route {route!r}: there is health"))
-
-
-def _answer_of(result: str | Exception) -> tuple[int, str]:
-    if isinstance(result, str):
-        return 200, result
-    if isinstance(result, RequestError):
-        return result.status, error_body(result)
-    logger.error("a request failed", exc_info=result)
-    return _answer_of(EngineError(f"{type(result).__name__}: {result}"))
+def _as_request_error(error: Exception) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    logger.error("a request failed", exc_info=error)
+    return EngineError(f"{type(error).__name__}: {error}")

@@ -67,7 +67,7 @@ class MicroBatcher:
         self,
         runner: Runner,
         preprocess: Callable[[Any], Inputs],
-        postprocess: Callable[[torch.Tensor], Any],
+        postprocess: Callable[[Any, torch.Tensor], Any],
         micro_batch_size: int,
         preprocess_threads: int = 1,
         postprocess_threads: int = 1,
@@ -76,7 +76,7 @@ class MicroBatcher:
         """
         Args:
             preprocess: an item → its model inputs, without the dim of the batch; in several threads at once.
-            postprocess: an item's part of the output, on the CPU → its result; in several threads at once.
+            postprocess: an item and its part of the output, on the CPU → its result; in several threads at once.
         """
         self._runner = runner
         self._preprocess = preprocess
@@ -102,7 +102,7 @@ class MicroBatcher:
                 for output in outputs:
                     indices, inputs = zip(*members.popleft(), strict=True)
                     for index, row in zip(indices, self._collator.split(output, inputs), strict=True):
-                        ends[index] = self._postprocessing.submit(self._postprocess, row)
+                        ends[index] = self._postprocessing.submit(self._postprocess, items[index], row)
         except BaseException:
             for future in (*prepared, *ends.values()):
                 future.cancel()

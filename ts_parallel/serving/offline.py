@@ -14,9 +14,7 @@ from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import FinishReason, GenerationParams, Request, make_request
 from ts_parallel.errors import StartupError
-from ts_parallel.partition.model_config import max_positions_of, read_model_config
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
 from ts_parallel.serving.text_generation import make_engine, make_runner
 from ts_parallel.topology import Topology, open_topology
 
@@ -31,16 +29,10 @@ class Generation:
 
 
 class OfflineModel:
-    """One rank's part of a model. Rank 0 generates; the others work for it until the block of `open_model` ends."""
+    """A model on the ranks that work for it: rank 0 generates, the others follow it until the block of `open_model`
+    ends."""
 
-    def __init__(self, runner: Runner, config: HandlerConfig, folder: Path, *, is_leader: bool) -> None:
-        model_config = read_model_config(folder)
-        self.is_leader = is_leader
-        self._engine: Engine | None = make_engine(runner, config) if is_leader else None
-        self._tokenizer = read_tokenizer(folder)
-        self._eos_ids = read_eos_ids(folder, model_config)
-        self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
-        self._names = map(str, count())
+    is_leader = False
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: GenerationParams) -> list[Generation]:
         """Answers in the order of the prompts, which run together; on ranks other than 0 an empty list, at once.
@@ -51,8 +43,27 @@ class OfflineModel:
         Raises:
             RequestError: a prompt is empty or too long, or `max_tokens` is more than the room it leaves.
         """
-        if self._engine is None:
-            return []
+        return []
+
+
+class _Leader(OfflineModel):
+    """Owns the engine and the tokenizer."""
+
+    is_leader = True
+
+    def __init__(self, engine: Engine, config: HandlerConfig, folder: Path) -> None:
+        # Not above: the ranks that follow need no transformers, and save its memory.
+        from ts_parallel.partition.model_config import max_positions_of, read_model_config
+        from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
+
+        model_config = read_model_config(folder)
+        self._engine = engine
+        self._tokenizer = read_tokenizer(folder)
+        self._eos_ids = read_eos_ids(folder, model_config)
+        self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
+        self._names = map(str, count())
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], params: GenerationParams) -> list[Generation]:
         requests = [self._request(prompt, params) for prompt in prompts]
         self._engine.generate(requests)
         return [self._generation(request) for request in requests]
@@ -109,7 +120,8 @@ def _load(config: HandlerConfig, folder: Path, topology: Topology) -> tuple[Runn
     failure, loaded = None, None
     try:
         runner = make_runner(config, folder, topology)
-        loaded = runner, OfflineModel(runner, config, folder, is_leader=topology.rank == 0)
+        leads = topology.rank == 0
+        loaded = runner, _Leader(make_engine(runner, config), config, folder) if leads else OfflineModel()
     except StartupError as refused:
         failure = str(refused)
     errors = topology.gather_errors(failure)  # else the others would wait for the one that failed

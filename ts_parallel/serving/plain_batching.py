@@ -6,10 +6,15 @@ whoever is done before the slowest of the batch waits for its end until then, an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.continuous_batching import (
     SECONDS_PER_DRAIN,
+    Door,
+    OpenJob,
     OpenJobs,
     Reply,
     announce,
@@ -23,14 +28,34 @@ D = TypeVar("D")
 class PlainBatches(OpenJobs[D]):
     """The jobs of one `handle()` call."""
 
+    def __init__(
+        self,
+        door: Door[D],
+        open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
+        begin: Callable[[], Future[None]] | None = None,
+    ) -> None:
+        """
+        Args:
+            begin: called once all jobs of a batch are open; starts the work for them, where that is done together.
+        """
+        super().__init__(door, open_job)
+        self._begin = begin
+
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        """Returns once all jobs have ended."""
+        """Returns once all jobs have ended.
+
+        Raises:
+            BaseException: what the work that `begin` started has raised.
+        """
         waiting: dict[int, str] = dict(context.request_ids)
         for index, request_id in waiting.items():
             self._register(request_id, raw_request(data[index], context, index))
+        work = self._begin() if self._begin is not None else None
         begun: set[int] = set()
         ends = [""] * len(data)
         while waiting:
+            if work is not None and work.done():
+                work.result()
             if not self._ready:
                 self._door.router.wait(SECONDS_PER_DRAIN)
             pieces: dict[int, str] = {}

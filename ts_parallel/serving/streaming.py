@@ -76,6 +76,7 @@ class ResponseStream:
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
         self._news = News()
+        self._has_ended = False
         self._is_wanted = True
         self.content_type = TEXT
         """What it is; to be set before the first piece."""
@@ -91,9 +92,16 @@ class ResponseStream:
             self._news.pieces.append(piece)
             self._changed.notify_all()
 
-    def end(self, error: RequestError | None = None) -> None:
-        """Nothing more comes; `error` says why not, where the answer is not whole."""
+    def end(self, piece: str = "", error: RequestError | None = None) -> None:
+        """Nothing more comes than `piece`; `error` says why not, where the answer is not whole. Once is enough.
+
+        An answer that is sent by this alone is no stream: it goes out with its length and its own status.
+        """
         with self._changed:
+            if self._has_ended:
+                return
+            self._has_ended = True
+            self._news.pieces += [piece] if piece else []
             self._news.is_last, self._news.error = True, error
             self._changed.notify_all()
 
@@ -128,19 +136,34 @@ class StreamJob:
         return Reply(body + error_body(news.error), is_first, True, content_type=self._stream.content_type)
 
 
-class _Streams:
-    """Owns the open streams: the mailboxes of `Door`."""
+class Streams:
+    """Owns the open streams of a handler. The transports come in here: it is their `Door`, and its own mailboxes."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.open: dict[str, ResponseStream] = {}
+        self._changed = threading.Condition()
+        self._open: dict[str, ResponseStream] = {}
+
+    @property
+    def router(self) -> Streams:
+        return self
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def open(self, request_id: str) -> ResponseStream:
+        stream = self._open[request_id] = ResponseStream(self._changed)
+        return stream
 
     def wait(self, seconds: float) -> bool:
-        with self.changed:
-            return self.changed.wait_for(lambda: any(stream.has_news() for stream in self.open.values()), seconds)
+        with self._changed:
+            return self._changed.wait_for(lambda: any(stream.has_news() for stream in self._open.values()), seconds)
 
     def take(self, request_id: str) -> News:
-        return self.open[request_id].take()
+        return self._open[request_id].take()
+
+    def abort(self, request_id: str) -> None:
+        self._open.pop(request_id).close()
 
 
 class StreamingHandler:
@@ -154,7 +177,7 @@ class StreamingHandler:
         Args:
             num_threads: how many requests are answered at once; the others wait.
         """
-        self.router = _Streams()
+        self.streams = Streams()
         self._threads = ThreadPoolExecutor(num_threads, "answer")
         self._transport: Transport[News] | None = None
 
@@ -173,20 +196,16 @@ class StreamingHandler:
     def handle(self, data: list[dict[str, Any]] | None, context: Any) -> list[str]:
         """TorchServe's entry point. Called first with no data, to load."""
         if data is None:
-            self._transport = make_transport(context.model_yaml_config or {}, self, self._open)
+            self._transport = make_transport(context.model_yaml_config or {}, self.streams, self._open)
             self.load(context)
             return []
         assert self._transport is not None
         return self._transport.handle(data, context)
 
-    def abort(self, request_id: str) -> None:
-        """The transports': nobody reads the stream any more."""
-        self.router.open.pop(request_id).close()
-
     def _open(self, request_id: str, request: RawRequest) -> StreamJob | Reply:
         if request.route == "health":
             return Reply.whole('{"status": "ok"}')
-        stream = self.router.open[request_id] = ResponseStream(self.router.changed)
+        stream = self.streams.open(request_id)
         self._threads.submit(self._answer, request, stream)
         return StreamJob(stream)
 
@@ -195,7 +214,7 @@ class StreamingHandler:
             self.answer(request, stream)
             stream.end()
         except RequestError as error:
-            stream.end(error)
+            stream.end(error=error)
         except Exception as error:  # whatever it was, the stream must not hang for it
             logger.exception("a request failed")
-            stream.end(EngineError(f"{type(error).__name__}: {error}"))
+            stream.end(error=EngineError(f"{type(error).__name__}: {error}"))

@@ -120,7 +120,7 @@ def _grammar(form: Form) -> str:
 
     grammar: str
     if form.kind == "json":
-        schema = json.dumps(form.value)
+        schema = json.dumps({} if form.value is True else form.value)
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
     elif form.kind == "regex":
         grammar = llguidance.LLMatcher.grammar_from_regex(form.value)
