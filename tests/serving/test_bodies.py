@@ -16,7 +16,7 @@ from ts_parallel.serving.bodies import (
     parse_completion,
     parse_native,
 )
-from ts_parallel.serving.structured_output import Form
+from ts_parallel.serving.forms import Form
 
 
 def raw(body: object, content_type: str = "application/json") -> RawRequest:

@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ts_parallel.errors import RequestError
-from ts_parallel.serving.structured_output import Form, FormKind, Guide, GuideMaker
+from ts_parallel.serving.forms import Form, FormKind
+from ts_parallel.serving.structured_output import Guide, GuideMaker
 
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True)

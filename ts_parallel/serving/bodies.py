@@ -6,27 +6,23 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ts_parallel.config import did_you_mean
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import RequestError
 from ts_parallel.runtime.step import SamplingParams
-from ts_parallel.serving.structured_output import FORM_KINDS, Form, FormKind
+from ts_parallel.serving.forms import FORM_KINDS, Form, ResponseFormat, StrictModel, StructuredOutputs, forms_of
 
 _MOST_STOPS = 16
 _LONGEST_ECHO = 60  # characters of a bad value that an error repeats
 _MOST_LOGPROBS = 20
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-B = TypeVar("B", bound=_Body)
+B = TypeVar("B", bound=StrictModel)
 
 
 @dataclass(frozen=True)
@@ -41,31 +37,7 @@ class SamplingDefaults:
     repetition_penalty: float = 1.0
 
 
-class JSONSchema(_Body):
-    """OpenAI's `json_schema`; its name and description are for models that are told of them."""
-
-    name: str | None = None
-    description: str | None = None
-    own: dict[str, Any] | bool = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(_Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JSONSchema | None = None
-
-
-class StructuredOutputs(_Body):
-    """vLLM's; one of these."""
-
-    json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
-    grammar: str | None = None
-    json_object: bool | None = None
-
-
-class _GenerationBody(_Body):
+class _GenerationBody(StrictModel):
     """The fields that every way to generate has; names and meanings are OpenAI's where it has them, else vLLM's."""
 
     max_tokens: int | None = Field(default=None, ge=1)
@@ -129,9 +101,8 @@ class _GenerationBody(_Body):
         Raises:
             RequestError: several forms, one that says too little, or a field that no form goes together with.
         """
-        forms = [*_response_forms(self.response_format), *_structured_forms(self.structured_outputs)]
-        for kind in FORM_KINDS:
-            forms += _forms(kind, getattr(self, f"guided_{kind}"), f"guided_{kind}")
+        guided = {kind: getattr(self, f"guided_{kind}") for kind in FORM_KINDS}
+        forms = forms_of(self.response_format, self.structured_outputs, guided)
         if len(forms) > 1:
             names = " and ".join(form.parameter for form in forms)
             raise RequestError(f"an answer has one form, got {names}", forms[1].parameter)
@@ -170,37 +141,6 @@ class _GenerationBody(_Body):
         )
 
 
-def _response_forms(wanted: ResponseFormat | None) -> list[Form]:
-    name = "response_format"
-    if wanted is None or wanted.type == "text":
-        return []
-    if wanted.type == "json_object":
-        return [Form("json", {"type": "object"}, name)]
-    if wanted.json_schema is None:
-        raise RequestError("response_format of type 'json_schema' needs the field 'json_schema'", name)
-    return [Form("json", wanted.json_schema.own, name)]
-
-
-def _structured_forms(wanted: StructuredOutputs | None) -> list[Form]:
-    if wanted is None:
-        return []
-    schema = {"type": "object"} if wanted.json_object and wanted.json_ is None else wanted.json_
-    values = {"json": schema, "regex": wanted.regex, "choice": wanted.choice, "grammar": wanted.grammar}
-    return [own for kind in FORM_KINDS for own in _forms(kind, values[kind], "structured_outputs")]
-
-
-def _forms(kind: FormKind, value: Any, parameter: str) -> list[Form]:
-    """None where it is not asked for, else one; a JSON schema may come as text."""
-    if value is None:
-        return []
-    if kind == "json" and isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{parameter}: the schema is not JSON: {error}", parameter) from None
-    return [Form(kind, value, parameter)]
-
-
 def choice_params(params: GenerationParams, number: int) -> GenerationParams:
     """Those of a request's choice `number`: the first has the request's own seed, the others one that comes of it."""
     if number == 0:
@@ -229,7 +169,7 @@ class NativeBody(_GenerationBody):
         return self.logprobs
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictModel):
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -340,7 +280,7 @@ def _text_of(content: str | list[Any] | None) -> str:
     return "".join(texts)
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(StrictModel):
     """`POST tokenize`."""
 
     prompt: str
@@ -348,7 +288,7 @@ class TokenizeBody(_Body):
     add_special_tokens: bool = True
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(StrictModel):
     """`POST detokenize`."""
 
     tokens: list[int]
@@ -441,7 +381,7 @@ def _parse_openai(body: type[B], request: RawRequest) -> B:
     return _validated(body, fields)
 
 
-def _refuse_unknown(fields: Mapping[str, Any], body: type[_Body]) -> None:
+def _refuse_unknown(fields: Mapping[str, Any], body: type[StrictModel]) -> None:
     for name in fields:
         if name not in body.model_fields:
             raise RequestError(f"unknown field {name!r}{did_you_mean(name, body.model_fields)}", str(name))

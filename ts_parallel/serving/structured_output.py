@@ -9,29 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ts_parallel.errors import RequestError
+from ts_parallel.serving.forms import Form
 
 logger = logging.getLogger(__name__)
 
 # One space, or a new line that is indented: a greedy model that may put more there is known to go on with it for ever.
 _WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 _LONGEST_MESSAGE = 300
-
-FormKind = Literal["json", "regex", "choice", "grammar"]
-FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What an answer must be; `parameter` is the body's field that says so."""
-
-    kind: FormKind
-    value: Any
-    """A JSON schema (an object or a boolean), an expression, a list of texts, or a grammar in Lark's syntax or GBNF."""
-    parameter: str
 
 
 class Guide:
