@@ -26,6 +26,7 @@ DEFAULTS = {
     "max_num_batched_tokens": 512,
     "block_size": 16,
     "kv_cache_memory": 512 * 2**20,
+    "gpu_memory_utilization": None,
     "max_num_waiting": 1024,
     "max_request_seconds": None,
     "enable_prefix_caching": True,
@@ -68,8 +69,9 @@ def test_every_key_reaches_its_field() -> None:
         "enable_prefix_caching": False,
         "max_prefill_slowdown": 2.5,
     }
-    assert section.keys() | {"eager"} == DEFAULTS.keys()
-    assert parse_config(section).model_dump() == {**section, "eager": False}
+    assert section.keys() | {"eager", "gpu_memory_utilization"} == DEFAULTS.keys()
+    assert parse_config(section).model_dump() == {**section, "eager": False, "gpu_memory_utilization": None}
+    assert parse_config({"model_path": "m", "gpu_memory_utilization": 0.9}).gpu_memory_utilization == 0.9
     assert parse_config({"model_path": "m", "eager": True}).eager
 
 
@@ -159,6 +161,7 @@ def test_missing_key_is_named() -> None:
         ("pipeline_parallel_size", 0, "greater than or equal to 1"),
         ("split_points", "6,12", "valid tuple"),
         ("eager", "perhaps", "valid boolean"),
+        ("gpu_memory_utilization", 1.5, "less than or equal to 1"),
         ("dtype", "float64", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("dtype", 16, "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
@@ -236,6 +239,15 @@ def test_another_number_of_split_points_than_the_stages_need_is_refused(
     with pytest.raises(ConfigError) as refusal:
         parse_config({"model_path": "m", "split_points": [6], **changes}, kind)
     assert str(refusal.value) == f"handler key 'split_points': {says}"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"device": "cpu"}, "device cpu has no GPU: set kv_cache_memory"), ({"kv_cache_memory": 5}, "0.9 and .* 5 both")],
+)
+def test_part_of_a_gpu_is_refused_beside_what_contradicts_it(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"'gpu_memory_utilization': {message}"):
+        parse_config({"model_path": "m", "gpu_memory_utilization": 0.9, **other})
 
 
 def test_eager_is_refused_over_several_stages() -> None:

@@ -103,6 +103,9 @@ class HandlerConfig(ModelConfig):
     """Tokens of one KV block."""
     kv_cache_memory: Bytes = Field(default=512 * 2**20, ge=1)
     """Bytes of KV cache on each rank."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Part of a GPU's memory for weights and KV cache together, in place of `kv_cache_memory`; the rest is for what a
+    step computes."""
     max_num_waiting: Count = Field(default=1024, ge=0)
     """Most requests that wait beside those that run; more are refused with 429."""
     max_request_seconds: float | None = Field(default=None, gt=0)
@@ -126,6 +129,19 @@ class HandlerConfig(ModelConfig):
         if positions is not None and wanted > positions:
             raise ConfigError(f"max_model_len {wanted} is more than the model's max_position_embeddings {positions}")
         return wanted
+
+    @model_validator(mode="after")
+    def _kv_memory_has_one_size(self) -> HandlerConfig:
+        if self.gpu_memory_utilization is None:
+            return self
+        if self.device == "cpu":
+            raise ConfigError("handler key 'gpu_memory_utilization': device cpu has no GPU: set kv_cache_memory")
+        if "kv_cache_memory" in self.model_fields_set:
+            raise ConfigError(
+                f"handler key 'gpu_memory_utilization': {self.gpu_memory_utilization} and kv_cache_memory "
+                f"{self.kv_cache_memory} both give the KV cache its size: leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _eager_is_one_stage(self) -> HandlerConfig:

@@ -307,5 +307,6 @@ def test_ranks_that_run_the_same_code_share_a_trace(
     assert len(traced) == num_traces
     for (rank, _), program in programs.items():
         own = program_of(whole(request, rank), PipelinePlace(), {})
+        assert program.bytes_of_ranks == (max(program.plan.local_bytes(other) for other in range(4)),)
         assert [stage.source for stage in program.stages] == [stage.source for stage in own.stages]
         assert [stage.globals.keys() for stage in program.stages] == [stage.globals.keys() for stage in own.stages]

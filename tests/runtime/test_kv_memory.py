@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.partition.attention_sites import AttentionSite
-from ts_parallel.runtime.kv_memory import KVMemory, bytes_per_token, count_blocks
+from ts_parallel.partition.program import AttentionSite
+from ts_parallel.runtime.kv_memory import KVMemory, bytes_beside_weights, bytes_per_token, count_blocks
 
 CPU = torch.device("cpu")
 
@@ -64,3 +66,15 @@ def test_tokens_lie_in_their_slots_and_nowhere_else() -> None:
     others = [slot for slot in range(12) if slot not in (9, 0, 4)]
     assert not memory.keys[0][others].any() and not memory.values[0][others].any()
     assert not memory.keys[1].any() and not memory.values[1].any()
+
+
+def test_part_of_the_smallest_gpu_is_what_the_heaviest_rank_leaves_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = [1000, 800]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(totals))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=totals[gpu]))
+    assert bytes_beside_weights(0.5, (100, 150)) == 250
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization 0\.1 of 800 bytes is no more than the 150 bytes"):
+        bytes_beside_weights(0.1, (100, 150))
+    totals.clear()
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization 0\.5 needs a GPU: set kv_cache_memory"):
+        bytes_beside_weights(0.5, (100, 150))

@@ -188,12 +188,19 @@ def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> R
             tuple(site for stage in staged.stages[rank :: place.num_ranks] for site in stage.sites)
             for rank in range(place.num_ranks)
         ),
+        bytes_of_ranks=tuple(
+            _most_bytes(staged.plan_of(staged.stages[rank :: place.num_ranks])) for rank in range(place.num_ranks)
+        ),
         head_sizes=_head_sizes(model, whole_plan),
         max_positions=max_positions_of(model.config),
         changing_rope=_changing_rope(model.config),
         sources={name: sources[name] for name in plan.parameters if name in sources},
         buffers=_buffers(model, own, plan),
     )
+
+
+def _most_bytes(plan: TensorParallelPlan) -> int:
+    return max(plan.local_bytes(rank) for rank in range(plan.size))
 
 
 def _head_sizes(model: PreTrainedModel, plan: TensorParallelPlan) -> tuple[int, ...]:
@@ -274,6 +281,7 @@ def eager_program(sharded: ShardedModel) -> RankProgram:
         inputs_by_stage=(),
         outputs=(),
         sites_of_ranks=(find_attention_sites(model),),
+        bytes_of_ranks=(_most_bytes(plan),),
         head_sizes=_head_sizes(model, plan),
         max_positions=max_positions_of(model.config),
         changing_rope=_changing_rope(model.config),

@@ -240,6 +240,8 @@ class RankProgram:
     """What the last stage of the whole model makes."""
     sites_of_ranks: tuple[tuple[AttentionSite, ...], ...]
     """The attention calls of each pipeline rank, with the heads that one tensor-parallel rank has."""
+    bytes_of_ranks: tuple[int, ...] = ()
+    """Bytes of parameters of each pipeline rank, on the tensor-parallel rank that has most."""
     head_sizes: tuple[int, ...] = ()
     """How many of the vocabulary's logits each rank of the last stage computes; one number where each computes all."""
     max_positions: int | None = None

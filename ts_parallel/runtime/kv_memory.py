@@ -18,6 +18,27 @@ def bytes_per_token(sites: Sequence[AttentionSite], dtype: torch.dtype) -> int:
     return sum(site.kv_elements_per_token for site in sites) * dtype.itemsize
 
 
+def bytes_beside_weights(utilization: float, bytes_of_ranks: Sequence[int]) -> int:
+    """Bytes of KV memory of each rank where weights and KV memory together take `utilization` of a GPU.
+
+    All ranks must come to the same number without a word: so it is that of the smallest GPU, and of the rank with the
+    most bytes of weights.
+
+    Raises:
+        ConfigError: there is no GPU, or no room beside the weights.
+    """
+    totals = [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count())]
+    if not totals:
+        raise ConfigError(f"gpu_memory_utilization {utilization} needs a GPU: set kv_cache_memory instead")
+    room = int(min(totals) * utilization) - max(bytes_of_ranks)
+    if room <= 0:
+        raise ConfigError(
+            f"gpu_memory_utilization {utilization} of {min(totals)} bytes is no more than the {max(bytes_of_ranks)} "
+            "bytes of weights: raise it, or tensor_parallel_size or pipeline_parallel_size"
+        )
+    return room
+
+
 def count_blocks(
     sites_of_ranks: Sequence[Sequence[AttentionSite]],
     dtype: torch.dtype,

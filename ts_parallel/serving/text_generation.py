@@ -15,6 +15,7 @@ from ts_parallel.engine.scheduler import Scheduler
 from ts_parallel.partition.load import RankModel, load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+from ts_parallel.runtime.kv_memory import bytes_beside_weights
 from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.keep_open import has_replicas, keep_one_open
@@ -70,11 +71,12 @@ def make_runner(config: HandlerConfig, folder: Path, topology: Topology) -> Runn
     """This rank's model, loaded and ready to step."""
     part = load_eager_model(config, folder, topology) if config.eager else load_model(config, folder, topology)
     max_model_len = config.resolve_max_model_len(part.program.max_positions)
+    share, weights = config.gpu_memory_utilization, part.program.bytes_of_ranks
     return Runner(
         part,
         topology,
         block_size=config.block_size,
-        kv_cache_bytes=config.kv_cache_memory,
+        kv_cache_bytes=config.kv_cache_memory if share is None else bytes_beside_weights(share, weights),
         max_model_len=max_model_len,
     )
 
