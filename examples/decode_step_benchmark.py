@@ -19,10 +19,10 @@ import torch
 from benchmark import PROMPT_TOKENS, make_model, make_prompts
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ts_parallel.partition.build import build_rank_model
-from ts_parallel.runtime.linears import pack_weight
+from ts_parallel.config import parse_config
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.serving.text_generation import load_model
 from ts_parallel.topology import Topology, open_topology
 
 MOST_TOKENS = 2048
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_runner(folder: Path, topology: Topology) -> Runner:
-    part = build_rank_model(folder, "auto", topology.tensor_parallel, topology.device, pack=pack_weight)
+    part = load_model(parse_config({"model_path": str(folder), "device": "cpu"}), folder, topology)
     return Runner(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=2**28, max_model_len=MOST_TOKENS)
 
 

@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from benchmark import make_model, make_prompts
 
 from ts_parallel.cli.archive import handler_config
 from ts_parallel.cli.serve import running
-from ts_parallel.cli.stream_client import Client
+from ts_parallel.cli.stream_client import Client, RemoteError
 from ts_parallel.cli.torchserve import free_ports
 
 SECONDS_TO_START, SECONDS_BEFORE = 6.0, 2.0
@@ -56,9 +57,10 @@ def mean_between(before: tuple[float, float], after: tuple[float, float]) -> flo
 def hold_stream(client: Client, prompt: list[int], stop: threading.Event) -> None:
     """Read one long answer until `stop` is set, or its end."""
     body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS_OF_A_STREAM, "temperature": 0, "ignore_eos": True}
-    for _ in client.complete(body):
-        if stop.is_set():
-            return
+    with suppress(RemoteError):  # the server ends before those streams that bring no more events
+        for _ in client.complete(body):
+            if stop.is_set():
+                return
 
 
 def one_round(client: Client, meter: LatencyMeter, prompt: list[int]) -> tuple[float, float, float]:

@@ -30,7 +30,7 @@ DEFAULTS = {
     "max_num_waiting": 1024,
     "max_request_seconds": None,
     "enable_prefix_caching": True,
-    "max_prefill_slowdown": 1.8,
+    "max_prefill_slowdown": 1.6,
     "eager": False,
 }
 BATCH_DEFAULTS = {

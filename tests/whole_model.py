@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from families import random_model
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ts_parallel.partition.build import StagedModel, all_tensors, cut_causal_lm, shard_causal_lm
-from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, AttentionSite, PipelinePlace
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.partition.build import StagedModel, all_tensors, cut_causal_lm, make_programs, shard_causal_lm
+from ts_parallel.partition.load import RankModel, load_program
+from ts_parallel.partition.program import (
+    ONE_STAGE,
+    POSITIONS,
+    ROWS,
+    TOKEN_IDS,
+    AttentionSite,
+    PipelinePlace,
+    ProgramRequest,
+)
 from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.trace import TracedGroup
 from ts_parallel.runtime.stage import Stage
+from ts_parallel.topology import TensorParallelGroup
 
 ALONE = TracedGroup(0, 1)
 
@@ -43,6 +55,21 @@ class EagerAttention:
 def stage_model(config: PretrainedConfig, num_stages: int = 1, dtype: torch.dtype = torch.float32) -> StagedModel:
     sharded = shard_causal_lm(config, dtype, ALONE)
     return cut_causal_lm(sharded, PipelinePlace(num_ranks=num_stages))
+
+
+def build_rank_model(
+    folder: Path,
+    dtype: str,
+    group: TensorParallelGroup,
+    device: torch.device,
+    place: PipelinePlace = ONE_STAGE,
+    task: str | None = None,
+    pack: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+) -> RankModel:
+    """This rank's part of the checkpoint in `folder`, its program made in this process."""
+    index = read_index(folder)
+    request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
+    return load_program(make_programs(request, index)[group.rank, place.rank], index, group, device, pack)
 
 
 def sequence(length: int, vocabulary: int = 97, seed: int = 0) -> dict[str, torch.Tensor]:

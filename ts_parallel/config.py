@@ -112,7 +112,7 @@ class HandlerConfig(ModelConfig):
     """Longest that a request may take, waiting included; unset: as long as it asks for."""
     enable_prefix_caching: bool = True
     """Whether prompts that begin alike share what was computed for one of them."""
-    max_prefill_slowdown: float = Field(default=1.8, gt=1)
+    max_prefill_slowdown: float = Field(default=1.6, gt=1)
     """How many times as long a step of decoding requests may take while prompts are prefilled beside them."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""

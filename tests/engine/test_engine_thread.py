@@ -18,6 +18,7 @@ from ts_parallel.engine.engine import MAX_TOKENS_AHEAD, SECONDS_TO_FORGET, Engin
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import Delivery
 from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.engine.stats import TIMED_OUT
 from ts_parallel.runtime.step import StepPlan
 
 NUM_BLOCKS = 64
@@ -214,17 +215,18 @@ def test_request_whose_reader_left_makes_room_for_the_next(monkeypatch: pytest.M
         now += SECONDS_TO_FORGET + 1
         bench.thread.submit(Request("next", (0,) * 150, max_tokens=1))  # needs all blocks
         assert bench.read_to_the_end("next") == Delivery([150], "length")
-        with pytest.raises(KeyError):
-            bench.thread.router.take("forgotten")
+        delivery = bench.thread.router.take("forgotten")  # a reader who comes back after all finds an error
+        assert len(delivery.token_ids) == MAX_TOKENS_AHEAD and delivery.error is not None
 
 
-def test_finished_request_that_nobody_read_is_forgotten_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.02)  # an idle engine looks that often
+def test_finished_request_that_nobody_read_for_long_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with started() as bench:
         bench.submit("a", 1)
         wait_until(lambda: bench.thread.router.wait(0))
         monkeypatch.setattr(engine_module, "SECONDS_TO_FORGET", -1.0)
-        wait_until(lambda: not bench.thread.router.wait(0))
+        bench.submit("b", 1)
+        wait_until(lambda: not bench.thread.router._emptied_at)
+        assert bench.thread.router.take("a") == Delivery([1], "length")
 
 
 def test_companions_run_side_by_side_and_are_aborted_together() -> None:
@@ -254,5 +256,6 @@ def test_request_whose_time_is_over_gives_its_blocks_back() -> None:
         assert bench.read_to_the_end("a/1").finish_reason == "length"
         assert bench.read_to_the_end("a").error == "the request took longer than its 0.2 s"
         wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
+        assert bench.thread.figures().stats.num_ended == {"length": 1, TIMED_OUT: 1}
         bench.submit("b", 2)
         assert bench.read_to_the_end("b") == Delivery([1, 2], "length")

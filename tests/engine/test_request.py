@@ -30,6 +30,12 @@ def test_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_numbers()
     assert make([1] * 9, GenerationParams()).max_tokens == 1
 
 
+def test_prompt_alone_may_fill_the_model_and_needs_no_room_for_an_answer() -> None:
+    assert make([1] * 10, GenerationParams(0)).max_tokens == 1  # which the last step makes, and nothing follows
+    with pytest.raises(RequestError, match=r"has 11 tokens, .* \(max_model_len\) is 10$"):
+        make([1] * 11, GenerationParams(0))
+
+
 def test_more_tokens_than_there_is_room_for_are_refused_with_all_numbers() -> None:
     with pytest.raises(
         RequestError, match=r"max_tokens is 5, .* 6 tokens .* room for 4 \(max_model_len 10\)"
@@ -113,8 +119,8 @@ class OneToken:
     def __init__(self) -> None:
         self.is_finished = False
 
-    def allowed(self) -> tuple[int, ...]:
-        return (1 << 5,)
+    def allowed(self) -> bytes:
+        return (1 << 5).to_bytes(8, "little")
 
     def accept(self, token_id: int) -> None:
         self.is_finished = True

@@ -134,18 +134,31 @@ def test_mailbox_is_forgotten_when_nobody_has_emptied_it_for_long(clock: SimpleN
     router = opened("a", "b")
     clock.now += 50
     router.take("b")
-    assert router.forgotten(60) == []
+    assert router.forget(60) == []
     clock.now += 11
-    assert router.forgotten(60) == ["a"]
-    router.close("a")
-    assert router.forgotten(60) == []
+    assert router.forget(60) == ["a"]
+    assert router.forget(60) == []
+    assert router.wait(0)
+
+
+def test_forgotten_mailbox_has_an_error_for_a_reader_who_comes_back(clock: SimpleNamespace) -> None:
+    router = TokenRouter()
+    router.open("a", 1000.0)
+    router.open("finished")
+    router.deliver([TokenOutput("a", 1, None), TokenOutput("finished", 2, "stop")])
+    clock.now += 61
+    assert router.forget(60) == ["a", "finished"]
+    assert router.take("a") == Delivery([1], error="nobody has read the answer for 60 s", fault="time")
+    assert router.take("finished") == Delivery([2], "stop")
+    clock.now += 1000
+    assert router.expire() == []  # it has failed already
 
 
 def test_delivery_does_not_make_a_forgotten_mailbox_remembered(clock: SimpleNamespace) -> None:
     router = opened("a")
     clock.now += 61
     router.deliver([TokenOutput("a", 1, None)])
-    assert router.forgotten(60) == ["a"]
+    assert router.forget(60) == ["a"]
 
 
 def test_request_whose_time_is_over_fails_once(clock: SimpleNamespace) -> None:

@@ -8,7 +8,7 @@ from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler
-from ts_parallel.engine.stats import ABORTED, Histogram, Occupancy
+from ts_parallel.engine.stats import ABORTED, FAILED, Histogram, Occupancy
 from ts_parallel.runtime.step import StepPlan
 
 
@@ -64,6 +64,26 @@ def test_request_that_starts_over_is_preempted_once_and_admitted_once() -> None:
     assert stats.num_preemptions >= 1
     assert (stats.num_prompt_tokens, stats.num_generation_tokens) == (16, 12)
     assert sum(stats.queue_time.counts) == sum(stats.time_to_first_token.counts) == 2
+
+
+class StuckGuide:
+    """A guide that cannot go on after its first token."""
+
+    is_finished, error = False, None
+
+    def allowed(self) -> bytes:
+        return b""
+
+    def accept(self, token_id: int) -> None:
+        self.is_finished, self.error = True, "stuck"
+
+
+def test_answer_that_cannot_go_on_counts_as_an_error_and_tells_nothing_of_latencies() -> None:
+    engine = make_engine(32)
+    engine.generate([Request("a", (1, 2, 3), 4, guide=StuckGuide())])
+    stats = engine.figures().stats
+    assert dict(stats.num_ended) == {FAILED: 1}
+    assert sum(stats.e2e_latency.counts) == 0
 
 
 def test_occupancy_is_of_now() -> None:

@@ -16,6 +16,7 @@ import torch
 from families import FAMILIES, save_random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from whole_model import build_rank_model
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.errors import CheckpointError
@@ -24,7 +25,6 @@ from ts_parallel.partition.build import (
     StagedModel,
     all_tensors,
     build_eager_model,
-    build_rank_model,
     program_of,
     shard_causal_lm,
 )
@@ -310,3 +310,15 @@ def test_ranks_that_run_the_same_code_share_a_trace(
         assert program.bytes_of_ranks == (max(program.plan.local_bytes(other) for other in range(4)),)
         assert [stage.source for stage in program.stages] == [stage.source for stage in own.stages]
         assert [stage.globals.keys() for stage in program.stages] == [stage.globals.keys() for stage in own.stages]
+
+
+def test_ranks_of_a_stage_agree_on_its_borders_whatever_they_weigh(tmp_path: Path) -> None:
+    """With an odd vocabulary the last rank's head is lighter, and alone it would cut elsewhere."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
+    save_random_model(tmp_path, FAMILIES["llama"](**sizes, head_dim=4, vocab_size=287))
+    request = ProgramRequest(tmp_path, "float32", 0, 2, PipelinePlace(0, 2))
+    alone = [build.stage_model(request, rank).borders for rank in range(2)]
+    assert alone[0] != alone[1]
+    programs = build.make_programs(request, read_index(tmp_path))
+    layers = {own: [len(sites) for sites in program.sites_of_ranks] for own, program in programs.items()}
+    assert len(layers) == 4 and len(set(map(tuple, layers.values()))) == 1

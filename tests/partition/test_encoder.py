@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from whole_model import build_rank_model
 
 from ts_parallel.errors import CheckpointError, ConfigError, PlanError
-from ts_parallel.partition.build import build_rank_model, cut_dense, shard_dense
+from ts_parallel.partition.build import cut_dense, shard_dense
 from ts_parallel.partition.encoder import ModelCall, call_of_task, longest_text
 from ts_parallel.partition.load import RankModel
 from ts_parallel.partition.program import PipelinePlace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -32,17 +33,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files for which a process was started."""
-    files: list[Path] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[ProgramRequest]:
+    """What processes were started for."""
+    requests: list[ProgramRequest] = []
     make = prepared._make
 
-    def noted(request: ProgramRequest, stem: Path, file: Path) -> None:
-        files.append(stem)
-        make(request, stem, file)
+    def noted(request: ProgramRequest) -> prepared.Pickles:
+        requests.append(request)
+        return make(request)
 
     monkeypatch.setattr(prepared, "_make", noted)
-    return files
+    return requests
+
+
+def programs_in(cache: Path) -> list[str]:
+    return sorted(file.name for file in cache.iterdir() if file.suffix != ".lock")
 
 
 def save(folder: Path, family: str = "llama", **changes: Any) -> ProgramRequest:
@@ -71,7 +76,9 @@ def test_program_of_the_file_is_the_one_that_is_made_here(cache: Path, tmp_path:
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_ranks_of_a_host_make_it_once_and_later_starts_never(cache: Path, tmp_path: Path, made: list[Path]) -> None:
+def test_ranks_of_a_host_make_it_once_and_later_starts_never(
+    cache: Path, tmp_path: Path, made: list[ProgramRequest]
+) -> None:
     request = replace(save(tmp_path / "model"), size=2)
     places = [replace(request, rank=rank, place=PipelinePlace(place, 2)) for rank in range(2) for place in range(2)]
     with ThreadPoolExecutor(4) as ranks:
@@ -83,7 +90,9 @@ def test_ranks_of_a_host_make_it_once_and_later_starts_never(cache: Path, tmp_pa
     assert len(made) == 1
 
 
-def test_same_model_in_another_folder_is_found_and_read_there(cache: Path, tmp_path: Path, made: list[Path]) -> None:
+def test_same_model_in_another_folder_is_found_and_read_there(
+    cache: Path, tmp_path: Path, made: list[ProgramRequest]
+) -> None:
     """As TorchServe unpacks an archive into a new folder at every start."""
     prepare(save(tmp_path / "one"))
     request = save(tmp_path / "other")
@@ -96,7 +105,7 @@ def test_same_model_in_another_folder_is_found_and_read_there(cache: Path, tmp_p
         assert torch.equal(found.tensors[name], stored), name
 
 
-def test_whatever_changes_the_program_has_another_file(cache: Path, tmp_path: Path, made: list[Path]) -> None:
+def test_whatever_changes_the_program_has_another_file(cache: Path, tmp_path: Path, made: list[ProgramRequest]) -> None:
     request = save(tmp_path / "model")
     prepare(request)
     for changed in (
@@ -107,7 +116,8 @@ def test_whatever_changes_the_program_has_another_file(cache: Path, tmp_path: Pa
         save(tmp_path / "tied", tie_word_embeddings=True),
     ):
         prepare(changed)
-    assert len({file.name for file in made}) == 6
+    assert len(made) == 6
+    assert len({name[:32] for name in programs_in(cache)}) == 6
 
 
 def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
@@ -118,7 +128,7 @@ def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "zork"}))
     with pytest.raises(CheckpointError, match="zork"):
         prepare(request)
-    assert [file.name for file in cache.iterdir() if not file.name.endswith(".lock")] == []
+    assert programs_in(cache) == []
 
 
 def test_process_that_dies_is_told_of_with_its_status(
@@ -126,28 +136,83 @@ def test_process_that_dies_is_told_of_with_its_status(
 ) -> None:
     request = save(tmp_path / "model")
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(PlanError, match="the process that traces it ended with status 1"):
+    with pytest.raises(PlanError, match="the process that traces the model ended with status 1"):
         prepare(request)
 
 
-def test_cache_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[Path]
+def test_file_of_the_working_directory_is_not_taken_for_a_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "programs"))
-    program = prepare(save(tmp_path / "model"))
-    assert program.architecture == "LlamaForCausalLM"
-    assert not made[0].parent.exists()
+    (tmp_path / "transformers.py").write_text("raise SystemExit('the wrong one')")
+    request = save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert prepare(request).architecture == "LlamaForCausalLM"
 
 
-def test_oldest_files_are_forgotten(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_folder_that_is_not_ones_own_is_done_without(
+    is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[ProgramRequest]
+) -> None:
+    """It cannot be written, or others may write there too."""
+    folder = tmp_path / "programs"
+    if is_shared:
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o777)
+    else:
+        folder.write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    request = save(tmp_path / "model")
+    assert [prepare(request).architecture for _ in range(2)] == ["LlamaForCausalLM"] * 2
+    assert len(made) == 2
+    assert not is_shared or programs_in(folder) == []
+
+
+def test_disk_that_is_full_costs_the_next_start_time_and_no_more(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as stream:
+            stream.write(content[:10])
+        raise OSError(28, "No space left on device")
+
+    request = save(tmp_path / "model")
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "write_bytes", full)
+        assert prepare(request).architecture == "LlamaForCausalLM"
+    assert "No space left on device" in caplog.text
+    assert programs_in(cache) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", pickle.dumps("something else")])
+def test_file_that_cannot_be_read_is_made_again(
+    content: bytes, cache: Path, tmp_path: Path, made: list[ProgramRequest]
+) -> None:
+    request = save(tmp_path / "model")
+    program = prepare(request)
+    (name,) = programs_in(cache)
+    (cache / name).write_bytes(content)
+    assert_same(prepare(request), program)
+    assert_same(prepare(request), program)
+    assert len(made) == 2
+
+
+def test_files_that_were_not_used_for_longest_are_forgotten(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But never those that were just made, however many they are."""
     monkeypatch.setattr(prepared, "_MOST_FILES", 3)
-    cache.mkdir()
+    request = save(tmp_path / "used")
+    used = prepare(request)
     for number in range(5):
         (cache / f"old-{number}").write_text("")
-    prepare(save(tmp_path / "model"))
-    kept = [file.name for file in cache.iterdir()]
-    assert len(kept) == 3 and sum(name.startswith("old") for name in kept) == 1  # beside it and its lock
+        os.utime(cache / f"old-{number}", (number, number))
+    (kept,) = [name for name in programs_in(cache) if not name.startswith("old")]
+    os.utime(cache / kept, (1, 1))
+    assert_same(prepare(request), used)  # and so it is the latest
+    prepare(replace(save(tmp_path / "new", rms_norm_eps=1e-3), size=2, place=PipelinePlace(0, 2)))
+    assert kept in programs_in(cache)
+    assert len([name for name in programs_in(cache) if name != kept and not name.startswith("old")]) == 4
+    assert len([name for name in programs_in(cache) if name.startswith("old")]) <= 2
 
 
 def test_who_runs_a_program_imports_neither_transformers_nor_the_tracer(cache: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
+from whole_model import build_rank_model
 
-from ts_parallel.partition.build import RankModel, build_rank_model
+from ts_parallel.partition.build import RankModel
 from ts_parallel.partition.state import rank_state_dict
 from ts_parallel.topology import Topology, open_topology
 

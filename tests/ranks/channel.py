@@ -19,16 +19,16 @@ LARGE = 3_000_000  # numbers, which no socket takes at once
 
 
 def plan_of(num_numbers: int, first: int) -> StepPlan:
-    """A plan of so many numbers: flags, a chunk's head of seven, token ids counted from `first`, blocks, sampling."""
-    num_tokens = num_numbers - 2 - 7 - 2 - 9
-    sampling = SamplingParams(0.7, 0.9, 2**64 - 1)
-    plan = StepPlan((Chunk("", tuple(range(first, first + num_tokens)), 3, (9, 8), True, sampling),), wants_logits=True)
+    """A plan of so many numbers: its head, a chunk's, token ids counted from `first`, blocks, sampling, a mask."""
+    num_tokens = num_numbers - 3 - 9 - 2 - 10 - 1
+    sampling, token_ids = SamplingParams(0.7, 0.9, 2**64 - 1), tuple(range(first, first + num_tokens))
+    plan = StepPlan((Chunk("", token_ids, 3, (9, 8), True, sampling, allowed=b"12345678"),), wants_logits=True)
     assert len(plan.encode()) == num_numbers
     return plan
 
 
 PLANS = [
-    plan_of(23, 0),
+    plan_of(27, 0),
     StepPlan(),
     plan_of(FIRST_MESSAGE - 1, 100),  # the longest that fits in one message
     plan_of(FIRST_MESSAGE, 200),

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ts_parallel.partition.build import build_rank_model
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.partition.load import load_program
+from ts_parallel.partition.prepared import prepare_program
+from ts_parallel.partition.program import ProgramRequest
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import Topology, open_topology
 
@@ -18,9 +21,10 @@ from ts_parallel.topology import Topology, open_topology
 @torch.inference_mode()
 def run(folder: Path, topology: Topology) -> None:
     task, inputs = torch.load(folder / "inputs.pt", weights_only=True)
-    group = topology.tensor_parallel
-    part = build_rank_model(folder, "float32", group, topology.device, task=task)
-    (output,) = Stage(part.program.stages[0], part.tensors, group)(None, inputs)
+    group, index = topology.tensor_parallel, read_index(folder)
+    program = prepare_program(ProgramRequest(folder, "float32", group.rank, group.size, task=task), index)
+    part = load_program(program, index, group, topology.device)
+    (output,) = Stage(program.stages[0], part.tensors, group)(None, inputs)
     torch.save(output, folder / f"output-{topology.rank}.pt")
 
 

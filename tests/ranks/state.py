@@ -14,13 +14,18 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ts_parallel.partition.build import build_rank_model
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.partition.load import load_program
+from ts_parallel.partition.prepared import prepare_program
+from ts_parallel.partition.program import ProgramRequest
 from ts_parallel.partition.state import rank_state_dict
 from ts_parallel.topology import Topology, open_topology
 
 
 def save_and_load(folder: Path, topology: Topology) -> None:
-    part = build_rank_model(folder / "model", "float32", topology.tensor_parallel, topology.device)
+    group, index = topology.tensor_parallel, read_index(folder / "model")
+    program = prepare_program(ProgramRequest(folder / "model", "float32", group.rank, group.size), index)
+    part = load_program(program, index, group, topology.device)
     state = rank_state_dict(part.tensors, part.program.plan, topology.mesh["tp"])
     save(state, checkpoint_id=folder / "of_all_ranks")
     parameters = part.tensors

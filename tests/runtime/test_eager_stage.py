@@ -10,8 +10,9 @@ import pytest
 import torch
 from families import FAMILIES, save_random_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from whole_model import build_rank_model
 
-from ts_parallel.partition.build import build_eager_model, build_rank_model
+from ts_parallel.partition.build import build_eager_model
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, save_random_model
+from whole_model import build_rank_model
 
-from ts_parallel.partition.build import build_rank_model
 from ts_parallel.runtime.linears import linear_layer, pack_weight
 from ts_parallel.topology import TensorParallelGroup
 

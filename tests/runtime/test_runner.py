@@ -14,13 +14,14 @@ import pytest
 import torch
 from ranks import pipelined_runner as stages
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel
+from whole_model import build_rank_model
 
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.errors import ConfigError, PlanError
-from ts_parallel.partition.build import build_rank_model, eager_program, shard_causal_lm
+from ts_parallel.partition.build import eager_program, shard_causal_lm
 from ts_parallel.runtime.runner import Runner, refuse_unpageable
 from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
@@ -213,11 +214,9 @@ class Countdown:
     def is_finished(self) -> bool:
         return len(self.token_ids) == 7
 
-    def allowed(self) -> tuple[int, ...]:
-        words = [0] * 32
-        for token_id in self.choices(len(self.token_ids)):
-            words[token_id // 64] |= 1 << token_id % 64
-        return tuple(word - 2**64 if word >> 63 else word for word in words)
+    def allowed(self) -> bytes:
+        bits = sum(1 << token_id for token_id in self.choices(len(self.token_ids)))
+        return bits.to_bytes(256, "little")
 
     def accept(self, token_id: int) -> None:
         self.token_ids.append(token_id)

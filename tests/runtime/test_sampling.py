@@ -126,6 +126,26 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert set(draw(SamplingParams(1.0), 200, logits)) == {0, 2}
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-310, 5e-324])
+def test_any_temperature_however_low_has_a_token(temperature: float) -> None:
+    for params in (SamplingParams(temperature), SamplingParams(temperature, 0.9, 1, 3, 0.1, 0.5)):
+        assert set(draw(params, 50)) == {0}
+    assert set(draw(SamplingParams(temperature), 200, torch.tensor([1.0, 3.0, 3.0]))) == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [-math.inf, math.inf, math.nan])
+def test_row_without_probabilities_has_a_token_all_the_same(temperature: float, logit: float) -> None:
+    for params in (SamplingParams(temperature), SamplingParams(temperature, 0.9, 1, 3, 0.1, 0.5)):
+        assert set(draw(params, 20, torch.full((5,), logit))) <= set(range(5))
+    assert set(draw(SamplingParams(1.0), 20, torch.tensor([0.0, math.inf, -math.inf]))) == {1}
+
+
+def test_lowest_repetition_penalty_that_overflows_leaves_a_token() -> None:
+    params = SamplingParams(1.0, repetition_penalty=1e-40)
+    assert sampling.sample(LOGITS[None].abs(), [Chunk("", (1,), 0, (), True, params, prompt_ids=(2,))]) == [2]
+
+
 def test_random_numbers_are_spread_evenly_and_below_1() -> None:
     numbers = [uniform(9, position) for position in range(NUM_DRAWS)]
     assert all(0 <= number < 1 for number in numbers)

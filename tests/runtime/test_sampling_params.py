@@ -31,15 +31,14 @@ def logits(seed: int) -> torch.Tensor:
     return torch.randn(NUM_TOKENS, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def chunk(params: SamplingParams, position: int = 1, **tokens: tuple[int, ...]) -> Chunk:
+def chunk(params: SamplingParams, position: int = 1, **tokens: Any) -> Chunk:
     return Chunk("", (1,), position - 1, (), True, params, **tokens)
 
 
-def allow(*token_ids: int) -> tuple[int, ...]:
+def allow(*token_ids: int) -> bytes:
     """The mask of `Chunk.allowed`."""
     bits = sum(1 << token_id for token_id in token_ids)
-    words = [bits >> 64 * at & (2**64 - 1) for at in range(bits.bit_length() // 64 + 1)]
-    return tuple(word - 2**64 if word >> 63 else word for word in words)
+    return bits.to_bytes(8 * (bits.bit_length() // 64 + 1), "little")
 
 
 def drawn(own: torch.Tensor, params: SamplingParams) -> set[int]:

@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from ts_parallel.cli.torchserve import TorchServe
-from ts_parallel.errors import CheckpointError, RequestError
+from ts_parallel.errors import CheckpointError, ConfigError, RequestError
 from ts_parallel.runtime.batch_runner import BatchRunner
-from ts_parallel.serving.batch_inference import BatchInferenceHandler
+from ts_parallel.serving.batch_inference import BatchInferenceHandler, refuse_continuous_batching
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.streaming import ResponseStream
 from ts_parallel.serving.tasks import Labels, make_task
@@ -338,6 +338,12 @@ def test_handler_may_answer_in_pieces(reviews: Path, sent_pieces: list[tuple[dic
         text = "".join(pieces.get(index, "") for pieces, _ in sent_pieces) + ends[index]
         assert len([float(number) for number in text.split()]) == 3
     assert [context.statuses[index][0] for index in range(3)] == [200, 400, 200]
+
+
+def test_continuous_batching_is_refused_with_the_keys_to_set() -> None:
+    refuse_continuous_batching({"batchSize": 8})
+    with pytest.raises(ConfigError, match=r"'continuousBatching': .* which batchSize and maxBatchDelay make"):
+        refuse_continuous_batching({"continuousBatching": True})
 
 
 def test_folder_without_what_the_task_needs_is_said(tmp_path: Path, vit: Path, reviews: Path) -> None:

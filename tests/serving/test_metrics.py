@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
+from itertools import count
+from pathlib import Path
 
 import pytest
 
 from ts_parallel.engine.request import Request
-from ts_parallel.engine.stats import EngineStats, Figures, Occupancy
+from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Occupancy
+from ts_parallel.serving import metrics
 from ts_parallel.serving.metrics import MetricsReporter, families, prometheus_text, worker_number
 
 LABELS = (("model_name", 'a "quoted" name'), ("engine", "9000"))
@@ -43,6 +48,35 @@ def test_text_has_vllms_names_and_the_figures() -> None:
     assert found["vllm:prefix_cache_hits_total{}"] == 2
     assert found['vllm:request_success_total{finished_reason="stop"}'] == 1
     assert "# TYPE vllm:time_to_first_token_seconds histogram\n" in text
+
+
+def test_every_reason_to_end_is_told() -> None:
+    figures = some_figures()
+    for reason in REASONS:
+        figures.stats.ended(Request(reason, (1,), 1), reason)
+    found = values(prometheus_text(figures, LABELS))
+    ends = {name: value for name, value in found.items() if name.startswith("vllm:request_success_total")}
+    assert sum(ends.values()) == figures.stats.num_ended.total() == len(REASONS) + 1
+    for reason in ("stop", "length", "abort", "error", "timeout"):
+        assert ends[f'vllm:request_success_total{{finished_reason="{reason}"}}'] >= 1
+
+
+def test_report_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_REPORTS", 0.001)
+    num_reads, has_gone_on = count(), threading.Event()
+
+    def read() -> Figures:
+        number = next(num_reads)
+        if number == 0:
+            raise RuntimeError("out of luck")
+        if number == 2:
+            has_gone_on.set()
+            threading.Event().wait()
+        return some_figures()
+
+    MetricsReporter(read, TorchServe().make_meter, LABELS).report_for_ever()
+    assert has_gone_on.wait(30)
+    assert "a report of the metrics failed" in caplog.text
 
 
 def test_buckets_count_what_is_below_them_too() -> None:
@@ -106,3 +140,12 @@ def test_reports_are_of_what_changed_and_add_up() -> None:
 )
 def test_worker_is_known_by_its_socket(command: list[str], expected: str) -> None:
     assert worker_number(command) == expected
+
+
+def test_dashboard_asks_for_names_that_there_are() -> None:
+    dashboard = json.loads((Path(__file__).parents[2] / "examples" / "grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for text in expressions for name in re.findall(r'__name__=~"\(vllm:\)\?(\w+)"', text)}
+    known = {family.name + sample.suffix for family in families(some_figures()) for sample in family.samples}
+    assert len(asked) == len(list(families(some_figures())))
+    assert asked <= known

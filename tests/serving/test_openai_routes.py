@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from deployment import wait_until
 from http_client import events, get, post
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -320,3 +321,22 @@ def test_request_that_takes_too_long_is_a_504_and_lets_go_of_everything(
         for _ in client.completions.create(stream=True, **fields):
             pass
     assert num_running(server) == 0
+
+
+def test_answer_that_a_stop_string_ends_is_counted_as_stopped(server: TorchServe) -> None:
+    def num_stopped() -> float:
+        lines = get(f"{server.url}/1.0/metrics")[1].splitlines()
+        return next(float(line.rpartition(" ")[2]) for line in lines if 'finished_reason="stop"' in line)
+
+    before = num_stopped()
+    text = complete(server, max_tokens=40, ignore_eos=True)["text"]
+    assert num_stopped() == before
+    assert complete(server, max_tokens=40, ignore_eos=True, stop=text[8:12])["finish_reason"] == "stop"
+    assert num_stopped() == before + 1
+
+
+def test_metrics_are_logged_where_no_port_shows_them(server: TorchServe) -> None:
+    complete(server, max_tokens=3)
+    file = server.log_folder / "model_metrics.log"
+    wait_until(lambda: "generation_tokens_total.Count:" in file.read_text(), seconds=20)
+    assert "time_to_first_token_seconds_sum.seconds:" in file.read_text()

@@ -6,10 +6,11 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import log_end, starting, wait_until
+from deployment import DEMO_MODEL, MODEL_CONFIGS, ask_at_once, log_end, on_the_cpu, served, starting, wait_until
 from grpc_client import predictions_request, send
 from http_client import get, post, stream
 
@@ -134,6 +135,19 @@ def test_client_that_leaves_harms_nobody_and_the_handler_hears_of_it_where_torch
     assert post(server.url, {"from": 3}) == (200, lines(3))
     if "continuous" in request.node.name:
         wait_until(lambda: "nobody listens any more" in server.log_text(), lambda: log_end(server), 20)
+
+
+@pytest.mark.torchserve
+def test_text_generation_streams_without_continuous_batching_too(tmp_path: Path) -> None:
+    settings = on_the_cpu(MODEL_CONFIGS["tp2-cpu.yaml"]) | {"continuousBatching": False, "maxBatchDelay": 200}
+    with served(tmp_path, settings, DEMO_MODEL) as server:
+        body = {"prompt": "Return a new list containing", "max_tokens": 24, "ignore_eos": True}
+        pieces = [piece for _, piece in stream(server.url, body)]
+        assert len(pieces) > 1
+        bodies = [{**body, "stream": False}, {**body, "max_tokens": "x"}, {**body, "stream": False, "max_tokens": 3}]
+        (long, answer), (refused, _), (short, _) = ask_at_once(server, bodies)
+    assert (long, refused, short) == (200, 400, 200)
+    assert answer["text"] == "".join(pieces)
 
 
 class Context:

@@ -26,7 +26,9 @@ def make(kind: FormKind, value: Any) -> Guide:
 
 
 def allowed(guide: Guide) -> set[int]:
-    return {64 * at + bit for at, word in enumerate(guide.allowed()) for bit in range(64) if word % 2**64 >> bit & 1}
+    mask = guide.allowed()
+    assert len(mask) % 8 == 0
+    return {8 * at + bit for at, byte in enumerate(mask) for bit in range(8) if byte >> bit & 1}
 
 
 def accepts(guide: Guide, text: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Protocol
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import TokenRouter
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
-from ts_parallel.engine.stats import Figures
+from ts_parallel.engine.stats import ABORTED, TIMED_OUT, Figures
 from ts_parallel.runtime.step import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # A request may run this many tokens ahead of what its reader has taken: enough that a reader never waits for the
 # engine, few enough that a reader who left costs little.
 MAX_TOKENS_AHEAD = 64
-# A mailbox that nobody has emptied for so long belongs to a client that is gone.
+# A mailbox that nobody has emptied for so long belongs, as far as anybody can know, to a client that is gone.
 SECONDS_TO_FORGET = 60.0
 # Ranks that follow hear from rank 0 at least this often, well within their patience (runtime.channel.PATIENCE).
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0
@@ -66,8 +66,8 @@ class Engine:
     def add(self, request: Request) -> None:
         self._scheduler.add(request)
 
-    def abort(self, request_id: str) -> None:
-        self._scheduler.abort(request_id)
+    def abort(self, request_id: str, reason: str = ABORTED) -> None:
+        self._scheduler.abort(request_id, reason)
 
     def step(
         self,
@@ -115,7 +115,7 @@ class EngineThread:
         self.router = TokenRouter()
         self._engine = engine
         self._on_failure = on_failure
-        self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | tuple[str, str]] = queue.SimpleQueue()
         self._companions: dict[str, list[str]] = {}
         self._last_sign_of_life = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -148,13 +148,13 @@ class EngineThread:
 
     def stop(self, request_id: str) -> None:
         """Let a request's tokens be enough; its mailbox stays."""
-        self._inbox.put(request_id)
+        self._inbox.put((request_id, "stop"))
 
     def abort(self, request_id: str) -> None:
         """End a request, finished or not; its mailbox is gone when this returns."""
         for own in (request_id, *self._companions.pop(request_id, ())):
             self.router.close(own)
-            self._inbox.put(own)
+            self._inbox.put((own, ABORTED))
 
     def _run(self) -> None:
         try:
@@ -166,10 +166,10 @@ class EngineThread:
             self._on_failure()
 
     def _turn(self) -> None:
-        for request_id in self.router.forgotten(SECONDS_TO_FORGET):
-            self.abort(request_id)
-        for request_id in self.router.expire():
+        for request_id in self.router.forget(SECONDS_TO_FORGET):
             self._engine.abort(request_id)
+        for request_id in self.router.expire():
+            self._engine.abort(request_id, TIMED_OUT)
         if not self._engine.has_requests:
             self._receive(SECONDS_BETWEEN_SIGNS_OF_LIFE / 2)
         while self._receive(0):
@@ -192,5 +192,5 @@ class EngineThread:
         if isinstance(message, Request):
             self._engine.add(message)
         else:
-            self._engine.abort(message)
+            self._engine.abort(*message)
         return True

@@ -25,7 +25,7 @@ class TokenGuide(Protocol):
         """Why the answer cannot go on, though it is not whole."""
         ...
 
-    def allowed(self) -> tuple[int, ...]:
+    def allowed(self) -> bytes:
         """What the next token may be, as `Chunk.allowed`; something always may."""
         ...
 
@@ -36,9 +36,10 @@ class TokenGuide(Protocol):
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """What a client asks for. `max_tokens` None means as many as there is room for."""
+    """What a client asks for."""
 
     max_tokens: int | None = None
+    """None: as many as there is room for. 0: nothing but what there is to say of the prompt."""
     sampling: SamplingParams = SamplingParams()
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -137,15 +138,16 @@ def make_request(
     """A request whose lengths are within the engine's.
 
     Raises:
-        RequestError: the prompt is empty or fills `max_model_len`, or `max_tokens` is more than the room it leaves.
+        RequestError: the prompt is empty or leaves no room for an answer within `max_model_len`, or `max_tokens` is
+            more than the room it leaves.
     """
     if not prompt_ids:
         raise RequestError("the prompt is empty", "prompt")
     room = max_model_len - len(prompt_ids)
-    if room < 1:
+    least, wanted = (0, "") if params.max_tokens == 0 else (1, " with at least one for the answer")
+    if room < least:
         raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's limit (max_model_len) is {max_model_len} with at "
-            "least one for the answer",
+            f"the prompt has {len(prompt_ids)} tokens, the model's limit (max_model_len) is {max_model_len}{wanted}",
             "prompt",
         )
     max_tokens = room if params.max_tokens is None else params.max_tokens
@@ -164,7 +166,7 @@ def make_request(
     return Request(
         request_id,
         tuple(prompt_ids),
-        max_tokens,
+        max(1, max_tokens),  # a step makes a token all the same, which needs no room: nothing follows it
         params.sampling,
         ends,
         params.min_tokens,

@@ -22,7 +22,7 @@ class Delivery:
     finish_reason: FinishReason | None = None
     error: str | None = None
     fault: Literal["engine", "time", "form"] = "engine"
-    """What the error came of: the engine, the request's time that is over, or the form that its answer was to have."""
+    """What the error came of: the engine, a time that is over, or the form that its answer was to have."""
 
     @property
     def is_last(self) -> bool:
@@ -109,11 +109,23 @@ class TokenRouter:
         with self._changed:
             return {name for name, mailbox in self._mailboxes.items() if len(mailbox.token_ids) >= num_tokens}
 
-    def forgotten(self, seconds: float) -> list[str]:
-        """The requests whose mailbox nobody has emptied for `seconds`."""
+    def forget(self, seconds: float) -> list[str]:
+        """Fail the requests whose mailbox nobody has emptied for `seconds`, each once; which those are.
+
+        Their mailboxes stay: one whose reader comes back after all holds an error then, and is not missing.
+        """
         with self._changed:
             limit = time.monotonic() - seconds
-            return [name for name, emptied_at in self._emptied_at.items() if emptied_at < limit]
+            forgotten = [name for name, emptied_at in self._emptied_at.items() if emptied_at < limit]
+            for name in forgotten:
+                del self._emptied_at[name]
+                self._limits.pop(name, None)
+                mailbox = self._mailboxes[name]
+                if not mailbox.is_last:
+                    mailbox.error, mailbox.fault = f"nobody has read the answer for {seconds:g} s", "time"
+            if forgotten:
+                self._changed.notify_all()
+            return forgotten
 
     def _has_mail(self) -> bool:
         return any(mailbox.token_ids or mailbox.is_last for mailbox in self._mailboxes.values())

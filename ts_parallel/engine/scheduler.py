@@ -16,7 +16,7 @@ from itertools import islice
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import FinishReason, Request
-from ts_parallel.engine.stats import ABORTED, EngineStats, Figures, Occupancy
+from ts_parallel.engine.stats import ABORTED, FAILED, EngineStats, Figures, Occupancy
 from ts_parallel.runtime.step import Chunk, StepPlan, TokenLogprobs, read_logprobs
 
 
@@ -71,13 +71,13 @@ class Scheduler:
         )
         self.waiting.insert(len(self.waiting) if behind is None else behind, request)
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request; one that is not here any more is nobody's loss."""
+    def abort(self, request_id: str, reason: str = ABORTED) -> None:
+        """Forget a request; one that is not here any more is nobody's loss. `reason` is for the counts alone."""
         for queue in (self.waiting, self.running):
             for request in [request for request in queue if request.request_id == request_id]:
                 queue.remove(request)
                 self._blocks.release(request)
-                self._stats.ended(request, ABORTED)
+                self._stats.ended(request, reason)
 
     def schedule(self, paused: Collection[str] = ()) -> StepPlan:
         """The next step. Decoding requests come first: a long prompt does not hold them up; `paused` ones sit out.
@@ -146,7 +146,7 @@ class Scheduler:
             if reason is not None:
                 self.running.remove(request)
                 self._blocks.release(request)
-                self._stats.ended(request, reason)
+                self._stats.ended(request, FAILED if error else reason)
         return outputs
 
     def _most_prefill_tokens(self) -> int:
@@ -191,7 +191,7 @@ class Scheduler:
             prompt_ids=request.prompt_ids if needs_history else (),
             output_ids=tuple(request.output_ids) if needs_history else (),
             next_ids=request.prompt_ids[start + 1 : end + 1] if request.has_prompt_to_score else (),
-            allowed=request.guide.allowed() if request.guide and end == request.num_tokens else (),
+            allowed=request.guide.allowed() if request.guide and end == request.num_tokens else b"",
         )
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:

@@ -10,10 +10,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from ts_parallel.engine.request import Request
+from ts_parallel.engine.request import FinishReason, Request
 
-ABORTED = "abort"  # why a request ended that nobody wanted any more, beside its finish reasons
+# Why a request ended, beside its finish reasons: nobody wanted it any more, it could not go on, or its time was over.
+ABORTED, FAILED, TIMED_OUT = "abort", "error", "timeout"
+REASONS = (*get_args(FinishReason), ABORTED, FAILED, TIMED_OUT)
 
 # Upper bounds of what is counted together, in seconds: fine where tokens come, coarse where requests wait.
 _BOUNDS_OF_TOKENS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -58,7 +61,7 @@ class EngineStats:
         """Prompt tokens of admitted requests, of which `num_prefix_hits` were computed already."""
         self.num_prefix_hits = 0
         self.num_ended: Counter[str] = Counter()
-        """By finish reason, or `ABORTED`."""
+        """By one of `REASONS`."""
         self.time_to_first_token = Histogram(_BOUNDS_OF_REQUESTS)
         self.inter_token_latency = Histogram(_BOUNDS_OF_TOKENS)
         self.queue_time = Histogram(_BOUNDS_OF_REQUESTS)
@@ -86,10 +89,11 @@ class EngineStats:
         self._last_token[request] = now
 
     def ended(self, request: Request, reason: str) -> None:
-        """It has its last token, or was aborted."""
+        """It has its last token, or was ended before."""
+        assert reason in REASONS
         self._last_token.pop(request, None)
         self.num_ended[reason] += 1
-        if reason != ABORTED:
+        if reason in get_args(FinishReason):
             self.e2e_latency.add(time.perf_counter() - request.arrived)
 
 

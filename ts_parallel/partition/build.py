@@ -6,7 +6,7 @@ deferred model → tensor-parallel plan → shards → trace → stages → code
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +22,11 @@ from ts_parallel.partition.deferred import build_deferred, materialise
 from ts_parallel.partition.dense_attention import IMPLEMENTATION as DENSE
 from ts_parallel.partition.dense_attention import find_dense_sites
 from ts_parallel.partition.encoder import ModelCall, call_of_task
-from ts_parallel.partition.load import RankModel, load_items, load_program
+from ts_parallel.partition.load import RankModel, load_items
 from ts_parallel.partition.match import match_checkpoint
 from ts_parallel.partition.model_config import choose_dtype, max_positions_of, read_model_config
 from ts_parallel.partition.plan import plan_tensor_parallel
 from ts_parallel.partition.program import (
-    ONE_STAGE,
     AttentionSite,
     PipelinePlace,
     ProgramRequest,
@@ -87,6 +86,7 @@ def make_programs(request: ProgramRequest, index: CheckpointIndex) -> dict[tuple
 
     Raises:
         CheckpointError: the folder's files do not hold the model that its config.json describes.
+        ConfigError: dtype or task are none that can be.
         PlanError: the model cannot be traced, or split as asked.
     """
     first = stage_model(request, 0)
@@ -95,7 +95,9 @@ def make_programs(request: ProgramRequest, index: CheckpointIndex) -> dict[tuple
     for rank in range(request.size):
         kind = _kind_of_rank(first.sharded, rank)
         if kind not in made:
-            staged = first if rank == 0 else stage_model(request, rank)
+            # Ranks of one stage must agree on where it ends, whatever each of them weighs.
+            place = replace(request.place, split_points=first.borders)
+            staged = first if rank == 0 else stage_model(replace(request, place=place), rank)
             sources = match_checkpoint(staged.sharded.model, staged.plan_of(staged.stages), index)
             places = [replace(request.place, rank=place) for place in range(request.place.num_ranks)]
             made[kind] = [program_of(staged, place, sources) for place in places]
@@ -233,22 +235,6 @@ def all_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Every parameter and buffer under all its names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return dict(named)
-
-
-def build_rank_model(
-    folder: Path,
-    dtype: str,
-    group: TensorParallelGroup,
-    device: torch.device,
-    place: PipelinePlace = ONE_STAGE,
-    task: str | None = None,
-    pack: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
-) -> RankModel:
-    """This rank's part of the checkpoint in `folder`, its program made in this process: see `make_programs` and
-    `load_program` for the errors."""
-    index = read_index(folder)
-    request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
-    return load_program(make_programs(request, index)[group.rank, place.rank], index, group, device, pack)
 
 
 def build_eager_model(folder: Path, dtype: str, group: TensorParallelGroup, device: torch.device) -> RankModel:

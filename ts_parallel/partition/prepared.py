@@ -1,32 +1,41 @@
 """A rank's program from a file, made there first by a process of its own where it is missing.
 
 Making one takes transformers, the tracer and a few seconds. A process that makes it and ends keeps their memory out of
-the ranks, the ranks of one host make it once, and the next start reads what an earlier one has left.
-The file's name is a digest of all that the program depends on, so nothing in the cache can be out of date.
+the ranks, the ranks of one host make it once, and the next start reads what an earlier one has left. The file's name is
+a digest of what the program depends on: the model's configuration, the checkpoint's tensors, the shape of the
+deployment, this package's code and the libraries' versions. Where no folder can be had to keep it, each rank makes it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.errors import PlanError, StartupError
 from ts_parallel.partition.program import ProgramRequest, RankProgram
 
+logger = logging.getLogger(__name__)
+
 CACHE_VARIABLE = "TS_PARALLEL_CACHE"
 _MOST_FILES = 200
 _LIBRARIES = ("torch", "transformers")
+_SETTINGS = ("config*.json", "modules.json")
+
+Pickles = Mapping[tuple[int, int], bytes]
+"""Tensor-parallel rank and pipeline rank → its pickled program."""
 
 
 def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProgram:
@@ -35,58 +44,94 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
     Raises:
         CheckpointError, ConfigError, PlanError: as `build.make_programs` does.
     """
+    own = request.rank, request.place.rank
     with _cache_folder() as cache:
-        digest = _digest(request, index)
-        file = file_of_rank(cache / digest, request.rank, request.place.rank)
-        if not file.is_file():
-            with _locked(cache / f"{digest}.lock"):
-                if not file.is_file():  # another rank may have made it meanwhile
-                    _make(request, cache / digest, file)
-                    _forget_oldest(cache)
-        with file.open("rb") as stream:
-            program: RankProgram = pickle.load(stream)
+        if cache is None:
+            return _unpickle(_make(request)[own])
+        stem = cache / _digest(request, index)
+        program = _read(stem, own)
+        if program is None:
+            with _locked(stem.with_suffix(".lock")):
+                program = _read(stem, own)  # another rank may have made it meanwhile
+                if program is None:
+                    pickles = _make(request)
+                    _keep(stem, pickles)
+                    program = _unpickle(pickles[own])
     return program
 
 
 def store_programs(
     request: ProgramRequest, index: CheckpointIndex, programs: Mapping[tuple[int, int], RankProgram]
 ) -> None:
-    """Keep the programs of all ranks for later starts."""
+    """Keep programs that were made in this process, where there is a folder for them."""
     with _cache_folder() as cache:
-        write_programs(cache / _digest(request, index), programs)
+        if cache is not None:
+            _keep(cache / _digest(request, index), {own: pickle.dumps(program) for own, program in programs.items()})
 
 
-def write_programs(stem: Path, programs: Mapping[tuple[int, int], RankProgram]) -> None:
-    """One file a rank, which other processes see whole or not at all."""
-    for (rank, place), program in programs.items():
-        file = file_of_rank(stem, rank, place)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        part.write_bytes(pickle.dumps(program))
-        part.replace(file)
+def _keep(stem: Path, pickles: Pickles) -> None:
+    """One file a rank, which other processes see whole or not at all. A full disk loses no more than the next start's
+    time."""
+    try:
+        for own, content in pickles.items():
+            part = stem.with_name(f"{_file_of(stem, own).name}.{os.getpid()}.part")
+            try:
+                part.write_bytes(content)
+                part.replace(_file_of(stem, own))
+            finally:
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("cannot keep the model's trace for the next start: %s", error)
+    _forget_oldest(stem)
 
 
-def file_of_rank(stem: Path, rank: int, place: int) -> Path:
+def _read(stem: Path, own: tuple[int, int]) -> RankProgram | None:
+    """None where there is none, or what a crash has left of one."""
+    file = _file_of(stem, own)
+    try:
+        program = _unpickle(file.read_bytes())
+        os.utime(file)  # those that are used are the last to be forgotten
+    except FileNotFoundError:
+        return None
+    except Exception:  # a torn pickle raises whatever its bytes happen to say
+        logger.warning("%s cannot be read and is made again", file)
+        return None
+    return program
+
+
+def _unpickle(content: bytes) -> RankProgram:
+    program = pickle.loads(content)
+    assert isinstance(program, RankProgram)
+    return program
+
+
+def _file_of(stem: Path, own: tuple[int, int]) -> Path:
+    rank, place = own
     return stem.with_name(f"{stem.name}-{rank}-{place}")
 
 
 @contextmanager
-def _cache_folder() -> Iterator[Path]:
-    """The user's own folder of programs, or one for this time alone where none can be had."""
-    base = os.environ.get(CACHE_VARIABLE) or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ts_parallel"
-    )
+def _cache_folder() -> Iterator[Path | None]:
+    """The user's own folder of programs; None where none can be had."""
+    base = Path(os.environ.get(CACHE_VARIABLE) or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = base if os.environ.get(CACHE_VARIABLE) else base / "ts_parallel"
+    yield folder if base.parts[:1] != ("~",) and _is_ours(folder) else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this user, and nobody else, may write there: its files are pickles, and what they say is done."""
     try:
-        # The files are pickles: nobody else may write here.
-        Path(base).mkdir(mode=0o700, parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=base):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        with TemporaryDirectory(dir=folder):
             pass
-        if Path(base).stat().st_uid != os.getuid():
-            raise PermissionError(base)
-    except OSError:
-        with TemporaryDirectory(prefix="tsp-programs-") as folder:
-            yield Path(folder)
-        return
-    yield Path(base)
+    except OSError as error:
+        logger.info("the model's trace is not kept: %s", error)
+        return False
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        logger.warning("the model's trace is not kept: others may write to %s", folder)
+        return False
+    return True
 
 
 @contextmanager
@@ -97,41 +142,62 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
-    """Of all that the programs of the ranks depend on."""
     digest = hashlib.sha256()
     shared = replace(request, folder=Path(), rank=0, place=replace(request.place, rank=0))
     tensors = sorted((stored.name, str(stored.dtype), stored.shape) for stored in index.values())
     versions = [version(library) for library in _LIBRARIES]
     digest.update(repr((shared, tensors, versions, sys.version_info)).encode())
-    settings = [request.folder / "config.json", request.folder / "modules.json", *request.folder.glob("*/config.json")]
-    for file in sorted(path for path in settings if path.is_file()):
+    settings = {file for pattern in _SETTINGS for file in request.folder.rglob(pattern) if file.is_file()}
+    for file in sorted(settings):
         digest.update(f"{file.relative_to(request.folder)}".encode() + file.read_bytes())
     package = Path(__file__).parents[1]
-    for folder in ("checkpoint", "partition"):
-        for file in sorted((package / folder).glob("*.py")):
+    for room in ("checkpoint", "partition"):
+        for file in sorted((package / room).glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _make(request: ProgramRequest, stem: Path, file: Path) -> None:
-    """Let a process of its own write the programs of all ranks, `file` among them."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    result = subprocess.run(
-        [sys.executable, "-m", "ts_parallel.partition.make_programs", str(stem)],
-        input=pickle.dumps(request),
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    if file.is_file():
-        return
-    refused = pickle.loads(result.stdout) if result.returncode == 1 and result.stdout else None
-    if isinstance(refused, StartupError):
-        raise refused
-    raise PlanError(f"the model could not be traced: the process that traces it ended with status {result.returncode}")
+def _make(request: ProgramRequest) -> Pickles:
+    """Let a process of its own make the programs of all ranks.
+
+    Its answer comes through a pipe of its own, for anything may print to its standard output.
+    """
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    read_end, write_end = os.pipe()
+    # -P: a file of the working directory is no module of ours, whatever it is called.
+    command = [sys.executable, "-P", "-m", "ts_parallel.partition.make_programs", str(write_end)]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with os.fdopen(read_end, "rb") as answer:
+        try:
+            maker = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[write_end], env=environment)
+        finally:
+            os.close(write_end)
+        with maker:
+            try:
+                assert maker.stdin is not None
+                with suppress(BrokenPipeError), maker.stdin as stream:  # its status says more
+                    stream.write(pickle.dumps(request))
+                content = answer.read()
+            except BaseException:
+                maker.kill()
+                raise
+    made: Any = pickle.loads(content) if content and maker.returncode == 0 else None
+    if isinstance(made, StartupError):
+        raise made
+    if made is None:
+        raise PlanError(f"the process that traces the model ended with status {maker.returncode}")
+    pickles: Pickles = made
+    return pickles
 
 
-def _forget_oldest(cache: Path) -> None:
-    files = sorted((path for path in cache.iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime)
-    for file in files[: -_MOST_FILES or None]:
-        file.unlink(missing_ok=True)
+def _forget_oldest(stem: Path) -> None:
+    """Keep the latest files, and those of `stem` in any case."""
+    with os.scandir(stem.parent) as entries:
+        others = [entry for entry in entries if not entry.name.startswith(stem.name)]
+    ages = []
+    for entry in others:
+        with suppress(FileNotFoundError):  # by another process that does the same
+            if entry.is_file():
+                ages.append((entry.stat().st_mtime, entry.path))
+    for _, path in sorted(ages)[: -_MOST_FILES or None]:
+        Path(path).unlink(missing_ok=True)

@@ -1,12 +1,14 @@
 """What one rank computes and holds of a model, as plain data.
 
 A program is made once from the model (`build.py`), can be kept in a file (`prepared.py`), and is all that a rank needs
-beside the bytes of its checkpoint: whoever runs it imports neither the model's library nor the tracer.
+beside the bytes of its checkpoint: whoever runs it imports no tracer, and of the model's library at most the operations
+of its own (those of a mixture's experts).
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 from ts_parallel.checkpoint.index import StoredTensor
 from ts_parallel.checkpoint.load import Slice
+from ts_parallel.errors import PlanError
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Crossing:
 
     def shape(self, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """Its shape in a step whose model inputs have these shapes."""
-        return tuple(dim if isinstance(dim, int) else int(eval(dim, {}, sizes)) for dim in self.dims)
+        return tuple(dim if isinstance(dim, int) else int(eval(dim, {"math": math}, sizes)) for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,18 @@ class Operation:
     module: str = "torch"
 
     def resolve(self) -> Any:
-        """The callable itself; None where the name leads nowhere."""
+        """The callable itself.
+
+        Raises:
+            PlanError: the name leads nowhere in this process.
+        """
         start = self.module if self.name.startswith(f"{self.module}.") else self.name.partition(".")[0]
         importlib.import_module(self.module)
         found: Any = importlib.import_module(start)
         for name in self.name.removeprefix(f"{start}.").split("."):
             found = getattr(found, name, None)
+        if found is None:
+            raise PlanError(f"{self.name!r}, which the model calls, is not found once {self.module!r} is imported")
         return found
 
 

@@ -164,9 +164,8 @@ class _Writer:
 
     def _global(self, name: str, value: StageGlobal) -> str:
         name = f"_{name}"
-        while name in self._taken or (self.globals.get(name, value) is not value and self.globals[name] != value):
+        while name in self._taken or self.globals.setdefault(name, value) != value:
             name += "_"
-        self.globals[name] = value
         return name
 
     def _text(self, argument: Any) -> str:
@@ -190,10 +189,7 @@ class _Writer:
         name = f"w_{node.name}"
         if node in self._graph.tensors:
             return self._global(name, Weight(self._graph.tensors[node]))
-        own = f"_{name}"
-        if own not in self.globals:  # tensors cannot be compared as other values are
-            self.globals[own] = Constant(self._graph.constants[node])
-        return own
+        return self._global(name, Constant(self._graph.constants[node]))
 
     def _last_users(self) -> dict[Node, list[str]]:
         """Node → the names that nobody reads after it."""

@@ -1,7 +1,7 @@
 """A rank's parameters as DTensors over the mesh, so that torch.distributed.checkpoint can save, load and reshard them.
 
-The DTensors are views of the parameters' own memory: loading into them fills the model. They are for state only; no
-step runs through them.
+The DTensors are views of the parameters' own memory, which must not be packed: loading into them fills the model. They
+are for state only; no step runs through them.
 """
 
 from __future__ import annotations

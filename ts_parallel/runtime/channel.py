@@ -65,7 +65,7 @@ class StepChannel:
                 self._send(message, rank, _Kind.NUMBERS)
 
     def receive_plan(self) -> StepPlan:
-        plan = StepPlan.decode(self.receive_numbers())
+        plan = StepPlan.decode(self._receive_numbers())
         self._begin_plan()
         return plan
 
@@ -75,12 +75,16 @@ class StepChannel:
             self._send(message, rank, _Kind.NUMBERS)
 
     def receive_numbers(self) -> list[int]:
+        numbers: list[int] = self._receive_numbers().tolist()
+        return numbers
+
+    def _receive_numbers(self) -> torch.Tensor:
         first = self._receive((FIRST_MESSAGE,), torch.int64, _LEADER, _Kind.NUMBERS)
         length = int(first[0])
-        numbers: list[int] = first[1 : 1 + length].tolist()
-        if len(numbers) < length:
-            numbers += self._receive((length - len(numbers),), torch.int64, _LEADER, _Kind.NUMBERS).tolist()
-        return numbers
+        numbers = first[1 : 1 + length]
+        if len(numbers) == length:
+            return numbers
+        return torch.cat([numbers, self._receive((length - len(numbers),), torch.int64, _LEADER, _Kind.NUMBERS)])
 
     def send_onward(self, tensors: Sequence[torch.Tensor]) -> None:
         """Hidden states, on this rank's device, to this rank's like in the next stage; after the last comes the first.

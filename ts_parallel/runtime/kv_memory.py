@@ -21,8 +21,8 @@ def bytes_per_token(sites: Sequence[AttentionSite], dtype: torch.dtype) -> int:
 def bytes_beside_weights(utilization: float, bytes_of_ranks: Sequence[int]) -> int:
     """Bytes of KV memory of each rank where weights and KV memory together take `utilization` of a GPU.
 
-    All ranks must come to the same number without a word: so it is that of the smallest GPU, and of the rank with the
-    most bytes of weights.
+    All ranks must come to the same number without a word: so it is that of this host's smallest GPU, and of the rank
+    with the most bytes of weights.
 
     Raises:
         ConfigError: there is no GPU, or no room beside the weights.
@@ -55,8 +55,9 @@ def count_blocks(
     num_blocks = num_bytes // (per_token * block_size)
     if num_blocks * block_size < max_model_len:
         raise ConfigError(
-            f"kv_cache_memory of {num_bytes} bytes holds {num_blocks * block_size} tokens of {per_token} bytes, fewer "
-            f"than max_model_len {max_model_len}: raise kv_cache_memory or lower max_model_len"
+            f"KV memory of {num_bytes} bytes holds {num_blocks * block_size} tokens of {per_token} bytes, fewer "
+            f"than max_model_len {max_model_len}: raise kv_cache_memory (or "
+            "gpu_memory_utilization) or lower max_model_len"
         )
     return num_blocks
 

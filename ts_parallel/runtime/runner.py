@@ -160,8 +160,10 @@ def refuse_unpageable(program: RankProgram, max_model_len: int) -> None:
 
     Raises:
         ConfigError: rotary frequencies that depend on the longest sequence of a batch, at a length where they change.
-        PlanError: attention with sinks.
+        PlanError: attention with sinks, or no head.
     """
+    if not program.head_sizes:
+        raise PlanError(f"{program.architecture} has no head whose logits could be sampled from")
     if any(site.has_sinks for sites in program.sites_of_ranks for site in sites):
         raise PlanError(f"{program.architecture} has attention sinks, which the paged attention cannot do yet")
     if program.changing_rope is None:

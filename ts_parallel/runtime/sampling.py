@@ -5,6 +5,7 @@ R rows, V vocabulary, K most likely tokens.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
@@ -104,19 +105,19 @@ def adjust(logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
     return logits
 
 
-def _forbidden(allowed: Sequence[int], num_bits: int) -> torch.Tensor:
+def _forbidden(allowed: bytes, num_bits: int) -> torch.Tensor:
     """bool `[num_bits]`: where there is no bit in `Chunk.allowed`."""
-    words = np.zeros(-(-num_bits // 64), dtype="<i8")
-    num_words = min(len(words), len(allowed))
-    words[:num_words] = allowed[:num_words]
-    bits = np.unpackbits((~words).view(np.uint8), count=num_bits, bitorder="little")
-    return torch.from_numpy(bits.view(bool))
+    bits = np.unpackbits(np.frombuffer(allowed, dtype=np.uint8), count=num_bits, bitorder="little")
+    return torch.from_numpy(bits == 0)
 
 
 def _sample_row(logits: torch.Tensor, params: SamplingParams, number: float) -> int:
     """Sampling by inversion of the cumulated sum over the tokens that are kept, the most likely first."""
-    scaled, token_ids = (logits.double() / params.temperature).sort(descending=True, stable=True)
-    probabilities = torch.softmax(scaled, dim=-1)
+    ordered, token_ids = logits.double().sort(descending=True, stable=True)
+    if not math.isfinite(ordered[0]):
+        return int(token_ids[0])  # nothing is allowed, or nothing else counts: there are no probabilities
+    # The best is 0 at any temperature, so however low that is, there is a best and nothing overflows.
+    probabilities = torch.softmax((ordered - ordered[0]) / params.temperature, dim=-1)
     kept = _keep(probabilities, params)
     cumulated = torch.where(kept, probabilities, 0).cumsum(dim=0)
     target = torch.tensor(number * float(cumulated[-1]), dtype=torch.float64, device=logits.device)

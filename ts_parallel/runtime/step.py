@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -71,8 +72,9 @@ class Chunk:
     """All tokens up to now, where `sampling` needs them."""
     next_ids: tuple[int, ...] = ()
     """What follows the first tokens of the chunk, where log-probabilities of the prompt's own tokens are wanted."""
-    allowed: tuple[int, ...] = ()
-    """One bit a token id, the lowest of the first int64 first: what the next token may be. Empty: anything."""
+    allowed: bytes = b""
+    """What the next token may be: one bit a token id, the lowest of the first byte first; int64 numbers in whole.
+    Empty: anything."""
 
     @property
     def end(self) -> int:
@@ -123,8 +125,10 @@ class StepPlan:
         return sum(chunk.is_sampled + chunk.num_scores for chunk in self.chunks)
 
     def encode(self) -> torch.Tensor:
-        """int64 `[N]`, all but the requests' names: two flags, then each chunk's counts, numbers and sampling."""
-        numbers = [int(self.is_last), int(self.wants_logits)]
+        """int64 `[N]`, all but the requests' names: two flags, how many of the numbers are masks, then each chunk's
+        counts, numbers and sampling, and at the end the masks of all chunks, which never become Python's numbers."""
+        num_words = sum(_num_words(chunk.allowed) for chunk in self.chunks)
+        numbers = [int(self.is_last), int(self.wants_logits), num_words]
         for chunk in self.chunks:
             rows = (
                 chunk.token_ids,
@@ -132,25 +136,31 @@ class StepPlan:
                 chunk.prompt_ids,
                 chunk.output_ids,
                 chunk.next_ids,
-                chunk.allowed,
                 _encode_sampling(chunk),
             )
-            numbers += (chunk.start, int(chunk.is_sampled), *map(len, rows))
+            numbers += (chunk.start, int(chunk.is_sampled), _num_words(chunk.allowed), *map(len, rows))
             for row in rows:
                 numbers += row
-        return torch.tensor(numbers, dtype=torch.int64)
+        encoded = bytearray(array("q", numbers))
+        for chunk in self.chunks:
+            encoded += chunk.allowed
+        return torch.frombuffer(encoded, dtype=torch.int64)
 
     @staticmethod
-    def decode(numbers: Sequence[int]) -> StepPlan:
+    def decode(encoded: torch.Tensor) -> StepPlan:
         """The plan of `encode`'s numbers; its chunks have no `request_id`."""
-        chunks, at = [], 2
+        after_chunks = len(encoded) - int(encoded[2])
+        numbers: list[int] = encoded[:after_chunks].tolist()
+        masks = encoded[after_chunks:].numpy().tobytes()
+        chunks, at, at_mask = [], 3, 0
         while at < len(numbers):
-            start, is_sampled, *lengths = numbers[at : at + _CHUNK_HEAD]
+            start, is_sampled, num_words, *lengths = numbers[at : at + _CHUNK_HEAD]
             ends = list(accumulate(lengths, initial=at + _CHUNK_HEAD))
-            token_ids, block_ids, prompt_ids, output_ids, next_ids, allowed, sampling = (
+            token_ids, block_ids, prompt_ids, output_ids, next_ids, sampling = (
                 tuple(numbers[first:end]) for first, end in pairwise(ends)
             )
             params = _decode_sampling(sampling)
+            after_mask = at_mask + num_words * _BYTES_OF_WORD
             chunks.append(
                 Chunk(
                     "",
@@ -162,10 +172,10 @@ class StepPlan:
                     prompt_ids,
                     output_ids,
                     next_ids,
-                    allowed,
+                    masks[at_mask:after_mask],
                 )
             )
-            at = ends[-1]
+            at, at_mask = ends[-1], after_mask
         return StepPlan(tuple(chunks), bool(numbers[0]), bool(numbers[1]))
 
 
@@ -187,7 +197,8 @@ def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple
     return results
 
 
-_CHUNK_HEAD = 9  # start, whether it is sampled, and the lengths of seven rows
+_CHUNK_HEAD = 9  # start, whether it is sampled, and the lengths of its mask and six rows
+_BYTES_OF_WORD = 8
 _DEFAULT = SamplingParams()
 _FLOATS = (
     "temperature",
@@ -198,6 +209,12 @@ _FLOATS = (
     "presence_penalty",
     "frequency_penalty",
 )
+
+
+def _num_words(mask: bytes) -> int:
+    """How many int64 numbers it is."""
+    assert len(mask) % _BYTES_OF_WORD == 0
+    return len(mask) // _BYTES_OF_WORD
 
 
 def _encode_sampling(chunk: Chunk) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import BatchConfig
-from ts_parallel.errors import EngineError, NotFoundError, RequestError
+from ts_parallel.errors import ConfigError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
@@ -110,6 +111,7 @@ class BatchInferenceHandler:
 
     def _load(self, context: Any) -> None:
         def load(config: BatchConfig, folder: Path, topology: Topology) -> tuple[BatchConfig, BatchRunner, Task | None]:
+            refuse_continuous_batching(context.model_yaml_config)
             runner = make_batch_runner(config, folder, topology)
             return config, runner, make_task(config.task, folder, config.dtype) if topology.rank == 0 else None
 
@@ -168,6 +170,18 @@ class BatchInferenceHandler:
 class _Item:
     request: RawRequest
     stream: ResponseStream
+
+
+def refuse_continuous_batching(settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: model-config.yaml asks for it.
+    """
+    if settings.get("continuousBatching"):
+        raise ConfigError(
+            "model-config.yaml key 'continuousBatching': batch inference answers whole batches, which batchSize and "
+            "maxBatchDelay make: remove the key"
+        )
 
 
 def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> BatchRunner:

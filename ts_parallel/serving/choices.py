@@ -198,7 +198,7 @@ class GenerationJob:
         ]
         is_last = all(choice.finish_reason for choice in self._choices)
         for choice, piece in zip(self._choices, pieces, strict=True):
-            if piece is not None and choice.has_stopped_early and not is_last:
+            if piece is not None and choice.has_stopped_early:
                 self._engine.stop(choice.request.request_id)
         body = "".join(filter(None, bodies))
         if not body and not is_last:

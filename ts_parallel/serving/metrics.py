@@ -7,6 +7,7 @@ for the same, so what is written does not grow with the load.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from ts_parallel.engine.stats import ABORTED, EngineStats, Figures, Histogram
+from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Histogram
+
+logger = logging.getLogger(__name__)
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -46,9 +49,6 @@ class Family:
 Meter = Callable[[float, list[str]], None]
 
 
-_REASONS = ("stop", "length", ABORTED)
-
-
 def families(figures: Figures) -> Iterator[Family]:
     """All figures, always the same names in the same order."""
     stats, now = figures.stats, figures.occupancy
@@ -57,7 +57,7 @@ def families(figures: Figures) -> Iterator[Family]:
     yield _gauge("kv_cache_usage_perc", "Part of the KV blocks that requests hold, from 0 to 1.", now.kv_cache_usage)
     for name, help, value in _totals(stats):
         yield Family(name, "counter", help, (Sample("", (), value),))
-    reasons = tuple(Sample("", (("finished_reason", name),), stats.num_ended[name]) for name in _REASONS)
+    reasons = tuple(Sample("", (("finished_reason", name),), stats.num_ended[name]) for name in REASONS)
     yield Family("request_success_total", "counter", "Requests that ended, by reason.", reasons)
     for name, help, histogram in _histograms(stats):
         yield Family(name, "histogram", help, tuple(_samples_of(histogram)))
@@ -142,7 +142,10 @@ class MetricsReporter:
     def _run(self) -> None:
         pause = threading.Event()
         while True:
-            self.report()
+            try:
+                self.report()
+            except Exception:  # one that fails must not be the last
+                logger.exception("a report of the metrics failed")
             pause.wait(SECONDS_BETWEEN_REPORTS)
 
     def _send(self, name: str, kind: str, labels: Labels, value: float) -> None:

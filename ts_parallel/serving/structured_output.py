@@ -37,10 +37,9 @@ class Guide:
         """Why it cannot go on, where the form became too complex on the way."""
         return _first_line(self._matcher.get_error()) or None
 
-    def allowed(self) -> tuple[int, ...]:
+    def allowed(self) -> bytes:
         mask: bytes = self._matcher.compute_bitmask()
-        padded = mask + bytes(-len(mask) % 8)
-        return tuple(memoryview(padded).cast("q"))
+        return mask + bytes(-len(mask) % 8)
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
