@@ -7,14 +7,16 @@ import json
 import pytest
 
 from ts_parallel.errors import RequestError
-from ts_parallel.runtime.step import SamplingParams
+from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 from ts_parallel.serving.bodies import (
     RawRequest,
     SamplingDefaults,
+    TokenizeBody,
     choice_params,
     parse_chat,
     parse_completion,
     parse_native,
+    parse_plain,
 )
 from ts_parallel.serving.forms import Form
 
@@ -63,7 +65,9 @@ def test_a_request_without_a_seed_gets_the_random_one() -> None:
         ({"prompt": "x", "temperature": float("nan")}, "temperature", "finite"),
         ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
         ({"prompt": "x", "top_p": 1.5}, "top_p", "less than or equal to 1"),
-        ({"prompt": "x", "seed": -1}, "seed", "greater than or equal to 0"),
+        ({"prompt": "x", "seed": 1.5}, "seed", "integer"),
+        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": "x", "repetition_penalty": 1e-40}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"prompt": "x", "stream": "yes"}, "stream", "boolean"),
         ({"prompt": "x", "temprature": 1}, "temprature", "did you mean 'temperature'"),
     ],
@@ -73,6 +77,101 @@ def test_bad_native_field_is_named(body: dict[str, object], parameter: str, says
         parse_native(raw(body))
     assert refusal.value.parameter == parameter
     assert parameter in str(refusal.value)
+
+
+@pytest.mark.parametrize(("temperature", "used"), [(1e-310, 0.0), (0.99e-5, 0.0), (1e-5, 1e-5), (0.3, 0.3)])
+def test_temperature_next_to_0_is_0(temperature: float, used: float) -> None:
+    body = parse_native(raw({"prompt": "x", "temperature": temperature}))
+    assert body.generation_params(body.temperature, 1).sampling.temperature == used
+
+
+@pytest.mark.parametrize(("seed", "used"), [(-1, 2**64 - 1), (2**64 + 5, 5), (7, 7), (None, 99)])
+def test_seed_is_any_whole_number(seed: int | None, used: int) -> None:
+    params = parse_completion(raw({"prompt": "x", "seed": seed})).generation_params(1.0, random_seed=99)
+    assert params.sampling.seed == used
+
+
+def test_no_number_is_too_large_for_a_plan() -> None:
+    params = parse_completion(raw({"prompt": "x", "top_k": 2**70, "seed": -(2**70)})).generation_params(1.0, 1)
+    plan = StepPlan((Chunk("", (1,), 0, (0,), True, params.sampling),))
+    assert StepPlan.decode(plan.encode()) == plan
+
+
+def test_null_is_the_default_where_it_means_nothing_else() -> None:
+    names = ("min_tokens", "ignore_eos", "include_stop_str_in_output", "priority", "seed", "stop", "top_k", "n", "echo")
+    options = {"include_usage": None, "continuous_usage_stats": True}
+    body = parse_completion(raw({"prompt": "x", **dict.fromkeys(names), "stream_options": options}))
+    assert body.generation_params(0.5, 1) == parse_completion(raw({"prompt": "x"})).generation_params(0.5, 1)
+    assert not body.include_stop_str_in_output and body.stream_options and not body.stream_options.include_usage
+    assert parse_completion(raw({"prompt": "x", "max_tokens": None})).max_tokens is None
+    native = parse_native(raw({"prompt": "x", "stream": None, "temperature": None}))
+    assert (native.stream, native.temperature) == (True, 0.0)
+    assert parse_chat(raw({"messages": [{"role": "user"}], "add_generation_prompt": None})).add_generation_prompt
+
+
+HALF = "a\ud800b"
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter"),
+    [
+        ({"prompt": HALF}, "prompt"),
+        ({"prompt": ["a", HALF]}, "prompt"),
+        ({"prompt": "x", "stop": [HALF]}, "stop"),
+        ({"prompt": "x", "guided_json": {"properties": {HALF: {}}}}, "guided_json"),
+    ],
+)
+def test_text_that_is_none_is_refused_with_its_field(fields: dict[str, object], parameter: str) -> None:
+    with pytest.raises(RequestError, match=f"^{parameter}: half a surrogate pair") as refusal:
+        parse_completion(raw(json.dumps(fields).encode()))
+    assert refusal.value.parameter == parameter
+
+
+def test_text_of_a_message_or_to_be_tokenized_is_looked_at_too() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": HALF}]}
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        parse_chat(raw({"messages": [message]}))
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        parse_plain(TokenizeBody, raw({"prompt": HALF}))
+    with pytest.raises(RequestError, match="half a surrogate pair"):
+        parse_native(raw(HALF, "text/plain"))
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_body_that_is_nested_too_deep_is_refused(kind: type) -> None:
+    value: object = 1
+    for _ in range(950):
+        value = [value] if kind is list else {"a": value}
+    with pytest.raises(RequestError, match="guided_json: more than 200 levels"):
+        parse_completion(raw({"prompt": "x", "guided_json": value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            r"^response_format\.json_schema\.schema: Field required$",
+        ),
+        ({"stop": {}}, "^stop: "),
+        ({"prompt": [[1], [2, "x"]]}, "^prompt"),
+        ({"stream_options": {"include_usage": 1}}, r"^stream_options\.include_usage: "),
+    ],
+)
+def test_place_of_an_error_is_named_in_full(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(RequestError, match=says) as refusal:
+        parse_completion(raw({"prompt": "x", **fields}))
+    assert refusal.value.parameter == next(iter(fields))
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt", "tools", "messages"])
+def test_client_brings_no_template_of_its_own(name: str) -> None:
+    fields = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: "{{ 1 }}"}}
+    with pytest.raises(RequestError, match=f"'{name}' is no variable") as refusal:
+        parse_chat(raw(fields))
+    assert refusal.value.parameter == "chat_template_kwargs"
+    variables = {"enable_thinking": False}
+    assert parse_chat(raw({**fields, "chat_template_kwargs": variables})).chat_template_kwargs == variables
 
 
 @pytest.mark.parametrize(

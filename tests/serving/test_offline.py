@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ts_parallel.engine.request import GenerationParams
+from ts_parallel.config import parse_config
+from ts_parallel.engine.request import GenerationParams, Request
 from ts_parallel.errors import RequestError, StartupError
+from ts_parallel.serving import offline
 from ts_parallel.serving.offline import open_model
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +72,34 @@ def test_one_model_answers_again_and_again(expected: list[str]) -> None:
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(StartupError), open_model(tmp_path):
         pass
+
+
+def test_ranks_that_follow_hear_of_the_leader_between_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would take a program that thinks for two minutes for a dead one."""
+    monkeypatch.setattr(offline, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.01)
+    signs: list[bool] = []
+    is_generating = threading.Event()
+    enough = threading.Event()
+
+    class Engine:
+        def sign_of_life(self) -> None:
+            signs.append(is_generating.is_set())
+            if len(signs) == 3:
+                enough.set()
+
+        def generate(self, requests: list[Request]) -> None:
+            is_generating.set()
+            time.sleep(0.1)
+            for request in requests:
+                request.output_ids.append(next(iter(request.eos_ids)))
+            is_generating.clear()
+
+    engine: Any = Engine()
+    config = parse_config({"model_path": str(DEMO_MODEL), "tensor_parallel_size": 2})
+    model = offline._Leader(engine, config, DEMO_MODEL)
+    model.generate(["a"], GenerationParams(4))
+    assert enough.wait(10)
+    model.close()
+    count = len(signs)
+    time.sleep(0.05)
+    assert len(signs) == count and True not in signs

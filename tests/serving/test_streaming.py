@@ -202,3 +202,28 @@ def test_transport_that_loses_requests_is_refused_with_the_reason() -> None:
     handler = Letters()
     with pytest.raises(ConfigError, match=r"'asyncCommunication': TorchServe 0\.12 never answers"):
         make_transport({"asyncCommunication": True, "parallelType": "custom"}, handler.streams, handler._open)
+
+
+def test_client_that_left_while_it_waited_for_a_thread_is_not_answered() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    answered = []
+
+    class Slow(StreamingHandler):
+        def answer(self, request: RawRequest, stream: ResponseStream) -> None:
+            answered.append(request.route)
+            begun.set()
+            assert go_on.wait(10)
+            stream.send("late")
+
+    handler = Slow(num_threads=1)
+    for name in ("first", "second", "third"):
+        handler._open(name, RawRequest(name, b"", ""))
+    assert begun.wait(10)
+    first, second = handler.streams._open["first"], "second"
+    handler.streams.abort("first")
+    handler.streams.abort(second)
+    go_on.set()
+    assert handler.streams.wait(10)
+    assert handler.streams.take("third").pieces == ["late"]
+    assert answered == ["first", "third"]
+    assert first.take().pieces == []  # nobody would ever take it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,7 +20,11 @@ from ts_parallel.serving.forms import FORM_KINDS, Form, ResponseFormat, StrictMo
 _MOST_STOPS = 16
 _LONGEST_ECHO = 60  # characters of a bad value that an error repeats
 _MOST_LOGPROBS = 20
-
+_MOST_LEVELS = 200  # of objects and lists in one another: what reads them is recursive, ours and others'
+# Below this the most likely token is as good as certain, so it is taken for 0, as vLLM does.
+_LOWEST_TEMPERATURE = 1e-5
+_PLAIN = {int, float, bool, type(None)}  # what neither is text nor holds any
+_MOST_TOP_K = 2**31 - 1  # more than any vocabulary: all tokens
 
 B = TypeVar("B", bound=StrictModel)
 
@@ -45,11 +49,12 @@ class _GenerationBody(StrictModel):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     typical_p: float | None = Field(default=None, gt=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    seed: int | None = None
+    """Any whole number; it counts modulo 2**64."""
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
@@ -118,10 +123,10 @@ class _GenerationBody(StrictModel):
         self, temperature: float, random_seed: int, defaults: SamplingDefaults = SamplingDefaults()
     ) -> GenerationParams:
         sampling = SamplingParams(
-            temperature=temperature,
+            temperature=temperature if temperature >= _LOWEST_TEMPERATURE else 0.0,
             top_p=_or(self.top_p, defaults.top_p),
-            seed=_or(self.seed, random_seed),
-            top_k=max(0, _or(self.top_k, defaults.top_k)),
+            seed=_or(self.seed, random_seed) % 2**64,
+            top_k=min(max(0, _or(self.top_k, defaults.top_k)), _MOST_TOP_K),
             min_p=_or(self.min_p, defaults.min_p),
             typical_p=_or(self.typical_p, defaults.typical_p),
             repetition_penalty=_or(self.repetition_penalty, defaults.repetition_penalty),
@@ -229,6 +234,21 @@ class CompletionBody(_OpenAIBody):
         return self
 
 
+# What apply_chat_template takes beside the variables of a template: fields of the body, or the server's own affair.
+_NO_TEMPLATE_VARIABLES = (
+    "add_generation_prompt",
+    "chat_template",
+    "conversation",
+    "messages",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+)
+
+
 class ChatBody(_OpenAIBody):
     """`POST v1/chat/completions`: https://platform.openai.com/docs/api-reference/chat/create."""
 
@@ -258,6 +278,14 @@ class ChatBody(_OpenAIBody):
                 raise ValueError(f"message {number} has no role")
             if not isinstance(message.get("content"), (str, list, type(None))):
                 raise ValueError(f"the content of message {number} is neither a text nor a list of parts")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _kwargs_are_variables_of_the_template(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in value or {}:
+            if name in _NO_TEMPLATE_VARIABLES:
+                raise ValueError(f"{name!r} is no variable of the model's chat template")
         return value
 
     def template_messages(self) -> list[dict[str, Any]]:
@@ -352,7 +380,7 @@ class RawRequest:
 def parse_native(request: RawRequest) -> NativeBody:
     """A JSON object, or raw text that is the prompt."""
     if (text := request.text()) is not None:
-        return NativeBody(prompt=text)
+        return _validated(NativeBody, {"prompt": text})
     return parse_plain(NativeBody, request)
 
 
@@ -388,13 +416,59 @@ def _refuse_unknown(fields: Mapping[str, Any], body: type[StrictModel]) -> None:
 
 
 def _validated(body: type[B], fields: Mapping[str, Any]) -> B:
+    for name, value in fields.items():
+        _refuse_unreadable(value, name)
     try:
         return body(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else None
         got = "" if first["type"] == "missing" else f", got {_echo(first['input'])}"
-        raise RequestError(f"{name}: {first['msg']}{got}", name) from None
+        raise RequestError(f"{_place(first['loc'], fields, not got)}: {first['msg']}{got}", name) from None
+
+
+def _place(loc: Sequence[str | int], fields: Mapping[str, Any], is_missing: bool) -> str:
+    """The way to an error: keys and indices without pydantic's own names for the members of a union."""
+    value: Any = fields
+    names = []
+    for at, part in enumerate(loc):
+        if isinstance(value, dict) and (part in value or (is_missing and at == len(loc) - 1)):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            continue
+        names.append(str(part))
+    return ".".join(names) or "body"
+
+
+def _refuse_unreadable(value: Any, parameter: str) -> None:
+    """
+    Raises:
+        RequestError: a text somewhere in a field's value is none, though JSON can write it, or lies too deep.
+    """
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        texts = [own for own in level if isinstance(own, str)]
+        if not all(map(_is_utf8, texts)):
+            raise RequestError(f"{parameter}: half a surrogate pair, which is no character of any text", parameter)
+        parts = [own for own in level if isinstance(own, (dict, list))]
+        level = []
+        for own in parts:
+            inner = [*own, *own.values()] if isinstance(own, dict) else own
+            if not set(map(type, inner)) <= _PLAIN:  # most are long lists of token ids
+                level += inner
+        if not level:
+            return
+    raise RequestError(f"{parameter}: more than {_MOST_LEVELS} levels of objects and lists", parameter)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _echo(value: Any) -> str:

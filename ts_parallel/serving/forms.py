@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ts_parallel.errors import RequestError
 
@@ -29,6 +29,18 @@ class StrictModel(BaseModel):
     """A JSON object whose fields are known and of the right types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default_where_it_has_no_meaning_of_its_own(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = {name: own for name, own in cls.model_fields.items() if not own.is_required()}
+        return {
+            name: own
+            for name, own in value.items()
+            if own is not None or name not in fields or type(None) in get_args(fields[name].annotation)
+        }
 
 
 class JSONSchema(StrictModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_parallel.config import HandlerConfig, parse_config
-from ts_parallel.engine.engine import Engine
+from ts_parallel.engine.engine import SECONDS_BETWEEN_SIGNS_OF_LIFE, Engine
 from ts_parallel.engine.request import FinishReason, GenerationParams, Request, make_request
 from ts_parallel.errors import StartupError
 from ts_parallel.runtime.runner import Runner
@@ -45,9 +46,12 @@ class OfflineModel:
         """
         return []
 
+    def close(self) -> None:
+        """Nothing is generated any more."""
+
 
 class _Leader(OfflineModel):
-    """Owns the engine and the tokenizer."""
+    """Owns the engine and the tokenizer, and a thread that keeps the ranks that follow patient between two calls."""
 
     is_leader = True
 
@@ -62,10 +66,25 @@ class _Leader(OfflineModel):
         self._eos_ids = read_eos_ids(folder, model_config)
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
         self._names = map(str, count())
+        self._engine_free = threading.Lock()
+        self._is_over = threading.Event()
+        if config.num_ranks > 1:
+            threading.Thread(target=self._give_signs_of_life, name="signs of life", daemon=True).start()
+
+    def close(self) -> None:
+        with self._engine_free:
+            self._is_over.set()
+
+    def _give_signs_of_life(self) -> None:
+        while not self._is_over.wait(SECONDS_BETWEEN_SIGNS_OF_LIFE):
+            with self._engine_free:
+                if not self._is_over.is_set():
+                    self._engine.sign_of_life()
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: GenerationParams) -> list[Generation]:
         requests = [self._request(prompt, params) for prompt in prompts]
-        self._engine.generate(requests)
+        with self._engine_free:
+            self._engine.generate(requests)
         return [self._generation(request) for request in requests]
 
     def _request(self, prompt: str | Sequence[int], params: GenerationParams) -> Request:
@@ -108,6 +127,7 @@ def open_model(folder: str | Path, **settings: Any) -> Iterator[OfflineModel]:
         try:
             yield model
         finally:
+            model.close()
             if model.is_leader:
                 runner.stop_followers()
             else:

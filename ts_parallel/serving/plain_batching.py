@@ -47,6 +47,14 @@ class PlainBatches(OpenJobs[D]):
         Raises:
             BaseException: what the work that `begin` started has raised.
         """
+        try:
+            return self._answer(data, context)
+        finally:
+            for request_id in list(self._jobs):  # none, unless something was raised
+                self._forget(request_id)
+            self._ready.clear()
+
+    def _answer(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         waiting: dict[int, str] = dict(context.request_ids)
         for index, request_id in waiting.items():
             self._register(request_id, raw_request(data[index], context, index))

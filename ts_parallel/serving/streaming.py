@@ -87,8 +87,13 @@ class ResponseStream:
         return self._is_wanted
 
     def send(self, piece: str) -> None:
-        """Send one piece; it leaves with what else is ready when TorchServe asks next."""
+        """Send one piece; it leaves with what else is ready when TorchServe asks next.
+
+        It is dropped where nobody listens any more.
+        """
         with self._changed:
+            if self._has_ended or not self._is_wanted:
+                return
             self._news.pieces.append(piece)
             self._changed.notify_all()
 
@@ -210,6 +215,8 @@ class StreamingHandler:
         return StreamJob(stream)
 
     def _answer(self, request: RawRequest, stream: ResponseStream) -> None:
+        if not stream.is_wanted:  # its client has left while it waited for a thread
+            return
         try:
             self.answer(request, stream)
             stream.end()

@@ -12,13 +12,16 @@ import time
 from typing import Any
 
 from ts_parallel.errors import RequestError
-from ts_parallel.serving.forms import Form
+from ts_parallel.serving.forms import Form, FormKind
 
 logger = logging.getLogger(__name__)
 
 # One space, or a new line that is indented: a greedy model that may put more there is known to go on with it for ever.
 _WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 _LONGEST_MESSAGE = 300
+# All streams wait while a form is compiled. Up to these limits that takes about a tenth of a second.
+MOST_CHOICES = 4096
+LONGEST_FORM = 65536  # characters, of a schema or of all choices as JSON
 
 
 class Guide:
@@ -35,7 +38,7 @@ class Guide:
     @property
     def error(self) -> str | None:
         """Why it cannot go on, where the form became too complex on the way."""
-        return _first_line(self._matcher.get_error()) or None
+        return _reason(self._matcher.get_error()) or None
 
     def allowed(self) -> bytes:
         mask: bytes = self._matcher.compute_bitmask()
@@ -57,8 +60,9 @@ class GuideMaker:
         """Guides that know nothing of one another.
 
         Raises:
-            RequestError: the form is no valid one, is too complex, or nothing could ever be of it.
+            RequestError: the form is no valid one, is too long or too complex, or nothing could ever be of it.
         """
+        text = _text(form)
         # Most servers never need it: neither the library nor a second copy of the vocabulary is worth their memory.
         import llguidance
 
@@ -66,13 +70,14 @@ class GuideMaker:
             self._vocabulary = self._read_vocabulary(form.parameter)
         limits = llguidance.LLParserLimits(verbose_errors=False)
         try:
-            grammar = _grammar(form)
+            grammar = _grammar(form.kind, text)
         except ValueError as error:
-            raise RequestError(f"{form.parameter}: {_first_line(str(error))}", form.parameter) from None
+            raise RequestError(f"{form.parameter}: {_reason(str(error))}", form.parameter) from None
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # which may be too much for its limits
         if matcher.is_error():
-            raise RequestError(f"{form.parameter}: {_first_line(matcher.get_error())}", form.parameter)
-        matcher.compute_bitmask()
+            raise RequestError(f"{form.parameter}: {_reason(matcher.get_error())}", form.parameter)
         if matcher.is_stopped():
             raise RequestError(f"{form.parameter}: no answer is of this form", form.parameter)
         return [Guide(matcher.deep_copy()) for _ in range(num_guides)]
@@ -90,13 +95,35 @@ class GuideMaker:
             vocabulary = llguidance.LLTokenizer(backend.to_str(), eos_token=self._eos_ids)
         except ValueError as error:
             raise RequestError(
-                f"{parameter}: llguidance cannot read the model's tokenizer: {error}", parameter
+                f"{parameter}: llguidance cannot read the model's tokenizer: {_reason(str(error))}", parameter
             ) from None
         logger.info("read the vocabulary for structured output in %.2f s", time.perf_counter() - started)
         return vocabulary
 
 
-def _grammar(form: Form) -> str:
+def _text(form: Form) -> str:
+    """The form as llguidance reads it.
+
+    Raises:
+        RequestError: it is longer than it may be.
+    """
+    if form.kind == "choice" and len(form.value) > MOST_CHOICES:
+        raise RequestError(
+            f"{form.parameter}: {len(form.value)} choices, at most {MOST_CHOICES} can be chosen from", form.parameter
+        )
+    try:
+        value = {} if form.kind == "json" and form.value is True else form.value
+        text: str = json.dumps(value) if form.kind in ("json", "choice") else value
+    except RecursionError:
+        raise RequestError(f"{form.parameter}: nested too deep", form.parameter) from None
+    if len(text) > LONGEST_FORM:
+        raise RequestError(
+            f"{form.parameter}: {len(text)} characters, at most {LONGEST_FORM} are compiled", form.parameter
+        )
+    return text
+
+
+def _grammar(kind: FormKind, text: str) -> str:
     """In llguidance's own notation.
 
     Raises:
@@ -105,18 +132,16 @@ def _grammar(form: Form) -> str:
     import llguidance
 
     grammar: str
-    if form.kind == "json":
-        schema = json.dumps({} if form.value is True else form.value)
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
-    elif form.kind == "regex":
-        grammar = llguidance.LLMatcher.grammar_from_regex(form.value)
+    if kind == "json":
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+    elif kind == "regex":
+        grammar = llguidance.LLMatcher.grammar_from_regex(text)
     else:
-        text = json.dumps(form.value) if form.kind == "choice" else form.value
-        grammar = llguidance.grammar_from(form.kind, text)
+        grammar = llguidance.grammar_from(kind, text)
     return grammar
 
 
-def _first_line(message: str) -> str:
-    """What a client needs of it: one line, without the place in the grammar."""
+def _reason(message: str) -> str:
+    """What a client needs of an error: one line, without the place in the grammar or in llguidance's own code."""
     line = next((line.strip() for line in message.splitlines() if line.strip()), "")
-    return line[:_LONGEST_MESSAGE]
+    return "too complex" if line.startswith("panic") else line[:_LONGEST_MESSAGE]
