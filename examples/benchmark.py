@@ -1,7 +1,9 @@
 """Serve a 125M-parameter Llama with random weights through TorchServe and time it beside transformers' `generate`.
 
-Both do the same work: prompts of 128 random token ids, 64 tokens out, greedy, end marks ignored, bfloat16. The two take
-turns, round by round, in one run; the medians and their ratio are printed as a Markdown table.
+All do the same work: prompts of 128 random token ids, 64 tokens out, greedy, end marks ignored, bfloat16. They take
+turns, round by round, in one run; the medians and their ratios are printed as a Markdown table. With one rank the same
+engine runs in process too: what TorchServe and HTTP cost is the difference. The prefix cache is off, for the prompts of
+all rounds are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +29,10 @@ from urllib.parse import urlsplit
 from ts_parallel.cli.archive import handler_config
 from ts_parallel.cli.serve import running
 from ts_parallel.cli.torchserve import free_ports
+from ts_parallel.config import HandlerConfig
+
+Rows = dict[int, dict[str, float]]
+"""Number of streams → tokens/s (`rate`) and, where it is known, seconds to the first token (`first`)."""
 
 PROMPT_TOKENS, OUTPUT_TOKENS, VOCABULARY = 128, 64, 16000
 MODEL = {
@@ -65,7 +72,7 @@ def make_prompts(count: int) -> list[list[int]]:
     return [[generator.randrange(10, VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-def time_plainly(folder: Path, counts: list[int], rounds: int) -> None:
+def time_plainly(folder: Path, counts: list[int]) -> None:
     """A process of its own that runs one round of `generate` for each line it is sent; prints tokens/s as JSON."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -86,6 +93,38 @@ def time_plainly(folder: Path, counts: list[int], rounds: int) -> None:
             )
             result[count] = {"rate": count * OUTPUT_TOKENS / (time.perf_counter() - started), "first": first}
         print(json.dumps(result), flush=True)
+
+
+def time_in_process(folder: Path, counts: list[int]) -> None:
+    """The same for this package's engine without TorchServe."""
+    from ts_parallel.engine.request import Request
+    from ts_parallel.serving.text_generation import make_engine, make_runner
+    from ts_parallel.topology import open_topology
+
+    config = served_config(folder, 1)
+    topology = open_topology(1, "cpu")
+    engine = make_engine(make_runner(config, folder, topology), config)
+    for _ in sys.stdin:
+        result = {}
+        for count in counts:
+            requests = [
+                Request(str(number), tuple(prompt), OUTPUT_TOKENS) for number, prompt in enumerate(make_prompts(count))
+            ]
+            started = time.perf_counter()
+            engine.generate(requests)
+            result[count] = {"rate": count * OUTPUT_TOKENS / (time.perf_counter() - started)}
+        print(json.dumps(result), flush=True)
+
+
+def served_config(folder: Path, size: int) -> HandlerConfig:
+    return handler_config(
+        folder,
+        "cpu",
+        tensor_parallel_size=size,
+        max_model_len=1024,
+        kv_cache_memory="256MiB",
+        enable_prefix_caching=False,
+    )
 
 
 def stream_one(url: str, prompt: list[int]) -> float:
@@ -121,9 +160,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--in-process", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain:
-        return time_plainly(arguments.plain, arguments.streams, arguments.rounds)
+        return time_plainly(arguments.plain, arguments.streams)
+    if arguments.in_process:
+        return time_in_process(arguments.in_process, arguments.streams)
     with TemporaryDirectory(prefix="ts-parallel-benchmark-") as scratch:
         folder = Path(scratch) / "model"
         make_model(folder)
@@ -131,39 +173,55 @@ def main() -> None:
     return None
 
 
+class Beside:
+    """A process that does one round for each line it is sent, and so takes turns with the server."""
+
+    def __init__(self, kind: str, folder: Path, counts: list[int]) -> None:
+        command = [sys.executable, __file__, kind, str(folder), "--streams", *map(str, counts)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def round(self) -> Rows:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        return {int(count): row for count, row in json.loads(self._process.stdout.readline()).items()}
+
+
 def report(folder: Path, streams: list[int], rounds: int, size: int) -> None:
-    command = [sys.executable, __file__, "--plain", str(folder), "--streams", *map(str, streams)]
-    config = handler_config(folder, "cpu", tensor_parallel_size=size, max_model_len=1024, kv_cache_memory="256MiB")
     started = time.perf_counter()
-    served: dict[int, list[dict[str, float]]] = {count: [] for count in streams}
-    plain: dict[int, list[dict[str, float]]] = {count: [] for count in streams}
-    with (
-        running(config, folder, "m", "127.0.0.1", free_ports(1)[0], False, threading.Event()) as server,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
-    ):
+    with ExitStack() as stack:
+        config, port = served_config(folder, size), free_ports(1)[0]
+        server = stack.enter_context(running(config, folder, "m", "127.0.0.1", port, False, threading.Event()))
         ready = time.perf_counter() - started
-        assert process.stdin is not None and process.stdout is not None
-        time_served(server.url, 1)  # both warm up once
-        print("\n", file=process.stdin, end="", flush=True)
-        json.loads(process.stdout.readline())
-        for _ in range(rounds):
-            for count in streams:
-                served[count].append(time_served(server.url, count))
-            print("\n", file=process.stdin, end="", flush=True)
-            for count, result in json.loads(process.stdout.readline()).items():
-                plain[int(count)].append(result)
-        process.stdin.close()
+        sides = {"plain": stack.enter_context(Beside("--plain", folder, streams)).round}
+        if size == 1:
+            sides["engine"] = stack.enter_context(Beside("--in-process", folder, streams)).round
+        sides["served"] = lambda: {count: time_served(server.url, count) for count in streams}
+        for side in sides.values():
+            side()  # all warm up once
+        rows = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
         ranks = sorted(set(re.findall(r"ts_parallel (rank \d+: .*)", server.log_text())))
     print(f"\n{date.today()}, {platform.machine()}, {rounds} rounds, medians\n")
     print(
-        "| streams | ts_parallel over HTTP, tokens/s | transformers generate, tokens/s | ratio "
+        "| streams | over HTTP, tokens/s | engine in process | ratio | transformers generate | ratio "
         "| first token, ms | transformers' |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for count in streams:
-        ours, theirs = (statistics.median(row["rate"] for row in rows[count]) for rows in (served, plain))
-        first, their_first = (statistics.median(row["first"] for row in rows[count]) * 1e3 for rows in (served, plain))
-        print(f"| {count} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} | {first:.0f} | {their_first:.0f} |")
+        rate = {name: statistics.median(row[name][count]["rate"] for row in rows) for name in sides}
+        first, their_first = (
+            statistics.median(row[name][count]["first"] for row in rows) * 1e3 for name in ("served", "plain")
+        )
+        engine = f"{rate['engine']:.0f} | {rate['served'] / rate['engine']:.2f}" if "engine" in rate else "— | —"
+        print(
+            f"| {count} | {rate['served']:.0f} | {engine} | {rate['plain']:.0f} | {rate['served'] / rate['plain']:.2f} "
+            f"| {first:.0f} | {their_first:.0f} |"
+        )
     print(f"\nready {ready:.1f} s after the start; " + "; ".join(ranks))
 
 

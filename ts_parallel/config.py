@@ -113,7 +113,7 @@ class HandlerConfig(ModelConfig):
     enable_prefix_caching: bool = True
     """Whether prompts that begin alike share what was computed for one of them."""
     max_prefill_slowdown: float = Field(default=1.6, gt=1)
-    """How many times as long a step of decoding requests may take while prompts are prefilled beside them."""
+    """How many times as long a step of decoding requests may take while one prompt is prefilled beside them."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
 

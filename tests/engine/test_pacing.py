@@ -18,23 +18,37 @@ def learnt(base: float, cost: float, max_slowdown: float = 2.0) -> PrefillPacer:
     return pacer
 
 
-@pytest.mark.parametrize(("base", "cost"), [(0.03, 0.001), (0.1, 0.002), (0.05, 0.0001)])
+@pytest.mark.parametrize(("base", "cost"), [(0.04, 0.001), (0.1, 0.002), (0.05, 0.0001)])
 def test_step_with_a_prompt_takes_at_most_so_many_times_as_long(base: float, cost: float) -> None:
     for max_slowdown in (1.5, 2.0, 4.0):
-        tokens = learnt(base, cost, max_slowdown).most_prefill_tokens()
+        tokens = learnt(base, cost, max_slowdown).most_prefill_tokens(1)
         assert tokens > 1
         assert base + tokens * cost <= max_slowdown * base * 1.001
 
 
+def test_each_prompt_more_may_add_as_much() -> None:
+    pacer = learnt(base=0.03, cost=0.001)
+    assert [pacer.most_prefill_tokens(count) for count in (1, 2, 10)] == pytest.approx([30, 60, 300], abs=1)
+
+
+def test_cost_of_a_token_counts_by_the_tokens() -> None:
+    """A small part that took long for another reason says little."""
+    pacer = learnt(base=0.03, cost=0.001)
+    for _ in range(10):
+        pacer.observe(num_decode=4, num_prefill=300, seconds=0.03 + 300 * 0.001)
+        pacer.observe(num_decode=4, num_prefill=10, seconds=0.03 + 0.04)
+    assert pacer.most_prefill_tokens(1) > 25
+
+
 def test_prompt_always_gets_on() -> None:
-    assert learnt(base=0.001, cost=1.0).most_prefill_tokens() > 0
+    assert learnt(base=0.001, cost=1.0).most_prefill_tokens(1) > 0
 
 
 def test_cost_is_learnt_from_steps_of_prompts_alone_too() -> None:
     pacer = PrefillPacer(2.0)
     pacer.observe(num_decode=0, num_prefill=100, seconds=0.1)
     pacer.observe(num_decode=1, num_prefill=0, seconds=0.05)
-    assert pacer.most_prefill_tokens() == 50
+    assert pacer.most_prefill_tokens(1) == 50
 
 
 def test_scheduler_paces_prompts_only_while_somebody_decodes() -> None:
@@ -45,5 +59,9 @@ def test_scheduler_paces_prompts_only_while_somebody_decodes() -> None:
     scheduler.update([1])
     scheduler.add(Request("second", tuple(range(100, 180)), 1))
     sizes = [len(chunk.token_ids) for chunk in scheduler.schedule().chunks]
-    assert sizes == [1, pacer.most_prefill_tokens()]
+    assert sizes == [1, pacer.most_prefill_tokens(1)]
     assert sizes[1] < 50
+    scheduler.update([1])
+    scheduler.add(Request("third", tuple(range(200, 280)), 1))
+    sizes = [len(chunk.token_ids) for chunk in scheduler.schedule().chunks]
+    assert sum(sizes[1:]) == min(63, pacer.most_prefill_tokens(2)) > pacer.most_prefill_tokens(1)

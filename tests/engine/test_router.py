@@ -190,5 +190,4 @@ def test_logprobs_come_along_with_their_tokens() -> None:
 def test_answer_that_cannot_go_on_is_an_error_of_its_form() -> None:
     router = opened("a")
     router.deliver([TokenOutput("a", 1, "stop", error="too complex")])
-    delivery = router.take("a")
-    assert (delivery.error, delivery.fault, delivery.is_last) == ("too complex", "form", True)
+    assert router.take("a") == Delivery([1], error="too complex", fault="form")

@@ -178,6 +178,40 @@ def test_failure_of_any_choice_fails_the_answer_with_its_own_status(fault: Any) 
         reply = job.advance(door.router.take("a"))
         status = {"engine": 500, "time": 504, "form": 400}[fault]
         assert reply is not None and reply.is_last and reply.is_first != has_begun
+        assert (reply.body.count("data: [DONE]\n\n"), reply.body.endswith("data: [DONE]\n\n")) == (has_begun, has_begun)
         assert reply.status == (200 if has_begun else status)
         body = events(reply.body)[0] if has_begun else json.loads(reply.body)
         assert body["error"]["code"] == status and body["error"]["message"] == "broken"
+
+
+def test_text_that_came_with_an_error_goes_out_before_it_whosever_it_is() -> None:
+    door = Door("a", "a/1")
+    job = two_choices(door, stream())
+    door.router.deliver([TokenOutput("a", 1, None), TokenOutput("a/1", 2, None)])
+    door.router.deliver([TokenOutput("a/1", 3, "stop", error="too complex")])
+    reply = job.advance(door.router.take("a"))
+    assert reply is not None and (reply.status, reply.is_first, reply.is_last) == (200, True, True)
+    first, second, error, done = events(reply.body)
+    texts = {chunk["choices"][0]["index"]: chunk["choices"][0]["text"] for chunk in (first, second)}
+    assert texts == {0: "a", 1: "bc"}
+    assert (error["error"]["message"], done) == ("too complex", "[DONE]")
+
+
+def test_error_behind_a_stop_string_is_none() -> None:
+    door = Door("a", "a/1")
+    job = two_choices(door, stream(), ("b",))
+    door.router.deliver([TokenOutput("a", 2, None), TokenOutput("a", 3, None), TokenOutput("a/1", 1, "length")])
+    door.router.fail_all("broken")
+    reply = job.advance(door.router.take("a"))
+    assert reply is not None and reply.is_last
+    assert "error" not in reply.body
+    assert [chunk["choices"][0]["finish_reason"] for chunk in events(reply.body)[:2]] == ["stop", "length"]
+
+
+def test_error_before_the_first_token_is_no_echo() -> None:
+    door = Door("a")
+    own = Choice(Request("a", (4, 5), 1), Letters(), StopStrings(()), None, Echo("de", True))
+    job = GenerationJob(WholeText(), [own], 1, door)
+    door.router.fail_all("broken")
+    reply = job.advance(door.router.take("a"))
+    assert reply is not None and reply.status == 500

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from http_client import events
 
+from ts_parallel.engine import engine as engine_module
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine, EngineThread
 from ts_parallel.engine.request import Request
@@ -21,8 +23,9 @@ from ts_parallel.errors import NotFoundError, RequestError
 from ts_parallel.runtime.step import StepPlan
 from ts_parallel.serving.answers import EVENTS, JSON, TEXT, Answer, CompletionStream, TextStream, WholeText
 from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain, Job, Reply, raw_request
-from ts_parallel.serving.detokenizer import Detokenizer
+from ts_parallel.serving.choices import Choice, GenerationJob
+from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain, Reply, raw_request
+from ts_parallel.serving.stop_strings import StopStrings
 
 NUM_BLOCKS = 64
 
@@ -81,9 +84,12 @@ class GatedRunner:
 
 
 class Letters:
-    """A tokenizer that writes token 1 as a, 2 as b, and nothing for a token above 26."""
+    """A tokenizer that writes token 1 as a, 2 as b, and nothing for a token above 26; it fails at one token."""
+
+    bad_token = 0
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        assert self.bad_token not in token_ids
         return "".join(chr(96 + token_id) for token_id in token_ids if token_id <= 26)
 
 
@@ -95,11 +101,12 @@ class FrontEnd:
         self.blocks = BlockManager(NUM_BLOCKS, block_size=4)
         scheduler = Scheduler(self.blocks, max_num_seqs=8, max_num_batched_tokens=64)
         self.engine = EngineThread(Engine(self.runner, scheduler), on_failure=lambda: None)
+        self.tokenizer = Letters()
         self.num_opened = 0
         self.jobs: dict[str, Any] = {}
         self._drain = ContinuousBatchingDrain(self.engine, self._open_job)
 
-    def _open_job(self, request_id: str, request: RawRequest) -> Job | Reply:
+    def _open_job(self, request_id: str, request: RawRequest) -> GenerationJob | Reply:
         """The body names the answer's shape and its number of tokens."""
         self.num_opened += 1
         if request.route == "nowhere":
@@ -114,7 +121,7 @@ class FrontEnd:
             answer = CompletionStream(request_id, "m", include_usage=False, has_usage_in_each=False)
         own = Request(request_id, (0,), max_tokens)
         self.engine.submit(own)
-        return Job(answer, Detokenizer(Letters()), own)
+        return GenerationJob(answer, [Choice(own, self.tokenizer, StopStrings(()))], 1, self.engine)
 
     def round_trip(self, **routes: str) -> dict[str, Sent]:
         """What each job that is not left out is sent. A job that has ended is named no more."""
@@ -365,9 +372,40 @@ def test_failure_after_the_first_piece_ends_the_stream_with_an_error_of_its_kind
     failed = front_end.trips_until("text", "events")
     assert {part.ts_stream_next for part in failed.values()} == {False}
     assert json.loads(failed["text"].body)["error"]["code"] == 500
-    assert json.loads(failed["events"].body.removeprefix("data: "))["error"]["code"] == 500
-    assert failed["events"].body.endswith("\n\n")
+    error, done = events(failed["events"].body)[-2:]
+    assert error["error"]["code"] == 500 and done == "[DONE]"
     assert front_end.round_trip() == {}
+
+
+def test_job_that_fails_in_our_own_hands_ends_alone(front_end: FrontEnd, caplog: pytest.LogCaptureFixture) -> None:
+    front_end.jobs |= {"stream": ("events", 9), "whole": ("whole", 9), "short": ("text", 2)}
+    front_end.tokenizer.bad_token = 4
+    front_end.let_through(20)
+    texts, statuses = dict.fromkeys(front_end.jobs, ""), {}
+    deadline = time.monotonic() + 30
+    while front_end.jobs:
+        assert time.monotonic() < deadline
+        for name, sent in front_end.round_trip().items():
+            texts[name] += sent.body
+            statuses.setdefault(name, sent.status)
+    assert texts["short"] == "ab" and statuses["short"] == 200
+    assert statuses["whole"] == json.loads(texts["whole"])["error"]["code"] == 500
+    assert '"code": 500' in texts["stream"]
+    assert "a request failed" in caplog.text
+    wait_until(lambda: front_end.blocks.num_free == NUM_BLOCKS and not front_end.engine.num_open)
+
+
+def test_job_that_was_forgotten_ends_with_an_error_when_it_is_asked_for(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front_end.jobs["a"] = ("events", 90)
+    front_end.let_through(1)
+    front_end.trips_until("a")
+    monkeypatch.setattr(engine_module, "SECONDS_TO_FORGET", -1.0)
+    front_end.let_through(1)
+    wait_until(lambda: not front_end.engine.router._emptied_at)
+    (sent,) = front_end.round_trip().values()
+    assert events(sent.body)[-2]["error"]["code"] == 504 and sent.ts_stream_next is False
 
 
 def test_raw_request_takes_body_or_data_and_headers_of_any_case() -> None:

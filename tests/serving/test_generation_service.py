@@ -8,9 +8,10 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.runtime.step import StepPlan
-from ts_parallel.serving import text_generation
+from ts_parallel.serving import generation_service, text_generation
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.continuous_batching import Reply
 from ts_parallel.serving.generation_service import GenerationService
@@ -269,6 +270,14 @@ def test_stop_string_ends_only_the_choice_that_has_it(bench: Bench) -> None:
         ({"prompt": ["x"] * 17}, "prompt"),
         ({"prompt": ["x", ""]}, "prompt"),
         ({"prompt": [[1], [99999]]}, "prompt"),
+        ({"prompt": [2**70], "echo": True}, "prompt"),
+        ({"prompt": [-1], "echo": True}, "prompt"),
+        ({"logit_bias": {"2048": 1}}, "logit_bias"),
+        ({"stop_token_ids": [2**70], "min_tokens": 2}, "stop_token_ids"),
+        ({"max_tokens": 2**70}, "max_tokens"),
+        ({"min_tokens": 2**70}, "min_tokens"),
+        ({"priority": 2**70}, "priority"),
+        ({"prompt": "a\ud800b"}, "prompt"),
     ],
 )
 def test_what_no_choice_can_come_of_is_refused_and_nothing_is_left(
@@ -401,6 +410,98 @@ def test_echo_with_logprobs_scores_every_token_of_the_prompt(
         assert token in tokenizer.all_special_tokens or choice["text"][offset:].startswith(token)
 
 
+@pytest.fixture
+def knowing(bench: Bench) -> Bench:
+    """A service whose tokenizer knows a token that the model has not."""
+    config = parse_config({"model_path": str(DEMO_MODEL), "dtype": "float32", "max_num_seqs": 8})
+    service = GenerationService(DEMO_MODEL, "demo", bench.service.engine, config)
+    service._tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
+    service._tokenizer.chat_template = CHAT_TEMPLATE
+    return replace(bench, service=service)
+
+
+def test_token_that_the_model_has_not_is_refused_by_name_wherever_it_comes_from(knowing: Bench) -> None:
+    says = "token id 2048 ('<|extra|>') is outside the model's vocabulary of 2048"
+    message = {"role": "user", "content": "a <|extra|>"}
+    error = knowing.refuse(prompt="a <|extra|>")
+    assert (error["message"], error["param"]) == (says, "prompt")
+    assert knowing.refuse("", prompt="a <|extra|>")["message"] == says
+    status, text = knowing.send("v1/chat/completions", {"messages": [message]})
+    assert (status, json.loads(text)["error"]["param"]) == (400, "messages")
+    for fields in ({"prompt": [2048]}, {"logit_bias": {"2048": 1}}, {"stop_token_ids": [2048], "min_tokens": 1}):
+        assert knowing.refuse(**fields)["message"] == says
+    tokens = knowing.ask("tokenize", prompt="<|extra|>")["tokens"]
+    assert 2048 in tokens and knowing.ask("detokenize", tokens=tokens)["prompt"].endswith("<|extra|>")
+    assert knowing.complete(max_tokens=1)["text"] and knowing.is_empty()
+
+
+def test_end_tokens_that_the_model_has_not_are_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation_service, "read_eos_ids", lambda *_: frozenset({0, 5000}))
+    config = parse_config({"model_path": str(DEMO_MODEL), "dtype": "float32"})
+    service = GenerationService(DEMO_MODEL, "demo", bench.service.engine, config)
+    assert service._eos_ids == {0}
+    assert replace(bench, service=service).complete(min_tokens=2, max_tokens=3)["text"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e-310},
+        {"temperature": 1e-300, "top_p": 0.5, "seed": -1},
+        {"temperature": 1.0, "repetition_penalty": 0.01},
+        {"temperature": 1.0, "top_k": 2**70},
+        {"temperature": 1.0, "logit_bias": {str(token_id): -100 for token_id in range(2048)}},
+    ],
+)
+def test_engine_outlives_any_sampling(bench: Bench, fields: dict[str, Any]) -> None:
+    bench.complete(max_tokens=3, **fields)
+    assert bench.service.engine.is_alive
+
+
+def test_prompts_that_are_alike_are_answered_each_by_chance(bench: Bench) -> None:
+    texts = [choice["text"] for choice in bench.ask("v1/completions", prompt=[PROMPT] * 3, n=2, **HOT)["choices"]]
+    assert len(set(texts)) == 6
+    seeded = bench.ask("v1/completions", prompt=[PROMPT] * 2, n=2, seed=3, **HOT)["choices"]
+    assert [choice["text"] for choice in seeded[:2]] == [choice["text"] for choice in seeded[2:]]
+
+
+def test_echo_without_a_limit_has_as_many_tokens_as_without_echo(bench: Bench) -> None:
+    ids = [7 + number % 900 for number in range(bench.service._max_model_len - 9)]
+    fields = {"prompt": ids, "max_tokens": None, "temperature": 0, "ignore_eos": True}
+    usages = [bench.ask("v1/completions", **fields, echo=echo)["usage"]["completion_tokens"] for echo in (False, True)]
+    assert usages == [9, 9]
+
+
+def test_prompt_that_fills_the_model_may_be_echoed_and_scored(bench: Bench) -> None:
+    length = bench.service._max_model_len
+    ids = [7 + number % 900 for number in range(length)]
+    choice = bench.complete(prompt=ids, echo=True, max_tokens=0, logprobs=0)
+    assert len(choice["logprobs"]["tokens"]) == length and choice["finish_reason"] == "length"
+    assert bench.refuse(prompt=[*ids, 7], echo=True, max_tokens=0)["param"] == "prompt"
+    assert bench.refuse(prompt=ids, echo=True, max_tokens=1)["param"] == "prompt"
+    assert bench.is_empty()
+
+
+def test_what_nobody_foresaw_is_a_500_for_its_request_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("out of luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.service, "_tokens", fail)
+        status, text = bench.send("v1/completions", {"prompt": PROMPT})
+    assert (status, json.loads(text)["error"]["message"]) == (500, "TypeError: out of luck")
+    assert "a request failed" in caplog.text
+    assert bench.complete(max_tokens=1)["text"]
+
+
+def test_health_is_that_of_the_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.send("health", {}) == (200, '{"status": "ok"}')
+    monkeypatch.setattr(bench.service, "engine", SimpleNamespace(is_alive=False))
+    assert bench.send("health", {}) == (503, '{"status": "failed"}')
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"ok": {"type": "boolean"}, "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},
@@ -492,10 +593,12 @@ def test_bad_form_is_a_400_for_this_request_alone(bench: Bench, fields: dict[str
 
 
 def test_form_that_becomes_too_complex_fails_its_request_alone(bench: Bench) -> None:
+    before = bench.service.engine.figures().stats.num_ended["error"]
     status, text = bench.send(
         "v1/completions", {"prompt": PROMPT, "max_tokens": 50, "guided_grammar": 'start: "a" start'}
     )
     assert status == 400 and "Too many items" in json.loads(text)["error"]["message"]
+    assert bench.service.engine.figures().stats.num_ended["error"] == before + 1
     assert bench.is_empty()
     assert bench.complete(max_tokens=1)["text"]
 
@@ -513,9 +616,9 @@ def test_request_that_takes_too_long_is_ended_and_its_blocks_are_free(bench: Ben
 def test_stream_that_takes_too_long_ends_with_an_error(bench: Bench) -> None:
     fields = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "stream": True, "timeout": 0.3}
     status, text = bench.send("v1/completions", fields)
-    *chunks, error = events(text)
+    *chunks, error, done = events(text)
     assert status == 200 and chunks[0]["choices"][0]["text"]
-    assert error["error"]["code"] == 504
+    assert error["error"]["code"] == 504 and done == "[DONE]"
     assert bench.is_empty()
 
 

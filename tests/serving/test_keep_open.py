@@ -8,7 +8,7 @@ import pytest
 
 from ts_parallel.engine.router import TokenRouter
 from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain, Job, Reply
+from ts_parallel.serving.continuous_batching import ContinuousBatchingDrain, Reply
 from ts_parallel.serving.keep_open import ROUTE, has_replicas
 
 
@@ -38,7 +38,7 @@ class Context:
     def set_response_content_type(self, index: int, value: str) -> None: ...
 
 
-def answer(request_id: str, request: RawRequest) -> Job | Reply:
+def answer(request_id: str, request: RawRequest) -> Reply:
     return Reply.whole(f"answer to {request.route}")
 
 

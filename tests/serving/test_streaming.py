@@ -195,7 +195,7 @@ def test_plain_batch_sends_pieces_to_those_that_have_news_and_ends_all_at_once(
     assert context.statuses == {0: 200, 1: 400, 2: 200}
     assert json.loads(ends[1])["error"]["message"] == "a bad word"
     assert context.content_types[0] == "text/x-letters"
-    assert handler.streams.num_open == 0
+    assert not handler.streams._open
 
 
 def test_transport_that_loses_requests_is_refused_with_the_reason() -> None:

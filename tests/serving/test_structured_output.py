@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import llguidance
 import pytest
 from transformers import AutoTokenizer
 
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.forms import Form, FormKind
-from ts_parallel.serving.structured_output import Guide, GuideMaker
+from ts_parallel.serving.structured_output import LONGEST_FORM, MOST_CHOICES, Guide, GuideMaker
 
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True)
@@ -92,6 +94,46 @@ def test_bad_form_is_refused_in_one_line_with_its_field(kind: FormKind, value: A
     with pytest.raises(RequestError, match="field: ") as refusal:
         make(kind, value)
     assert refusal.value.parameter == "field" and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "says"),
+    [
+        ("choice", [str(number) for number in range(MOST_CHOICES + 1)], "4097 choices, at most 4096"),
+        ("choice", ["x" * LONGEST_FORM], "65540 characters, at most 65536"),
+        ("regex", "x" * (LONGEST_FORM + 1), "65537 characters, at most 65536"),
+        ("grammar", "x" * (LONGEST_FORM + 1), "65537 characters, at most 65536"),
+        ("json", {"const": "x" * LONGEST_FORM}, "65549 characters, at most 65536"),
+    ],
+)
+def test_form_that_would_hold_up_all_streams_is_refused_unread(kind: FormKind, value: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=f"field: {says}"):
+        GuideMaker(object(), frozenset({1})).make(Form(kind, value, "field"), 1)
+
+
+def test_schema_that_is_nested_too_deep_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(2000):
+        schema = {"items": schema}
+    with pytest.raises(RequestError, match="field: nested too deep"):
+        make("json", schema)
+
+
+def test_form_that_is_too_complex_from_its_first_token_on_is_not_called_impossible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = llguidance.LLParserLimits
+    monkeypatch.setattr(llguidance, "LLParserLimits", lambda **own: limits(**own, max_lexer_states=1))
+    with pytest.raises(RequestError, match="field: lexer error: too many states"):
+        make("regex", "[a-z]+(.*a){10}")
+
+
+def test_fault_of_the_library_is_not_shown_to_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "panic: assertion failed: grammar.symbols.len() < u16::MAX as usize - 10"
+    broken = SimpleNamespace(is_error=lambda: True, get_error=lambda: message)
+    monkeypatch.setattr(llguidance, "LLMatcher", lambda *_, **__: broken)
+    with pytest.raises(RequestError, match=r"^field: too complex$"):
+        make("grammar", 'start: "a"')
 
 
 def test_model_without_a_fast_tokenizer_or_an_end_is_refused() -> None:

@@ -64,8 +64,9 @@ class TokenRouter:
                     mailbox.token_ids.append(output.token_id)
                     if output.logprobs is not None:
                         mailbox.logprobs.append(output.logprobs)
-                    mailbox.finish_reason = output.finish_reason
-                    if output.error is not None:
+                    if output.error is None:
+                        mailbox.finish_reason = output.finish_reason
+                    else:
                         mailbox.error, mailbox.fault = output.error, "form"
                     if mailbox.is_last:
                         self._limits.pop(output.request_id, None)

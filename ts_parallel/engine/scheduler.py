@@ -153,7 +153,9 @@ class Scheduler:
         """How many tokens of prompts a step may have: all that fit, unless somebody waits for a next token."""
         if self._pacer is None or not any(request.output_ids for request in self.running):
             return self._max_num_batched_tokens
-        return self._pacer.most_prefill_tokens()
+        seats = self._max_num_seqs - len(self.running)
+        num_prompts = sum(not request.output_ids for request in self.running) + min(seats, len(self.waiting))
+        return self._pacer.most_prefill_tokens(max(1, num_prompts))
 
     def _num_seats(self, paused: Collection[str]) -> int:
         """How many requests one step may take, so that those which can run make a step for each stage."""

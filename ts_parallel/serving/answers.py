@@ -14,6 +14,7 @@ from ts_parallel.errors import RequestError
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 EVENTS = "text/event-stream"
+_DONE = "data: [DONE]\n\n"  # the end of every stream of OpenAI's, also of one that failed
 _NEVER = -9999.0  # the log-probability of what cannot be
 
 
@@ -191,10 +192,10 @@ class CompletionStream(Answer):
             return events
         if self._include_usage:
             events += _event({**self._head, "choices": [], "usage": usage.as_dict()})
-        return events + "data: [DONE]\n\n"
+        return events + _DONE
 
     def fail(self, error: RequestError) -> str:
-        return f"data: {error_body(error)}\n\n"
+        return f"data: {error_body(error)}\n\n{_DONE}"
 
     def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
         return completion_head(request_id, model)

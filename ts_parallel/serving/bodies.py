@@ -422,15 +422,16 @@ def _validated(body: type[B], fields: Mapping[str, Any]) -> B:
         return body(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else None
-        got = "" if first["type"] == "missing" else f", got {_echo(first['input'])}"
-        raise RequestError(f"{_place(first['loc'], fields, not got)}: {first['msg']}{got}", name) from None
+        is_missing = first["type"] == "missing"
+        place = _place(first["loc"], fields, is_missing)
+        got = "" if is_missing else f", got {_echo(first['input'])}"
+        raise RequestError(f"{place}: {first['msg']}{got}", str(first["loc"][0]) if first["loc"] else None) from None
 
 
 def _place(loc: Sequence[str | int], fields: Mapping[str, Any], is_missing: bool) -> str:
     """The way to an error: keys and indices without pydantic's own names for the members of a union."""
     value: Any = fields
-    names = []
+    way: list[str] = []
     for at, part in enumerate(loc):
         if isinstance(value, dict) and (part in value or (is_missing and at == len(loc) - 1)):
             value = value.get(part)
@@ -438,8 +439,8 @@ def _place(loc: Sequence[str | int], fields: Mapping[str, Any], is_missing: bool
             value = value[part]
         else:
             continue
-        names.append(str(part))
-    return ".".join(names) or "body"
+        way.append(str(part))
+    return ".".join(way) or "body"
 
 
 def _refuse_unreadable(value: Any, parameter: str) -> None:

@@ -123,7 +123,7 @@ class Choice:
 
     def read(self, delivery: Delivery) -> Piece | None:
         """What new tokens mean; None where nothing is new, or the choice is over."""
-        if self.finish_reason is not None or not (delivery.token_ids or delivery.is_last):
+        if self.finish_reason is not None or not (delivery.token_ids or delivery.finish_reason):
             return None
         text = self._begin()
         if self._echo is not None and self._echo.is_all:
@@ -186,9 +186,6 @@ class GenerationJob:
         """What to send for new tokens of the first choice, and for those that the others have got meanwhile."""
         others = [self._engine.router.take(choice.request.request_id) for choice in self._choices[1:]]
         deliveries = [delivery, *others]
-        for own in deliveries:
-            if own.error is not None:
-                return self._fail(_ERRORS[own.fault](own.error))
         pieces = [choice.read(own) for choice, own in zip(self._choices, deliveries, strict=True)]
         usage = self._usage()
         bodies = [
@@ -196,18 +193,25 @@ class GenerationJob:
             for index, piece in enumerate(pieces)
             if piece is not None
         ]
+        body = "".join(filter(None, bodies))
+        for choice, own in zip(self._choices, deliveries, strict=True):
+            if own.error is not None and choice.finish_reason is None:
+                return self.fail(_ERRORS[own.fault](own.error), body)
         is_last = all(choice.finish_reason for choice in self._choices)
         for choice, piece in zip(self._choices, pieces, strict=True):
             if piece is not None and choice.has_stopped_early:
                 self._engine.stop(choice.request.request_id)
-        body = "".join(filter(None, bodies))
         if not body and not is_last:
             return None
         is_first, self._has_begun = not self._has_begun, True
         return Reply(body, is_first, is_last, content_type=self._answer.content_type)
 
-    def _fail(self, error: RequestError) -> Reply:
-        return Reply(self._answer.fail(error), False, True) if self._has_begun else Reply.refusal(error)
+    def fail(self, error: RequestError, body: str = "") -> Reply:
+        """The last reply, after what came before the error."""
+        if not self._has_begun and not body:
+            return Reply.refusal(error)
+        body += self._answer.fail(error)
+        return Reply(body, not self._has_begun, True, content_type=self._answer.content_type)
 
     def _usage(self) -> Usage:
         return Usage(

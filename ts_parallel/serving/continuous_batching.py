@@ -7,20 +7,19 @@ without news is taken out of the reply, which keeps it open and leaves its statu
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Generic, Protocol, TypeVar
 
-from ts_parallel.engine.request import Request
-from ts_parallel.engine.router import Delivery
 from ts_parallel.errors import EngineError, RequestError
-from ts_parallel.serving.answers import JSON, Answer, Usage, error_body
+from ts_parallel.serving.answers import JSON, error_body
 from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.detokenizer import Detokenizer
 from ts_parallel.serving.keep_open import ROUTE as KEEP_OPEN
-from ts_parallel.serving.stop_strings import StopStrings
+
+logger = logging.getLogger(__name__)
 
 # New requests join between two calls, so this bounds how long one of them waits while no token comes.
 SECONDS_PER_DRAIN = 0.02
@@ -52,43 +51,6 @@ class Reply:
         return Reply(error_body(error), is_first=True, is_last=True, status=error.status)
 
 
-@dataclass
-class Job:
-    """A request that the engine is running: its answer and how far it has come."""
-
-    answer: Answer
-    detokenizer: Detokenizer
-    request: Request
-    stops: StopStrings = field(default_factory=lambda: StopStrings(()))
-    num_completion_tokens: int = 0
-    has_begun: bool = False
-
-    def advance(self, delivery: Delivery) -> Reply | None:
-        """What to send for new tokens; None where there is nothing to send."""
-        if delivery.error is not None:
-            error = EngineError(delivery.error)
-            return Reply(self.answer.fail(error), False, True) if self.has_begun else Reply.refusal(error)
-        text = self._read(delivery)
-        finish_reason = "stop" if self.stops.has_stopped else delivery.finish_reason
-        usage = Usage(len(self.request.prompt_ids), self.num_completion_tokens, self.request.num_cached or 0)
-        body = self.answer.advance(text, usage, finish_reason)
-        if body is None:
-            return None
-        is_first, self.has_begun = not self.has_begun, True
-        return Reply(body, is_first, finish_reason is not None, content_type=self.answer.content_type)
-
-    def _read(self, delivery: Delivery) -> str:
-        """The text of new tokens, one by one, for none after a stop string counts."""
-        pieces = []
-        for number, token_id in enumerate(delivery.token_ids, 1):
-            is_last = delivery.is_last and number == len(delivery.token_ids)
-            self.num_completion_tokens += 1
-            pieces.append(self.stops.add(self.detokenizer.add([token_id], is_last), is_last))
-            if self.stops.has_stopped:
-                break
-        return "".join(pieces)
-
-
 D = TypeVar("D")
 News = TypeVar("News", contravariant=True)
 MoreNews = TypeVar("MoreNews", covariant=True)
@@ -99,6 +61,10 @@ class OpenJob(Protocol[News]):
 
     def advance(self, delivery: News, /) -> Reply | None:
         """What to send for the news; None where there is nothing to send."""
+        ...
+
+    def fail(self, error: RequestError, /) -> Reply:
+        """The last reply, where it cannot go on."""
         ...
 
 
@@ -147,10 +113,18 @@ class OpenJobs(Generic[D]):
             return self._ready.pop(request_id)
         if request_id not in self._jobs:
             return None
-        reply = self._jobs[request_id].advance(self._door.router.take(request_id))
+        reply = self._advance(request_id)
         if reply is not None and reply.is_last:
             self._forget(request_id)
         return reply
+
+    def _advance(self, request_id: str) -> Reply | None:
+        job = self._jobs[request_id]
+        try:
+            return job.advance(self._door.router.take(request_id))
+        except Exception as error:  # whatever it was, the other jobs must not end by it
+            logger.exception("a request failed")
+            return job.fail(EngineError(f"{type(error).__name__}: {error}"))
 
     def _forget(self, request_id: str) -> None:
         del self._jobs[request_id]

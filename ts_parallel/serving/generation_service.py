@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.request import GenerationParams, make_request
-from ts_parallel.errors import BusyError, NotFoundError, RequestError
+from ts_parallel.errors import BusyError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.model_config import max_positions_of, read_model_config
 from ts_parallel.serving.answers import (
     Answer,
@@ -49,6 +50,8 @@ from ts_parallel.serving.stop_strings import StopStrings
 from ts_parallel.serving.structured_output import GuideMaker
 from ts_parallel.serving.token_texts import TokenTexts
 
+logger = logging.getLogger(__name__)
+
 GeneratingBody = NativeBody | CompletionBody | ChatBody
 
 
@@ -65,7 +68,9 @@ class GenerationService:
         self._max_seconds = config.max_request_seconds
         self._started_at = int(time.time())
         self._tokenizer = read_tokenizer(folder)
-        self._eos_ids = read_eos_ids(folder, model_config)
+        # What the model has embeddings and logits for; a tokenizer may know more tokens, or fewer.
+        self._vocabulary: int = model_config.get_text_config().vocab_size
+        self._eos_ids = frozenset(own for own in read_eos_ids(folder, model_config) if own < self._vocabulary)
         self._defaults = read_sampling_defaults(folder)
         self._texts = TokenTexts(self._tokenizer)
         self._guides = GuideMaker(self._tokenizer, self._eos_ids)
@@ -89,9 +94,14 @@ class GenerationService:
             return self._routes[request.route](request_id, request)
         except RequestError as error:
             return Reply.refusal(error)
+        except Exception as error:  # whatever it was, the other requests must not end by it
+            logger.exception("a request failed")
+            return Reply.refusal(EngineError(f"{type(error).__name__}: {error}"))
 
     def _health(self, request_id: str, request: RawRequest) -> Reply:
-        return Reply.whole('{"status": "ok"}' if self.engine.is_alive else '{"status": "failed"}')
+        if self.engine.is_alive:
+            return Reply.whole('{"status": "ok"}')
+        return Reply('{"status": "failed"}', is_first=True, is_last=True, status=503)
 
     def _metrics(self, request_id: str, request: RawRequest) -> Reply:
         text = prometheus_text(self.engine.figures(), labels_of(self._name))
@@ -106,7 +116,8 @@ class GenerationService:
         return Reply.whole(json.dumps({"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}))
 
     def _detokenize(self, request_id: str, request: RawRequest) -> Reply:
-        tokens = self._known(parse_plain(DetokenizeBody, request).tokens, "tokens")
+        vocabulary = max(self._vocabulary, len(self._tokenizer))  # also what `tokenize` says that the model has not
+        tokens = self._known(parse_plain(DetokenizeBody, request).tokens, "tokens", vocabulary)
         return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(tokens)}))
 
     def _open_native(self, request_id: str, request: RawRequest) -> GenerationJob:
@@ -127,7 +138,6 @@ class GenerationService:
         if body.echo:
             texts = [own if isinstance(own, str) else self._text(own) for own in body.prompts]
             echoes = [Echo(text, is_all=body.max_tokens == 0) for text in texts]
-            body = body.model_copy(update={"max_tokens": body.max_tokens or 1})
         return self._run(request_id, prompts, body, self._temperature(body), answer, echoes)
 
     def _open_chat(self, request_id: str, request: RawRequest) -> GenerationJob:
@@ -159,7 +169,7 @@ class GenerationService:
 
     def _tokens(self, text: str) -> list[int]:
         """None for an empty text, though a tokenizer may begin each with a token of its own."""
-        return list(self._tokenizer(text).input_ids) if text else []
+        return self._known(list(self._tokenizer(text).input_ids), "prompt") if text else []
 
     def _text(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -180,7 +190,7 @@ class GenerationService:
             raise
         except Exception as error:  # a template is a program of the model's own, and refuses by raising what it likes
             raise RequestError(f"the model's chat template refuses the messages: {error}", "messages") from None
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return self._known(list(self._tokenizer(text, add_special_tokens=False).input_ids), "messages")
 
     def _temperature(self, body: CompletionBody | ChatBody) -> float:
         return self._defaults.temperature if body.temperature is None else body.temperature
@@ -202,15 +212,16 @@ class GenerationService:
                 f"{self.engine.num_open} of {self._most_open} requests (max_num_seqs and max_num_waiting) are open "
                 f"already, {num_choices} more do not fit: try again later"
             )
-        params = body.generation_params(temperature, random.getrandbits(64), self._defaults)
-        self._check(params)
+        # Where the body has no seed, each prompt gets one of its own: two that are alike are not to be answered alike.
+        params = [body.generation_params(temperature, random.getrandbits(64), self._defaults) for _ in prompts]
+        self._check(params[0])
         form = body.form()
         guides = [None] * num_choices if form is None else self._guides.make(form, num_choices)
         requests = [
             make_request(
                 f"{request_id}/{number}" if number else request_id,
                 prompts[number // num_answers],
-                choice_params(params, number % num_answers),
+                choice_params(params[number // num_answers], number % num_answers),
                 eos_ids=self._eos_ids,
                 max_model_len=self._max_model_len,
                 guide=guide,
@@ -239,20 +250,25 @@ class GenerationService:
         """
         self._known([token_id for token_id, _ in params.sampling.logit_bias], "logit_bias")
         self._known(list(params.stop_token_ids), "stop_token_ids")
-        if (params.sampling.num_logprobs or 0) > len(self._tokenizer):
-            raise RequestError(f"{params.sampling.num_logprobs} of {len(self._tokenizer)} tokens", "logprobs")
+        if (params.sampling.num_logprobs or 0) > self._vocabulary:
+            raise RequestError(f"{params.sampling.num_logprobs} of {self._vocabulary} tokens", "logprobs")
 
-    def _known(self, token_ids: list[int], parameter: str) -> list[int]:
+    def _known(self, token_ids: list[int], parameter: str, vocabulary: int | None = None) -> list[int]:
         """The same token ids.
 
+        Args:
+            vocabulary: how many tokens there are, if not the model's number of them.
+
         Raises:
-            RequestError: one is none of the model's.
+            RequestError: one is none of these.
         """
-        vocabulary = len(self._tokenizer)
-        for token_id in token_ids:
-            if not 0 <= token_id < vocabulary:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {vocabulary}", parameter)
-        return token_ids
+        vocabulary = vocabulary or self._vocabulary
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocabulary):
+            return token_ids
+        outside = next(own for own in token_ids if not 0 <= own < vocabulary)
+        name = self._tokenizer.convert_ids_to_tokens(outside) if 0 <= outside < len(self._tokenizer) else None
+        text = f" ({name!r})" if name else ""
+        raise RequestError(f"token id {outside}{text} is outside the model's vocabulary of {vocabulary}", parameter)
 
 
 def _usage_options(body: CompletionBody | ChatBody) -> dict[str, Any]:

@@ -132,13 +132,17 @@ class StreamJob:
     def advance(self, news: News) -> Reply | None:
         if not news.pieces and not news.is_last:
             return None
-        is_first, self._has_begun = not self._has_begun, True
         body = "".join(news.pieces)
-        if news.error is None:
-            return Reply(body, is_first, news.is_last, content_type=self._stream.content_type)
-        if is_first and not body:
-            return Reply.refusal(news.error)
-        return Reply(body + error_body(news.error), is_first, True, content_type=self._stream.content_type)
+        if news.error is not None:
+            return self.fail(news.error, body)
+        is_first, self._has_begun = not self._has_begun, True
+        return Reply(body, is_first, news.is_last, content_type=self._stream.content_type)
+
+    def fail(self, error: RequestError, body: str = "") -> Reply:
+        """The last reply, after a last piece."""
+        if not self._has_begun and not body:
+            return Reply.refusal(error)
+        return Reply(body + error_body(error), not self._has_begun, True, content_type=self._stream.content_type)
 
 
 class Streams:
@@ -151,10 +155,6 @@ class Streams:
     @property
     def router(self) -> Streams:
         return self
-
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
 
     def open(self, request_id: str) -> ResponseStream:
         stream = self._open[request_id] = ResponseStream(self._changed)
