@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from families import FAMILIES, save_random_model
 from transformers import AutoModelForCausalLM
 
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.partition import prepared
 from ts_parallel.partition.build import make_programs
-from ts_parallel.partition.prepared import store_programs
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
@@ -69,7 +70,10 @@ def test_tokens_of_every_parallel_shape_are_the_plain_models(
 ) -> None:
     for folder in models.values():  # here, where what makes them is imported already
         request, index = ProgramRequest(folder, "float32", 0, tp, PipelinePlace(0, pp)), read_index(folder)
-        store_programs(request, index, make_programs(request, index))
+        cache = prepared._cache_folder()
+        assert cache is not None
+        programs = {own: pickle.dumps(program) for own, program in make_programs(request, index).items()}
+        prepared._keep(cache / prepared._digest(request, index), programs)
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp)]
     command += [str(RANKS), str(report), str(tp), str(pp), *map(str, models.values())]

@@ -45,28 +45,19 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
         CheckpointError, ConfigError, PlanError: as `build.make_programs` does.
     """
     own = request.rank, request.place.rank
-    with _cache_folder() as cache:
-        if cache is None:
-            return _unpickle(_make(request)[own])
-        stem = cache / _digest(request, index)
-        program = _read(stem, own)
-        if program is None:
-            with _locked(stem.with_suffix(".lock")):
-                program = _read(stem, own)  # another rank may have made it meanwhile
-                if program is None:
-                    pickles = _make(request)
-                    _keep(stem, pickles)
-                    program = _unpickle(pickles[own])
+    cache = _cache_folder()
+    if cache is None:
+        return _unpickle(_make(request)[own])
+    stem = cache / _digest(request, index)
+    program = _read(stem, own)
+    if program is None:
+        with _locked(stem.with_suffix(".lock")):
+            program = _read(stem, own)  # another rank may have made it meanwhile
+            if program is None:
+                pickles = _make(request)
+                _keep(stem, pickles)
+                program = _unpickle(pickles[own])
     return program
-
-
-def store_programs(
-    request: ProgramRequest, index: CheckpointIndex, programs: Mapping[tuple[int, int], RankProgram]
-) -> None:
-    """Keep programs that were made in this process, where there is a folder for them."""
-    with _cache_folder() as cache:
-        if cache is not None:
-            _keep(cache / _digest(request, index), {own: pickle.dumps(program) for own, program in programs.items()})
 
 
 def _keep(stem: Path, pickles: Pickles) -> None:
@@ -110,12 +101,11 @@ def _file_of(stem: Path, own: tuple[int, int]) -> Path:
     return stem.with_name(f"{stem.name}-{rank}-{place}")
 
 
-@contextmanager
-def _cache_folder() -> Iterator[Path | None]:
+def _cache_folder() -> Path | None:
     """The user's own folder of programs; None where none can be had."""
     base = Path(os.environ.get(CACHE_VARIABLE) or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = base if os.environ.get(CACHE_VARIABLE) else base / "ts_parallel"
-    yield folder if base.parts[:1] != ("~",) and _is_ours(folder) else None
+    return folder if base.parts[:1] != ("~",) and _is_ours(folder) else None
 
 
 def _is_ours(folder: Path) -> bool:
