@@ -1,15 +1,15 @@
 """Serve a 125M-parameter Llama with random weights through TorchServe and time it beside transformers' `generate`.
 
-All do the same work: prompts of 128 random token ids, 64 tokens out, greedy, end marks ignored, bfloat16. They take
-turns, round by round, in one run; the medians and their ratios are printed as a Markdown table. With one rank the same
-engine runs in process too: what TorchServe and HTTP cost is the difference. The prefix cache is off, for the prompts of
-all rounds are the same.
+All do the same work: prompts of 128 random token ids, 64 tokens out, greedy, end marks ignored, bfloat16. Each stream
+asks three times, the next as soon as the last is answered; `generate` does it batch by batch. They take turns, round by
+round, in one run; the medians and their ratios are printed as a Markdown table. With one rank the same engine runs in
+process too: what TorchServe and HTTP cost is the difference. The server is loaded and read as `ts-parallel bench` does
+it. The prefix cache is off, for the prompts of all rounds are the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import platform
 import random
@@ -19,22 +19,27 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import urlsplit
+from typing import Any
 
-from ts_parallel.cli.archive import handler_config
+from ts_parallel.cli.archive import VERSION, handler_config
+from ts_parallel.cli.dialect import Dialect
+from ts_parallel.cli.measure import follow, run_load, summarize
 from ts_parallel.cli.serve import running
+from ts_parallel.cli.stream_client import Client
 from ts_parallel.cli.torchserve import free_ports
+from ts_parallel.cli.workload import Ask
 from ts_parallel.config import HandlerConfig
 
 Rows = dict[int, dict[str, float]]
-"""Number of streams → tokens/s (`rate`) and, where it is known, seconds to the first token (`first`)."""
+"""Number of streams → tokens/s (`rate`), and where they are known seconds to the first token (`first`), and between two
+(`next`, and `slow` for the slowest in a hundred)."""
 
 PROMPT_TOKENS, OUTPUT_TOKENS, VOCABULARY = 128, 64, 16000
+ASKS_OF_A_STREAM = 3
 MODEL = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -78,26 +83,28 @@ def time_plainly(folder: Path, counts: list[int]) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     for _ in sys.stdin:
         result = {}
         for count in counts:
-            ids = torch.tensor(make_prompts(count))
-            mask = torch.ones_like(ids)
+            prompts = make_prompts(count * ASKS_OF_A_STREAM)
+            batches = [torch.tensor(prompts[begin : begin + count]) for begin in range(0, len(prompts), count)]
+            options["attention_mask"] = torch.ones_like(batches[0])
             started = time.perf_counter()
-            model.generate(ids, attention_mask=mask, max_new_tokens=1, min_new_tokens=1, **options)
+            model.generate(batches[0], max_new_tokens=1, min_new_tokens=1, **options)
             first = time.perf_counter() - started
             started = time.perf_counter()
-            model.generate(
-                ids, attention_mask=mask, max_new_tokens=OUTPUT_TOKENS, min_new_tokens=OUTPUT_TOKENS, **options
-            )
-            result[count] = {"rate": count * OUTPUT_TOKENS / (time.perf_counter() - started), "first": first}
+            for ids in batches:
+                model.generate(ids, max_new_tokens=OUTPUT_TOKENS, min_new_tokens=OUTPUT_TOKENS, **options)
+            rate = len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)
+            result[count] = {"rate": rate, "first": first}
         print(json.dumps(result), flush=True)
 
 
 def time_in_process(folder: Path, counts: list[int]) -> None:
     """The same for this package's engine without TorchServe."""
     from ts_parallel.engine.request import Request
+    from ts_parallel.engine.scheduler import TokenOutput
     from ts_parallel.serving.text_generation import make_engine, make_runner
     from ts_parallel.topology import open_topology
 
@@ -107,12 +114,19 @@ def time_in_process(folder: Path, counts: list[int]) -> None:
     for _ in sys.stdin:
         result = {}
         for count in counts:
-            requests = [
-                Request(str(number), tuple(prompt), OUTPUT_TOKENS) for number, prompt in enumerate(make_prompts(count))
-            ]
+            prompts = make_prompts(count * ASKS_OF_A_STREAM)
+            waiting = [Request(str(number), tuple(prompt), OUTPUT_TOKENS) for number, prompt in enumerate(prompts)]
+
+            def ask_again(outputs: list[TokenOutput], waiting: list[Request] = waiting) -> None:
+                for _ in range(min(len(waiting), sum(output.finish_reason is not None for output in outputs))):
+                    engine.add(waiting.pop())
+
             started = time.perf_counter()
-            engine.generate(requests)
-            result[count] = {"rate": count * OUTPUT_TOKENS / (time.perf_counter() - started)}
+            for _ in range(count):
+                engine.add(waiting.pop())
+            while engine.has_requests:
+                engine.step(deliver=ask_again)
+            result[count] = {"rate": len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)}
         print(json.dumps(result), flush=True)
 
 
@@ -127,31 +141,20 @@ def served_config(folder: Path, size: int) -> HandlerConfig:
     )
 
 
-def stream_one(url: str, prompt: list[int]) -> float:
-    """Seconds to the first token of one streamed answer that is read to its end."""
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=600)
-    body = {"prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
-    body["stream_options"] = {"include_usage": True}
-    started = time.perf_counter()
-    connection.request(
-        "POST", f"{address.path}/1.0/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-    )
-    response = connection.getresponse()
-    first = response.read1()
-    seconds = time.perf_counter() - started
-    rest = first + response.read()
-    connection.close()
-    usage = [json.loads(line[6:])["usage"] for line in rest.split(b"\n") if b'"choices": []' in line]
-    assert usage and usage[0]["completion_tokens"] == OUTPUT_TOKENS, rest[-300:]
-    return seconds
-
-
 def time_served(url: str, count: int) -> dict[str, float]:
-    with ThreadPoolExecutor(count) as pool:
-        started = time.perf_counter()
-        firsts = list(pool.map(lambda prompt: stream_one(url, prompt), make_prompts(count)))
-        return {"rate": count * OUTPUT_TOKENS / (time.perf_counter() - started), "first": statistics.median(firsts)}
+    client, dialect = Client(f"{url}/{VERSION}/v1"), Dialect("m")
+    asks = [Ask(0.0, tuple(prompt), OUTPUT_TOKENS) for prompt in make_prompts(count * ASKS_OF_A_STREAM)]
+    records = run_load(asks, count, lambda ask, origin: follow(ask, client.complete(dialect.body(ask)), origin))
+    summary = summarize(list(records))
+    assert not summary["failed"] and not summary["shorter_than_asked"], summary["errors"]
+    metrics = summary["metrics"]
+    first, latency = metrics["ttft_seconds"]["p50"], metrics["itl_seconds"]
+    return {
+        "rate": summary["output_tokens_per_second"],
+        "first": first,
+        "next": latency["p50"],
+        "slow": latency["p99"],
+    }
 
 
 def main() -> None:
@@ -203,24 +206,25 @@ def report(folder: Path, streams: list[int], rounds: int, size: int) -> None:
             sides["engine"] = stack.enter_context(Beside("--in-process", folder, streams)).round
         sides["served"] = lambda: {count: time_served(server.url, count) for count in streams}
         for side in sides.values():
-            side()  # all warm up once
+            side()  # all warm up
         rows = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
         ranks = sorted(set(re.findall(r"ts_parallel (rank \d+: .*)", server.log_text())))
     print(f"\n{date.today()}, {platform.machine()}, {rounds} rounds, medians\n")
     print(
         "| streams | over HTTP, tokens/s | engine in process | ratio | transformers generate | ratio "
-        "| first token, ms | transformers' |"
+        "| first token, ms | transformers' | between tokens, ms | 99 of 100 within |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---" * 10 + "|")
     for count in streams:
         rate = {name: statistics.median(row[name][count]["rate"] for row in rows) for name in sides}
-        first, their_first = (
-            statistics.median(row[name][count]["first"] for row in rows) * 1e3 for name in ("served", "plain")
-        )
+        times = {
+            key: statistics.median(row["served"][count][key] for row in rows) * 1e3 for key in ("first", "next", "slow")
+        }
+        their_first = statistics.median(row["plain"][count]["first"] for row in rows) * 1e3
         engine = f"{rate['engine']:.0f} | {rate['served'] / rate['engine']:.2f}" if "engine" in rate else "— | —"
         print(
             f"| {count} | {rate['served']:.0f} | {engine} | {rate['plain']:.0f} | {rate['served'] / rate['plain']:.2f} "
-            f"| {first:.0f} | {their_first:.0f} |"
+            f"| {times['first']:.0f} | {their_first:.0f} | {times['next']:.0f} | {times['slow']:.0f} |"
         )
     print(f"\nready {ready:.1f} s after the start; " + "; ".join(ranks))
 

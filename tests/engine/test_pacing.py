@@ -63,5 +63,4 @@ def test_scheduler_paces_prompts_only_while_somebody_decodes() -> None:
     assert sizes[1] < 50
     scheduler.update([1])
     scheduler.add(Request("third", tuple(range(200, 280)), 1))
-    sizes = [len(chunk.token_ids) for chunk in scheduler.schedule().chunks]
-    assert sum(sizes[1:]) == min(63, pacer.most_prefill_tokens(2)) > pacer.most_prefill_tokens(1)
+    assert scheduler.schedule().num_tokens == 64  # two wait for a first token, one for a next

@@ -131,7 +131,7 @@ class FrontEnd:
         }
         headers |= {i: {"data": {"content-type": ""}} for i, name in names.items() if name.startswith("grpc")}
         context = Context(dict(names), headers)
-        bodies = self._drain.handle([{"body": self.jobs[name]} for name in names.values()], context)
+        bodies = self._drain.round_trip([{"body": self.jobs[name]} for name in names.values()], context)
         assert len(bodies) == len(names)
         assert context.request_ids.items() <= names.items()
         assert context.stopping_criteria is not None

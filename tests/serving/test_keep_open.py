@@ -44,7 +44,7 @@ def answer(request_id: str, request: RawRequest) -> Reply:
 
 def answered(drain: ContinuousBatchingDrain, context: Context) -> dict[str, str]:
     names = dict(context.request_ids)
-    bodies = drain.handle([{"body": {}} for _ in names], context)
+    bodies = drain.round_trip([{"body": {}} for _ in names], context)
     return {names[index]: bodies[index] for index in context.request_ids}
 
 

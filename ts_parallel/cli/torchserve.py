@@ -121,7 +121,7 @@ class TorchServe:
             "--ncs",
         ]
         command += ["--model-store", str(self._store), "--models", f"{self._name}={self._name}.mar"]
-        command += ["--ts-config", str(properties)]
+        command += ["--ts-config", str(properties), "--log-config", str(Path(__file__).with_name("log4j2.xml"))]
         if self.key_file is None:
             command.append("--disable-token-auth")
         with self._log.open("wb") as log:
@@ -204,6 +204,8 @@ class TorchServe:
             "grpc_management_port": grpc_management,
             "initial_distribution_port": ranks,
             "job_queue_size": 1000,
+            # It passes pieces on: to compile that again and better takes a core from the model for minutes.
+            "vmargs": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         }
         return "".join(f"{key}={value}\n" for key, value in settings.items())
 

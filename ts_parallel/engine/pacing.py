@@ -1,8 +1,8 @@
 """How much of prompts may join a step, so that those who wait for their next token hardly notice.
 
 A step takes `base + tokens × cost`: the base is what its decoding requests need alone, the cost what each prompt token
-adds. Both are learnt from the steps as they come. One prompt may make a step `max_slowdown` times as long; with more of
-them more wait for a first token than for a next one, and each may add as much. Knows numbers and seconds only.
+adds. Both are learnt from the steps as they come. One prompt may make a step `max_slowdown` times as long, and each of
+several may add as much. Knows numbers and seconds only.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.answers import JSON, error_body
 from ts_parallel.serving.bodies import RawRequest
+from ts_parallel.serving.front_end import FrontEnd, exit_now
 from ts_parallel.serving.keep_open import ROUTE as KEEP_OPEN
 
 logger = logging.getLogger(__name__)
@@ -150,9 +151,19 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         self._kept_open: str | None = None
         self._gathered: dict[str, list[str]] = {}  # what a job that came by gRPC has been answered so far
         self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
+        self._front_end = FrontEnd()
 
-    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        """One round trip. `context` is TorchServe's; it is told of each job's status, type and end."""
+    def handle(self, data: list[dict[str, Any]], context: Any) -> NoReturn:
+        """The first round trip and all that follow it, which go by TorchServe's loop: ends with this process alone."""
+        try:
+            while True:
+                data = self._front_end.exchange(self.round_trip(data, context), context)
+        except Exception:  # whose requests these are TorchServe's loop does not know: it must not answer them
+            logger.exception("a round trip failed")
+            exit_now()
+
+    def round_trip(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """Take what there is for each job. `context` is TorchServe's; it is told of each one's status, type and end."""
         names: dict[int, str] = dict(context.request_ids)
         for request_id in self._jobs.keys() - set(names.values()):
             self._forget(request_id)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.load import LoadItem
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine, EngineThread
@@ -18,6 +20,7 @@ from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.kv_memory import bytes_beside_weights
 from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.runner import Runner
+from ts_parallel.serving.front_end import discard
 from ts_parallel.serving.keep_open import has_replicas, keep_one_open
 from ts_parallel.serving.metrics import MetricsReporter, labels_of, torchserve_meters
 from ts_parallel.serving.streaming import Transport, make_transport
@@ -40,7 +43,7 @@ class TextGenerationService:
             self._load(context)
             return []
         if self._transport is None:  # a rank that follows: it acts on rank 0's steps alone
-            return [""] * len(data)
+            discard(context.cl_socket)
         return self._transport.handle(data, context)
 
     def _load(self, context: Any) -> None:
@@ -87,7 +90,12 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankM
     place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
     index = read_index(folder)
     program = prepare_program(ProgramRequest(folder, config.dtype, group.rank, group.size, place), index)
-    return load_program(program, index, group, topology.device, pack_weight)
+    merge = read_adapter(Path(config.adapter_path), index).merge if config.adapter_path else _leave
+    return load_program(program, index, group, topology.device, pack_weight, merge)
+
+
+def _leave(item: LoadItem) -> None:
+    """What was read as it is."""
 
 
 def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankModel:

@@ -8,11 +8,14 @@ import resource
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
+from ts_parallel.serving.front_end import exit_now
 from ts_parallel.serving.streaming import refuse_unsafe_transport
 from ts_parallel.topology import Topology, open_topology
 
@@ -33,7 +36,7 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
     try:
         refuse_unsafe_transport(context.model_yaml_config or {})
         config = parse_config((context.model_yaml_config or {}).get("handler"), kind)
-        folder = Path(context.system_properties["model_dir"]) / config.model_path
+        config = config.located_in(Path(context.system_properties["model_dir"]))
         topology = open_topology(
             config.tensor_parallel_size,
             config.device,
@@ -44,7 +47,7 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
         _give_up([str(error)], is_told=os.environ.get("RANK", "0") == "0")
     failure, loaded = None, None
     try:
-        loaded = load(config, folder, topology)
+        loaded = _in_a_thread_that_ends(partial(load, config, Path(config.model_path), topology))
     except StartupError as refused:
         failure = str(refused)
     errors = topology.gather_errors(failure)  # TorchServe looks at one rank's answer only: they must agree
@@ -52,6 +55,18 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
         _give_up(errors, is_told=topology.rank == 0)
     assert loaded is not None
     return topology, loaded
+
+
+def _in_a_thread_that_ends(load: Callable[[], L]) -> L:
+    """The result of `load`, or what it raises.
+
+    Each thread that computes with OpenMP keeps a team of helpers for as long as it lives. This process's main thread,
+    had it loaded, would keep one that it never uses again; GNU's OpenMP counts it, finds more threads than cores, and
+    lets the helpers of the thread that runs the model sleep between any two operations. That made a step take 1.5
+    times as long (libgomp, `gomp_managed_threads` and `gomp_throttled_spin_count_var`).
+    """
+    with ThreadPoolExecutor(1, "load") as pool:
+        return pool.submit(load).result()
 
 
 def log_loaded(topology: Topology, what: str) -> None:
@@ -92,17 +107,6 @@ def exit_soon() -> None:
     timer = threading.Timer(_SECONDS_TO_ANSWER_BEFORE_EXIT, os._exit, args=(1,))
     timer.daemon = True
     timer.start()
-
-
-def exit_now() -> NoReturn:
-    """End this worker where another rank may be dead: TorchServe answers its open requests, and starts another.
-
-    A reply must not be sent any more. TorchServe gives a worker up as soon as one rank's socket closes; a reply of
-    another rank that comes then stays in its queue, is taken for the next worker's answer to LOAD, and from there on
-    each request gets the answer to the one before (WorkerThread of TorchServe 0.12.0).
-    """
-    sys.stdout.flush()
-    os._exit(1)
 
 
 def _give_up(errors: list[str], is_told: bool) -> NoReturn:
