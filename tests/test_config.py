@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ MODEL_DEFAULTS = {
 }
 DEFAULTS = {
     **MODEL_DEFAULTS,
+    "adapter_path": None,
     "max_model_len": None,
     "max_num_seqs": 32,
     "max_num_batched_tokens": 512,
@@ -59,6 +61,7 @@ def test_every_key_but_the_path_and_the_task_has_its_default() -> None:
 def test_every_key_reaches_its_field() -> None:
     section = {
         **MODEL_SECTION,
+        "adapter_path": "lora",
         "max_model_len": 2,
         "max_num_seqs": 1,
         "max_num_batched_tokens": 7,
@@ -302,3 +305,14 @@ def test_size_smaller_than_a_byte_is_outside_the_limits() -> None:
 @pytest.mark.parametrize("value", [5, 2.5, None, [1]])
 def test_value_that_is_no_text_is_left_for_pydantic_to_judge(value: object) -> None:
     assert parse_bytes(value) is value
+
+
+def test_paths_are_those_of_the_unpacked_archive() -> None:
+    config = parse_config({"model_path": "weights", "adapter_path": "/lora"}).located_in(Path("/archive"))
+    assert (config.model_path, config.adapter_path) == ("/archive/weights", "/lora")
+    assert parse_config({"model_path": "."}).located_in(Path("/archive")).adapter_path is None
+
+
+def test_adapter_of_an_eager_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'adapter_path': 'lora' .* set eager to false"):
+        parse_config({"model_path": "m", "adapter_path": "lora", "eager": True})

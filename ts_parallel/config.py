@@ -9,7 +9,8 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, overload
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, overload
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,6 +61,10 @@ class ModelConfig(_Section):
     num_threads: Count | None = Field(default=None, ge=1)
     """CPU threads of each rank; unset: the machine's cores divided among its ranks."""
 
+    def located_in(self, archive: Path) -> Self:
+        """The same, its paths absolute; `archive` is the folder of the unpacked archive."""
+        return self.model_copy(update={"model_path": str(archive / self.model_path)})
+
     @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
@@ -93,6 +98,8 @@ class ModelConfig(_Section):
 class HandlerConfig(ModelConfig):
     """Text generation."""
 
+    adapter_path: str | None = None
+    """Folder of a LoRA adapter that is merged into the weights as they are read; as model_path."""
     max_model_len: Count | None = Field(default=None, ge=2)
     """Most tokens of a request, prompt and answer together; unset: the model's max_position_embeddings."""
     max_num_seqs: Count = Field(default=32, ge=1)
@@ -140,6 +147,21 @@ class HandlerConfig(ModelConfig):
             raise ConfigError(
                 f"handler key 'gpu_memory_utilization': {self.gpu_memory_utilization} and kv_cache_memory "
                 f"{self.kv_cache_memory} both give the KV cache its size: leave one out"
+            )
+        return self
+
+    def located_in(self, archive: Path) -> Self:
+        own = super().located_in(archive)
+        if self.adapter_path is None:
+            return own
+        return own.model_copy(update={"adapter_path": str(archive / self.adapter_path)})
+
+    @model_validator(mode="after")
+    def _adapter_is_not_eager(self) -> HandlerConfig:
+        if self.eager and self.adapter_path is not None:
+            raise ConfigError(
+                f"handler key 'adapter_path': {self.adapter_path!r} can be merged into a traced model only: set eager "
+                "to false"
             )
         return self
 

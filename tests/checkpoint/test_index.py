@@ -101,8 +101,32 @@ def test_folder_that_is_missing_is_named(tmp_path: Path) -> None:
         read_index(tmp_path / "none")
 
 
-def test_folder_without_safetensors_is_refused_with_the_names_that_were_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"neither {SINGLE_FILE} nor {SHARD_INDEX} in {tmp_path}"):
+def test_folder_without_a_checkpoint_is_refused_with_the_names_that_were_looked_for(tmp_path: Path) -> None:
+    names = r"neither model\.safetensors nor .*, pytorch_model\.bin, .* nor \.metadata in "
+    with pytest.raises(CheckpointError, match=f"{names}{tmp_path}"):
+        read_index(tmp_path)
+
+
+def test_safetensors_win_over_pickles_as_in_transformers(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{")
+    assert read_index(tmp_path)["x"].file == tmp_path / "pytorch_model.bin"
+    save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors")
+    write_shard_index(tmp_path, {"x": "a.safetensors"})
+    assert read_index(tmp_path)["x"].file == tmp_path / "a.safetensors"
+
+
+@pytest.mark.parametrize("name", [SINGLE_FILE, SHARD_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_folder_with_a_distributed_checkpoint_beside_another_is_refused_with_both(tmp_path: Path, name: str) -> None:
+    for file in (name, ".metadata"):
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=rf"holds two checkpoints, {name} and .* \(\.metadata\): move one"):
+        read_index(tmp_path)
+
+
+def test_distributed_checkpoint_that_was_not_saved_to_the_end_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(CheckpointError, match=r"has \*\.distcp files but no \.metadata"):
         read_index(tmp_path)
 
 
@@ -215,4 +239,41 @@ def test_entry_that_cannot_be_read_is_shown(tmp_path: Path, changes: dict[str, o
 def test_entry_that_is_no_json_object_is_shown(tmp_path: Path) -> None:
     write(tmp_path / SINGLE_FILE, {"x": [1, 2]})
     with pytest.raises(CheckpointError, match=r"cannot read the entry of 'x': \[1, 2\]"):
+        read_index(tmp_path)
+
+
+def save_ranks(folder: Path, parts: dict[str, tuple[list[int], torch.Tensor]]) -> None:
+    """Files as torch.distributed.checkpoint.hf_storage names them, one part in each."""
+    for number, (corner, tensor) in parts.items():
+        info = {"DCP_SHARDING_INFO": json.dumps({"x": {"saved_offsets": corner}})}
+        save_file({"x": tensor}, folder / f"shard-{number}-model-00001-of-00001.safetensors", metadata=info)
+
+
+def test_parts_of_ranks_join_to_one_tensor(tmp_path: Path) -> None:
+    save_ranks(tmp_path, {"00001": ([0, 0], torch.zeros(2, 3)), "00002": ([2, 0], torch.ones(1, 3))})
+    (tensor,) = read_index(tmp_path).values()
+    assert (tensor.shape, [part.corner for part in tensor.parts]) == ((3, 3), [(0, 0), (2, 0)])
+
+
+@pytest.mark.parametrize(
+    ("corner", "tensor", "message"),
+    [
+        ([3, 0], torch.ones(1, 3), r"'x'\[2:3\]\[0:3\] of shape \[4, 3\] is missing"),
+        ([1, 0], torch.ones(2, 3), r"'x'\[1:2\]\[0:3\] of shape \[3, 3\] is there 2 times"),
+        ([2], torch.ones(1, 3), "does not say where its part of 'x' begins"),
+        ([2, -1], torch.ones(1, 3), "does not say which parts"),
+        ([2, 0], torch.ones(1, 3).half(), "differ in dtype"),
+    ],
+)
+def test_parts_of_ranks_that_make_up_no_tensor_are_refused(
+    tmp_path: Path, corner: list[int], tensor: torch.Tensor, message: str
+) -> None:
+    save_ranks(tmp_path, {"00001": ([0, 0], torch.zeros(2, 3)), "00002": (corner, tensor)})
+    with pytest.raises(CheckpointError, match=message):
+        read_index(tmp_path)
+
+
+def test_shard_of_a_rank_that_does_not_say_what_it_holds_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="does not say which parts"):
         read_index(tmp_path)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
 
 import pytest
 import torch
@@ -22,8 +21,9 @@ from tqdm import tqdm
 
 from ts_parallel.checkpoint import load, progress
 from ts_parallel.checkpoint.index import SINGLE_FILE, StoredTensor, read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, byte_ranges, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, Slice, byte_ranges, load_tensors, refuse_nan
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import StoredPart, stored_whole
 from ts_parallel.errors import CheckpointError
 
 SILENT = Progress("weights", is_shown=False)
@@ -56,7 +56,7 @@ def indexed(whole: torch.Tensor, kept: Slice | None) -> torch.Tensor:
 
 def loaded(source: StoredTensor, kept: Slice | None, dtype: torch.dtype) -> torch.Tensor:
     target = torch.full_like(indexed(torch.empty(source.shape), kept), 99, dtype=dtype)
-    load_tensors([LoadItem(target, source, kept)], SILENT)
+    load_tensors([LoadItem(target, source, kept)], SILENT, refuse_nan)
     return target
 
 
@@ -140,7 +140,7 @@ def test_byte_ranges_of_any_slice_are_the_bytes_that_indexing_gives(
 ) -> None:
     whole, kept = case
     file = bytes([255] * offset) + whole.numpy().tobytes()
-    source = StoredTensor("x", Path("file"), whole.dtype, tuple(whole.shape), offset, whole.nbytes)
+    source = stored_whole("x", Path("file"), whole.dtype, tuple(whole.shape), offset)
     ranges = list(byte_ranges(source, kept))
     expected = indexed(whole, kept)
     assert b"".join(file[start : start + length] for start, length in ranges) == expected.numpy().tobytes()
@@ -212,6 +212,22 @@ def test_each_file_is_opened_once_and_closed(tmp_path: Path, monkeypatch: pytest
     assert not open_files()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensor_with_nan_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = WHOLE.to(dtype)
+    whole[3, 1, 2] = math.nan
+    source = stored(tmp_path, whole)
+    with pytest.raises(CheckpointError, match=r"'x' in .* holds NaN$"):
+        loaded(source, None, dtype)
+    assert torch.equal(loaded(source, Slice(0, ((0, 3),)), dtype), whole[:3])
+
+
+def test_infinite_values_and_sums_are_no_nan(tmp_path: Path) -> None:
+    for values in ([math.inf, -math.inf, 1.0], [60000.0] * 3, [-60000.0] * 3):
+        whole = torch.tensor(values, dtype=torch.float16)
+        assert torch.equal(loaded(stored(tmp_path, whole), None, torch.float16), whole)
+
+
 def open_files() -> set[str]:
     """The checkpoint files that this process holds open."""
     descriptors = Path("/proc/self/fd").iterdir()
@@ -244,16 +260,84 @@ def test_file_that_cannot_be_read_any_more_is_named(tmp_path: Path, harm: Callab
         loaded(source, None, torch.float32)
 
 
-def test_pickled_weights_are_refused_without_being_opened(tmp_path: Path) -> None:
-    torch.save({"x": WHOLE}, tmp_path / "pytorch_model.bin")
+@st.composite
+def stored_parts(draw: st.DrawFn) -> tuple[torch.Tensor, list[tuple[tuple[int, ...], torch.Tensor]]]:
+    """A small tensor, and the boxes that a grid cuts it into, in any order."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    whole = torch.arange(math.prod(shape), dtype=torch.int16).view(shape)
+    boxes = [((0,) * len(shape), whole)]
+    for dim in range(len(shape)):
+        length = draw(st.integers(1, 5))
+        boxes = [
+            ((*corner[:dim], corner[dim] + number * length, *corner[dim + 1 :]), piece)
+            for corner, box in boxes
+            for number, piece in enumerate(box.split(length, dim))  # type: ignore[no-untyped-call]
+        ]
+    return whole, draw(st.permutations(boxes))
 
-    def refuse(*arguments: object, **keywords: object) -> NoReturn:
-        raise AssertionError(f"{arguments} was opened")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=f"neither {SINGLE_FILE} nor"):
-        for function in ("builtins.open", "io.open", "os.open"):
-            patch.setattr(function, refuse)
-        read_index(tmp_path)
+def store_parts(folder: Path, whole: torch.Tensor, boxes: list[tuple[tuple[int, ...], torch.Tensor]]) -> StoredTensor:
+    """Each part behind a byte of its own file, two files in turn."""
+    parts = []
+    files = [folder / "a", folder / "b"]
+    for number, (corner, box) in enumerate(boxes):
+        file = files[number % 2]
+        with file.open("ab") as stream:
+            stream.write(b"!")
+            offset = stream.tell()
+            stream.write(box.contiguous().numpy().tobytes())
+        parts.append(StoredPart(file, corner, tuple(box.shape), offset, box.nbytes))
+    return StoredTensor("x", whole.dtype, tuple(whole.shape), tuple(parts))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    case=stored_parts(),
+    data=st.data(),
+    staging=st.integers(2, 40),
+    dtype=st.sampled_from([torch.int16, torch.float64]),
+)
+def test_any_slice_of_a_tensor_in_parts_is_loaded_as_indexing_gives_it(
+    case: tuple[torch.Tensor, list[tuple[tuple[int, ...], torch.Tensor]]],
+    data: st.DataObject,
+    staging: int,
+    dtype: torch.dtype,
+) -> None:
+    whole, boxes = case
+    dim = data.draw(st.integers(0, whole.ndim - 1))
+    starts = data.draw(st.lists(st.integers(0, whole.shape[dim]), max_size=3))
+    pieces = tuple((start, data.draw(st.integers(0, whole.shape[dim] - start))) for start in starts)
+    kept = Slice(dim, pieces) if pieces else None
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "STAGING_BYTES", staging)
+        reads = note_reads(patch)
+        source = store_parts(Path(folder), whole, boxes)
+        found = loaded(source, kept, dtype)
+        assert torch.equal(found, indexed(whole, kept).to(dtype))
+        assert sum(count for _, count in reads) == found.numel() * whole.dtype.itemsize
+
+
+def test_item_is_loaded_once_its_last_part_is_and_files_are_read_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wholes = [torch.arange(6, dtype=torch.int16), torch.arange(6, 12, dtype=torch.int16)]
+    sources = [store_parts(tmp_path, whole, [((0,), whole[:2]), ((2,), whole[2:])]) for whole in wholes]
+    targets = [torch.zeros(6, dtype=torch.int16) for _ in wholes]
+    order: list[str] = []
+    open_ = os.open
+
+    def noted(file: Path, flags: int) -> int:
+        order.append(file.name)
+        return open_(file, flags)
+
+    def on_loaded(item: LoadItem) -> None:
+        assert torch.equal(item.target, wholes[int(item.name)])
+        order.append(item.name)
+
+    monkeypatch.setattr(os, "open", noted)
+    items = [LoadItem(targets[number], sources[number], None, str(number)) for number in (1, 0)]
+    load_tensors(items, SILENT, on_loaded)
+    assert order == ["a", "b", "0", "1"]
 
 
 def load_two(folder: Path, shown: Progress) -> None:

@@ -177,6 +177,16 @@ def test_extra_tensors_are_counted_in_the_log_and_no_more(
     assert_equal_parameters(model, AutoModelForCausalLM.from_pretrained(checkpoints["llama"]))
 
 
+def test_layer_beyond_the_models_last_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    tensors = change(checkpoints["llama"], tmp_path)
+    tensors["model.layers.4.mlp.up_proj.weight"] = torch.zeros(128, 64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.4\.mlp\.up_proj\.weight', for which LlamaForCausalLM has"
+    ):
+        build_part(tmp_path)
+
+
 def test_checkpoint_that_fits_is_not_said_to_have_extra_tensors(
     checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,12 +280,12 @@ def test_pickled_weights_are_never_opened(checkpoints: dict[str, Path], tmp_path
     assert (tmp_path / "ran").exists()  # the payload would have told
 
 
-def test_pickled_weights_alone_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_pickle_that_is_no_checkpoint_is_refused_and_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(checkpoints["llama"] / "config.json", folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         build_part(folder)
     assert not (tmp_path / "ran").exists()
 

@@ -1,120 +1,84 @@
-"""A folder of safetensors as an index: name → file, dtype, shape, byte range. No weight is read.
+"""A checkpoint folder as an index: name → dtype, shape, files and byte ranges. No weight is read, no pickle executed.
 
-Format: https://huggingface.co/docs/safetensors (eight bytes little-endian header length, JSON header, data).
+Which format a folder has it says itself: safetensors, transformers' older `pytorch_model.bin`, both whole or in shards,
+or what torch.distributed.checkpoint writes. The formats themselves are known to the modules that are called here.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from ts_parallel.checkpoint.dcp import METADATA, read_distributed
+from ts_parallel.checkpoint.safetensors_files import read_distributed_safetensors, read_safetensors
+from ts_parallel.checkpoint.stored import CheckpointIndex, StoredPart, StoredTensor
+from ts_parallel.checkpoint.torch_files import read_torch_tensors
 from ts_parallel.errors import CheckpointError
+
+__all__ = ["SHARD_INDEX", "SINGLE_FILE", "CheckpointIndex", "StoredPart", "StoredTensor", "read_index"]
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# As transformers, where a folder holds several of them.
+_BY_PREFERENCE: dict[str, Callable[[Path], Iterable[StoredTensor]]] = {
+    SINGLE_FILE: read_safetensors,
+    SHARD_INDEX: read_safetensors,
+    TORCH_FILE: read_torch_tensors,
+    TORCH_INDEX: read_torch_tensors,
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as it lies in a file, row-major from byte `offset`."""
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-
-
-CheckpointIndex = Mapping[str, StoredTensor]
-
-
 def read_index(folder: Path) -> CheckpointIndex:
-    """The tensors of a Hugging Face safetensors folder, one file or sharded.
+    """The tensors of a model's folder: of safetensors, `pytorch_model.bin`, or a torch.distributed.checkpoint.
 
     Raises:
-        CheckpointError: no such folder, no safetensors in it, a shard that is missing, cut off or no safetensors file.
+        CheckpointError: no such folder, no checkpoint in it or two of different kinds, a file that is missing, cut off
+            or of another format, tensors of which a part is missing, or a pickle that holds more than tensors.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder {folder}")
-    if (folder / SINGLE_FILE).is_file():  # as transformers, where a folder holds both
-        files = [folder / SINGLE_FILE]
-    elif (folder / SHARD_INDEX).is_file():
-        files = _files_of_shard_index(folder)
-    else:
-        raise CheckpointError(f"neither {SINGLE_FILE} nor {SHARD_INDEX} in {folder}")
-    return {tensor.name: tensor for file in files for tensor in _tensors_of_file(file)}
+    found = next((name for name in _BY_PREFERENCE if (folder / name).is_file()), None)
+    if (folder / METADATA).is_file():
+        if found is not None:
+            raise CheckpointError(
+                f"{folder} holds two checkpoints, {found} and a torch.distributed.checkpoint ({METADATA}): "
+                "move one of them to a folder of its own"
+            )
+        return _by_name(read_distributed(folder))
+    if found is None:
+        return _by_name(_without_an_index(folder))
+    files = _files_of_shard_index(folder / found) if found.endswith(".json") else [folder / found]
+    return _by_name(tensor for file in files for tensor in _BY_PREFERENCE[found](file))
 
 
-def _files_of_shard_index(folder: Path) -> list[Path]:
+def _by_name(tensors: Iterable[StoredTensor]) -> CheckpointIndex:
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _without_an_index(folder: Path) -> Iterable[StoredTensor]:
+    shards = sorted(folder.glob("shard-*-model-*.safetensors"))
+    if shards:
+        return read_distributed_safetensors(shards)
+    if any(folder.glob("*.distcp")):
+        raise CheckpointError(f"{folder} has *.distcp files but no {METADATA}: it was not saved to the end")
+    others = f"{TORCH_FILE}, {TORCH_INDEX} nor {METADATA}"
+    raise CheckpointError(f"neither {SINGLE_FILE} nor {SHARD_INDEX}, {others} in {folder}")
+
+
+def _files_of_shard_index(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads((folder / SHARD_INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not all(isinstance(name, str) for name in names):
             raise ValueError("a file name that is no text")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / SHARD_INDEX} is not a shard index: {error!r}") from None
+        raise CheckpointError(f"{index} is not a shard index: {error!r}") from None
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / SHARD_INDEX} names {name!r}, which is not a file of its own folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / SHARD_INDEX} names {name!r}, which is missing")
-    return [folder / name for name in names]
-
-
-def _tensors_of_file(file: Path) -> Iterable[StoredTensor]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size or length > _LONGEST_HEADER:
-            raise CheckpointError(
-                f"{file} is cut off or no safetensors file: {size} bytes, a header of {length} announced"
-            )
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
-            raise CheckpointError(f"{file} is no safetensors file: its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} is no safetensors file: its header is no JSON object")
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        tensor = _stored_tensor(file, name, entry, data_start=8 + length)
-        if tensor.offset + tensor.num_bytes > size:
-            missing = tensor.offset + tensor.num_bytes - size
-            raise CheckpointError(f"{file} is cut off: {size} bytes, at least {missing} more are needed for {name!r}")
-        yield tensor
-
-
-def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
-    try:
-        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: cannot read the entry of {name!r}: {entry!r}") from None
-    if math.prod(shape) * dtype.itemsize != end - begin:
-        raise CheckpointError(f"{file}: {name!r} has shape {list(shape)} of {entry['dtype']} but {end - begin} bytes")
-    return StoredTensor(name, file, dtype, shape, data_start + begin, end - begin)
+            raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name!r}, which is missing")
+    return [index.parent / name for name in names]

@@ -1,12 +1,15 @@
 """Bytes of a file → this rank's parameter, and nothing else: only the kept byte ranges are read.
 
 `preadv` straight into the parameter keeps peak memory at what is kept; a mapped file would count every page that a
-column shard touches. Where dtype or device differ, the bytes pass through one small staging buffer.
+column shard touches. Where dtype or device differ, or a stored part is no contiguous piece of the parameter, the bytes
+pass through one small staging buffer.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,11 +17,14 @@ from pathlib import Path
 
 import torch
 
-from ts_parallel.checkpoint.index import StoredTensor
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
 STAGING_BYTES = 8 * 2**20
+
+Box = tuple[tuple[int, int], ...]
+"""`(start, length)` of each dim."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ class LoadItem:
     """Of the parameter that `target` is, or is a part of."""
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """`view`, a box of the item's target, is to hold `kept` of `part`, all of it where `kept` is None."""
+
+    item: LoadItem
+    view: torch.Tensor
+    part: StoredPart
+    kept: Slice | None
+
+
 def load_tensors(
     items: Iterable[LoadItem], progress: Progress, on_loaded: Callable[[LoadItem], None] = lambda _: None
 ) -> None:
@@ -52,75 +68,147 @@ def load_tensors(
     Raises:
         CheckpointError: a file ends before the bytes that its header announced, or cannot be read.
     """
-    ordered = sorted(items, key=lambda item: (item.source.file, item.source.offset), reverse=True)
-    with ExitStack() as stack, progress.over(sum(item.target.nbytes for item in ordered)):
-        descriptors: dict[Path, int] = {}
-        while ordered:
-            item = ordered.pop()
-            file = item.source.file
+    readings = [reading for item in items for reading in _readings(item)]
+    readings.sort(key=lambda reading: (reading.part.file, reading.part.offset), reverse=True)
+    waiting = Counter(id(reading.item) for reading in readings)
+    file: Path | None = None
+    descriptor = -1
+    with ExitStack() as open_file, progress.over(sum(reading.view.nbytes for reading in readings)):
+        while readings:
+            reading = readings.pop()
+            item = reading.item
             try:
-                if file not in descriptors:
-                    descriptors[file] = os.open(file, os.O_RDONLY)
-                    stack.callback(os.close, descriptors[file])
-                _fill(item, descriptors[file])
+                if reading.part.file != file:
+                    open_file.close()
+                    file = reading.part.file
+                    descriptor = os.open(file, os.O_RDONLY)
+                    open_file.callback(os.close, descriptor)
+                _fill(reading, descriptor)
             except OSError as error:
                 raise CheckpointError(f"cannot read {item.source.name!r} of {file}: {error.strerror}") from None
-            progress.advance(item.target.nbytes)
-            on_loaded(item)
+            progress.advance(reading.view.nbytes)
+            waiting[id(item)] -= 1
+            if waiting[id(item)] == 0:
+                on_loaded(item)
+
+
+def refuse_nan(item: LoadItem) -> None:
+    """Look through what was loaded. One sum tells where to look closely: infinite values can make it NaN too.
+
+    Raises:
+        CheckpointError: there is NaN in it.
+    """
+    target = item.target.detach()
+    if not target.is_floating_point() or target.dtype.itemsize == 1 or not target.sum().isnan():
+        return
+    if any(block.isnan().any() for block in torch.split(target.view(-1), STAGING_BYTES)):
+        raise CheckpointError(f"{item.source.name!r} in {item.source.file} holds NaN")
 
 
 def byte_ranges(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[int, int]]:
-    """The `(offset, length)` byte ranges of a file that hold `kept`, in the target's own order."""
-    if kept is None:
-        yield source.offset, source.num_bytes
+    """The `(offset, length)` byte ranges that hold `kept`: part by part, in each part in the target's own order."""
+    for part, kept_of_part, _ in _cut(source, kept):
+        yield from _ranges_of_part(part, source.dtype.itemsize, kept_of_part)
+
+
+def _readings(item: LoadItem) -> Iterator[_Reading]:
+    """At least one, which may be empty."""
+    target = item.target.detach()
+    assert target.is_contiguous()
+    for part, kept, box in _cut(item.source, item.kept):
+        view = target
+        for dim, (start, length) in enumerate(box):
+            view = view.narrow(dim, start, length)
+        yield _Reading(item, view, part, kept)
+
+
+def _cut(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[StoredPart, Slice | None, Box]]:
+    """What of each part is kept, and which box of the target it fills: the first dims of it, all of the others."""
+    if len(source.parts) == 1:
+        yield source.parts[0], kept, ()
         return
-    inner = torch.Size(source.shape[kept.dim + 1 :]).numel() * source.dtype.itemsize
-    outer = torch.Size(source.shape[: kept.dim]).numel()
-    row = source.shape[kept.dim] * inner
+    is_empty = True
+    for part in source.parts:
+        whole = tuple(zip(part.corner, part.shape, strict=True))
+        if kept is None:
+            yield part, None, whole
+            continue
+        begin, size = whole[kept.dim]
+        done = 0
+        for start, length in kept.pieces:
+            low, high = max(start, begin), min(start + length, begin + size)
+            if low < high:
+                own = None if high - low == size else Slice(kept.dim, ((low - begin, high - low),))
+                is_empty = False
+                yield part, own, (*whole[: kept.dim], (done + low - start, high - low), *whole[kept.dim + 1 :])
+            done += length
+    if kept is not None and is_empty:
+        nothing = tuple((0, 0 if dim == kept.dim else size) for dim, size in enumerate(source.shape))
+        yield source.parts[0], Slice(kept.dim, ()), nothing
+
+
+def _ranges_of_part(part: StoredPart, itemsize: int, kept: Slice | None) -> Iterator[tuple[int, int]]:
+    if kept is None:
+        yield part.offset, part.num_bytes
+        return
+    inner = math.prod(part.shape[kept.dim + 1 :]) * itemsize
+    outer = math.prod(part.shape[: kept.dim])
+    row = part.shape[kept.dim] * inner
     for index in range(outer):
         for start, length in kept.pieces:
-            yield source.offset + index * row + start * inner, length * inner
+            yield part.offset + index * row + start * inner, length * inner
 
 
-def _fill(item: LoadItem, descriptor: int) -> None:
-    target, source = item.target.detach(), item.source
-    assert target.is_contiguous()
-    flat = target.view(-1)
-    if target.device.type == "cpu" and target.dtype == source.dtype:
-        _read_ranges(descriptor, source, byte_ranges(source, item.kept), _memory(flat))
+def _fill(reading: _Reading, descriptor: int) -> None:
+    view, source = reading.view, reading.item.source
+    ranges = _ranges_of_part(reading.part, source.dtype.itemsize, reading.kept)
+    if view.device.type == "cpu" and view.dtype == source.dtype and view.is_contiguous():
+        _read_ranges(descriptor, reading, ranges, _memory(view.view(-1)))
         return
-    staging = torch.empty(min(STAGING_BYTES // source.dtype.itemsize, flat.numel()), dtype=source.dtype)
-    ranges, done = byte_ranges(source, item.kept), 0
-    for part in _split_ranges(ranges, staging.nbytes):
-        num_bytes = sum(length for _, length in part)
-        _read_ranges(descriptor, source, iter(part), _memory(staging)[:num_bytes])
-        count = num_bytes // source.dtype.itemsize
-        flat[done : done + count].copy_(staging[:count])
-        done += count
+    num_staged = max(1, STAGING_BYTES // source.dtype.itemsize)
+    staging = torch.empty(min(num_staged, view.numel()), dtype=source.dtype)
+    blocks = list(_blocks(view, num_staged))
+    sizes = [block.numel() * source.dtype.itemsize for block in blocks]
+    for block, part in zip(blocks, _split_ranges(ranges, sizes), strict=True):
+        staged = staging[: block.numel()]
+        _read_ranges(descriptor, reading, iter(part), _memory(staged))
+        block.copy_(staged.view(block.shape))
 
 
 def _memory(flat: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _split_ranges(ranges: Iterator[tuple[int, int]], limit: int) -> Iterator[list[tuple[int, int]]]:
-    """The ranges in groups of at most `limit` bytes, long ones cut."""
-    group: list[tuple[int, int]] = []
-    room = limit
-    for start, total in ranges:
-        offset, length = start, total
-        while length:
+def _blocks(view: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """`view` in row-major pieces of at most `limit` elements."""
+    if view.is_contiguous():
+        flat = view.view(-1)
+        for start in range(0, len(flat), limit):
+            yield flat[start : start + limit]
+    elif view.numel() <= limit:
+        yield view
+    else:
+        num_rows = max(1, limit // (view.numel() // len(view)))
+        for start in range(0, len(view), num_rows):
+            yield from _blocks(view[start : start + num_rows] if num_rows > 1 else view[start], limit)
+
+
+def _split_ranges(ranges: Iterator[tuple[int, int]], sizes: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
+    """The ranges in groups of `sizes` bytes, which are all of them; long ones are cut."""
+    offset, length = 0, 0
+    for size in sizes:
+        group: list[tuple[int, int]] = []
+        room = size
+        while room:
+            if not length:
+                offset, length = next(ranges)
             taken = min(length, room)
             group.append((offset, taken))
             offset, length, room = offset + taken, length - taken, room - taken
-            if room == 0:
-                yield group
-                group, room = [], limit
-    if group:
         yield group
 
 
-def _read_ranges(descriptor: int, source: StoredTensor, ranges: Iterator[tuple[int, int]], memory: memoryview) -> None:
+def _read_ranges(descriptor: int, reading: _Reading, ranges: Iterator[tuple[int, int]], memory: memoryview) -> None:
     done = 0
     for start, total in ranges:
         offset, length = start, total
@@ -128,6 +216,7 @@ def _read_ranges(descriptor: int, source: StoredTensor, ranges: Iterator[tuple[i
             count = os.preadv(descriptor, [memory[done : done + length]], offset)
             if count == 0:
                 raise CheckpointError(
-                    f"{source.file} ends before {source.name!r} does; it was changed while it was read"
+                    f"{reading.part.file} ends before {reading.item.source.name!r} does; "
+                    "it was changed while it was read"
                 )
             offset, length, done = offset + count, length - count, done + count

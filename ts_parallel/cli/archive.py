@@ -15,6 +15,7 @@ import yaml
 import ts_parallel
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
+    Adapter,
     Device,
     Dtype,
     KVCacheMemory,
@@ -23,6 +24,7 @@ from ts_parallel.cli.options import (
     PipelineParallelSize,
     SplitPoints,
     TensorParallelSize,
+    locate_adapter,
     parse_split_points,
 )
 from ts_parallel.config import HandlerConfig, ModelConfig, parse_config
@@ -43,6 +45,7 @@ def archive(
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KVCacheMemory = "512MiB",
+    adapter: Adapter = None,
 ) -> None:
     """Write NAME.mar for `torchserve --start`. The weights stay where they are; the archive names their folder."""
     folder = locate_checkpoint(model)
@@ -55,6 +58,7 @@ def archive(
         dtype=dtype,
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
+        adapter_path=locate_adapter(adapter),
     )
     print(write_archive(config, name or default_name(folder), export_path))
 

@@ -1,4 +1,4 @@
-"""`ts-parallel plan | verify | archive | serve | complete | bench`."""
+"""`ts-parallel plan | convert | verify | archive | serve | complete | bench`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import typer
 from ts_parallel.cli.archive import archive
 from ts_parallel.cli.bench import bench
 from ts_parallel.cli.complete import complete
+from ts_parallel.cli.convert import convert
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.serve import serve
 from ts_parallel.cli.verify import verify
 from ts_parallel.errors import TSParallelError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (plan, verify, archive, serve, complete, bench):
+for command in (plan, convert, verify, archive, serve, complete, bench):
     app.command()(command)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ts_parallel.checkpoint.settings import CONFIG_FILE
+from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or the id of one on the hub.")]
@@ -23,6 +26,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=2, help="Most tokens of a request, by default the model's own limit.")
 ]
+ConfigFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of config.json and tokenizer, where they are not with the weights."),
+]
+Adapter = Annotated[
+    str | None, typer.Option(help="Folder of a LoRA adapter to merge into the weights, or the id of one on the hub.")
+]
 KVCacheMemory = Annotated[str, typer.Option(help="KV cache of each rank, such as 2GiB.")]
 
 
@@ -38,3 +48,21 @@ def parse_split_points(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise ConfigError(f"--split-points {text!r} is no list of layers such as 6,12") from None
+
+
+def locate_adapter(adapter: str | None) -> str | None:
+    """
+    Raises:
+        CheckpointError: as `locate_checkpoint`.
+    """
+    return None if adapter is None else str(locate_checkpoint(adapter))
+
+
+def check_config_folder(folder: Path | None) -> Path | None:
+    """
+    Raises:
+        ConfigError: it has no config.json.
+    """
+    if folder is not None and not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"--config {folder} has no {CONFIG_FILE}")
+    return folder

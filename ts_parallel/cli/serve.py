@@ -13,10 +13,12 @@ from typing import Annotated
 
 import typer
 
+from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.archive import Name, default_name, handler_config, write_archive
 from ts_parallel.cli.options import (
+    Adapter,
     Device,
     Dtype,
     KVCacheMemory,
@@ -25,6 +27,7 @@ from ts_parallel.cli.options import (
     PipelineParallelSize,
     SplitPoints,
     TensorParallelSize,
+    locate_adapter,
     parse_split_points,
 )
 from ts_parallel.cli.torchserve import TorchServe, find_java
@@ -51,6 +54,7 @@ def serve(
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KVCacheMemory = "512MiB",
+    adapter: Adapter = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -70,6 +74,7 @@ def serve(
         dtype=dtype,
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
+        adapter_path=locate_adapter(adapter),
     )
     name = name or default_name(folder)
     with (
@@ -126,6 +131,8 @@ def check(config: HandlerConfig, folder: Path) -> None:
     program = prepare_program(request, index)
     refuse_unpageable(program, max_model_len)
     count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    if config.adapter_path is not None:
+        read_adapter(Path(config.adapter_path), index)
     read_tokenizer(folder)
     read_eos_ids(folder, model_config)
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -15,18 +17,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ts_parallel.checkpoint.companions import companion_files, weight_files
+from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX
+from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.archive import handler_config
 from ts_parallel.cli.options import (
+    ConfigFolder,
     Device,
     Model,
     PipelineParallelSize,
     SplitPoints,
     TensorParallelSize,
+    check_config_folder,
     parse_split_points,
 )
 from ts_parallel.config import HandlerConfig
-from ts_parallel.errors import StartupError
+from ts_parallel.errors import CheckpointError, ConfigError, StartupError
+from ts_parallel.partition.model_config import read_model_config
 
 
 def verify(
@@ -40,18 +48,23 @@ def verify(
     eager: Annotated[
         bool, typer.Option("--eager", help="Run the model's own modules instead of a trace, to find out which differs.")
     ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Hugging Face folder of the plain model, by default MODEL itself."),
+    ] = None,
+    config: ConfigFolder = None,
 ) -> None:
     """Run the model in local ranks and plainly with transformers; exit with 1 where the greedy tokens differ."""
-    config = handler_config(
-        locate_checkpoint(model),
-        device,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        split_points=parse_split_points(split_points),
-        dtype=dtype,
-        eager=eager,
-    )
-    rows = run_verification(config, max_tokens)
+    settings = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "split_points": parse_split_points(split_points),
+        "dtype": dtype,
+        "eager": eager,
+    }
+    with together(locate_checkpoint(model), check_config_folder(config)) as folder:
+        plain = check_reference(folder, reference)
+        rows = run_verification(handler_config(folder, device, **settings), max_tokens, plain)
     table = Table("prompt tokens", "equal tokens", "largest difference of logits", "their scale", box=box.SIMPLE)
     for row in rows:
         equal = f"{row['num_equal']} of {row['num_tokens']}"
@@ -63,15 +76,56 @@ def verify(
     raise typer.Exit(0 if is_same else 1)
 
 
-def run_verification(config: HandlerConfig, max_tokens: int) -> list[dict[str, Any]]:
-    """Each prompt's comparison, made by `verify_ranks` in ranks of their own.
+@contextmanager
+def together(weights: Path, config: Path | None) -> Iterator[Path]:
+    """A folder with the weights of the one and everything else of the other: `weights` itself where that has both."""
+    if config is None:
+        yield weights
+        return
+    with TemporaryDirectory(prefix="ts-parallel-") as scratch:
+        for file in weight_files(weights):
+            (Path(scratch) / file.name).symlink_to(file)
+        for name in companion_files(config):
+            link = Path(scratch) / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((config / name).resolve())
+        yield Path(scratch)
+
+
+def check_reference(folder: Path, reference: Path | None) -> Path:
+    """The folder that transformers shall read.
+
+    Raises:
+        ConfigError: there is none that it can read, or it is another model's.
+        CheckpointError: its config.json, or that of `folder`, is missing or cannot be read.
+    """
+    try:
+        settings_folder(folder)
+    except CheckpointError:
+        raise ConfigError(f"no {CONFIG_FILE} in {folder}: name the folder that has it with --config") from None
+    if reference is None:
+        if not any((folder / name).is_file() for name in (SINGLE_FILE, SHARD_INDEX, TORCH_FILE, TORCH_INDEX)):
+            raise ConfigError(
+                f"transformers cannot read the weights of {folder}: name a Hugging Face folder of the same ones with "
+                "--reference"
+            )
+        return folder
+    sizes = [read_model_config(each).get_text_config().vocab_size for each in (folder, reference)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"--reference {reference} has a vocabulary of {sizes[1]} tokens, {folder} one of {sizes[0]}")
+    return reference.resolve()
+
+
+def run_verification(config: HandlerConfig, max_tokens: int, reference: Path) -> list[dict[str, Any]]:
+    """Each prompt's comparison with the model of `reference`, made by `verify_ranks` in ranks of their own.
 
     Raises:
         StartupError: the ranks could not run.
     """
     with TemporaryDirectory(prefix="ts-parallel-") as scratch:
         settings, report = Path(scratch) / "settings.json", Path(scratch) / "report.json"
-        settings.write_text(json.dumps({"handler": config.model_dump(mode="json"), "max_tokens": max_tokens}))
+        values = {"handler": config.model_dump(mode="json"), "max_tokens": max_tokens, "reference": str(reference)}
+        settings.write_text(json.dumps(values))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(config.num_ranks), "-m", "ts_parallel.cli.verify_ranks"]
         command += [str(settings), str(report)]

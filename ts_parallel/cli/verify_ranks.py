@@ -26,11 +26,11 @@ _LONGEST_PROMPT = 96
 def main(settings: Path, report: Path) -> None:
     """
     Args:
-        settings: a JSON file: the `handler` section, and `max_tokens` for each prompt.
+        settings: a JSON file: the `handler` section, the plain model's folder `reference`, `max_tokens` per prompt.
     """
     values = json.loads(settings.read_text())
-    config, max_tokens = parse_config(values["handler"]), values["max_tokens"]
-    folder = Path(config.model_path)
+    config = parse_config(values["handler"])
+    folder, reference = Path(config.model_path), Path(values["reference"])
     topology = open_topology(
         config.tensor_parallel_size, config.device, pipeline_parallel_size=config.pipeline_parallel_size
     )
@@ -42,7 +42,7 @@ def main(settings: Path, report: Path) -> None:
     errors = topology.gather_errors(error)
     if runner is not None and not errors:
         if topology.rank == 0:
-            report.write_text(json.dumps({"rows": compare(runner, config, folder, max_tokens)}))
+            report.write_text(json.dumps({"rows": compare(runner, config, reference, values["max_tokens"])}))
             runner.stop_followers()
         else:
             runner.follow()
@@ -51,12 +51,12 @@ def main(settings: Path, report: Path) -> None:
     topology.close()
 
 
-def compare(runner: Runner, config: HandlerConfig, folder: Path, max_tokens: int) -> list[dict[str, Any]]:
+def compare(runner: Runner, config: HandlerConfig, reference: Path, max_tokens: int) -> list[dict[str, Any]]:
     """Greedy tokens of all prompts at once, and the logits after each prompt, beside the plain model's."""
-    prompts = make_prompts(read_model_config(folder), max_tokens)
+    prompts = make_prompts(read_model_config(reference), max_tokens)
     requests = [Request(str(index), tuple(prompt), max_tokens) for index, prompt in enumerate(prompts)]
     outputs = make_engine(runner, config).generate(requests)
-    plain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=config.dtype).eval()
+    plain = AutoModelForCausalLM.from_pretrained(reference, trust_remote_code=False, dtype=config.dtype).eval()
     rows = []
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = generate_plainly(plain, prompt, max_tokens)

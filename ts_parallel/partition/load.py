@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ts_parallel.checkpoint.index import CheckpointIndex
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors, refuse_nan
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
@@ -39,16 +39,18 @@ def load_program(
     group: TensorParallelGroup,
     device: torch.device,
     pack: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    merge: Callable[[LoadItem], None] = lambda item: None,
 ) -> RankModel:
     """Give this rank's parameters their memory and fill it.
 
     Args:
         index: of the checkpoint, or of another with the same tensors.
+        merge: told of each item once it was read; may change what was read, as an adapter does.
         pack: what a weight that linears alone read is replaced by, as soon as it was read: so no more than one of them
             is there twice.
 
     Raises:
-        CheckpointError: a file is cut off, or cannot be read.
+        CheckpointError: a file is cut off, or cannot be read, or holds NaN.
     """
     started = time.perf_counter()
     plan, packable = program.plan, program.packable()
@@ -64,12 +66,14 @@ def load_program(
     waiting = Counter(item.name for item in items)
     progress = Progress(f"loading rank {group.rank} of {group.size}", is_shown=group.rank == 0)
 
-    def pack_if_complete(item: LoadItem) -> None:
+    def finish(item: LoadItem) -> None:
+        refuse_nan(item)
+        merge(item)
         waiting[item.name] -= 1
         if waiting[item.name] == 0 and item.name in packable:
             local[item.name] = pack(local[item.name])
 
-    load_tensors(_handed_over(items), progress, pack_if_complete)
+    load_tensors(_handed_over(items), progress, finish)
     tensors = {alias: local[name] for name, entry in plan.parameters.items() for alias in (name, *entry.aliases)}
     tensors |= {name: buffer.to(device) for name, buffer in program.buffers.items()}
     return RankModel(program, tensors, time.perf_counter() - started)

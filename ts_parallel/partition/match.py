@@ -7,8 +7,9 @@ instead, so that a rank reads only what it keeps. Knows no file and no device.
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -29,13 +30,15 @@ from ts_parallel.partition.program import ParameterPlan, Source, Sources, Tensor
 
 logger = logging.getLogger(__name__)
 
+_NUMBER = re.compile(r"\d+")
+
 
 def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: CheckpointIndex) -> Sources:
     """Each parameter's sources, found under any of its names; together they fill it.
 
     Raises:
         CheckpointError: one is missing, has another shape than the model's, or is made from what is stored by an
-            operation other than stacking and joining experts.
+            operation other than stacking and joining experts; or the checkpoint has more layers than the model.
     """
     direct, converted = index_by_model_name(model, index)
     sources: dict[str, tuple[Source, ...]] = {}
@@ -53,6 +56,7 @@ def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: Ch
     if missing:
         more = f" and {len(missing) - 1} more" * (len(missing) > 1)
         raise CheckpointError(f"the checkpoint has no tensor for {missing[0]!r}{more} of {type(model).__name__}")
+    _refuse_further_layers(model, [*direct, *converted])
     unused = len(index) - len({part.stored.name for parts in sources.values() for part in parts})
     if unused:
         logger.info("%d tensors of the checkpoint belong to no parameter of %s", unused, type(model).__name__)
@@ -88,6 +92,20 @@ def index_by_model_name(
             groups[name][pattern].append(index[old_name])
     converted = {name: _Parts(converter_of[next(iter(found))], found) for name, found in groups.items()}
     return direct, converted
+
+
+def _refuse_further_layers(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """What is stored may be more than a model reads, as old buffers are; but not layers or experts beyond its last."""
+    own = model.state_dict().keys()
+    known = {_NUMBER.sub("#", name) for name in own}
+    ignored = tuple(model._keys_to_ignore_on_load_unexpected or ())
+    for name in names:
+        if name in own or _NUMBER.sub("#", name) not in known or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        raise CheckpointError(
+            f"the checkpoint has {name!r}, for which {type(model).__name__} has no place: config.json describes fewer "
+            "layers or experts than are stored"
+        )
 
 
 def _whole(entry: ParameterPlan, stored: StoredTensor) -> Source:

@@ -8,19 +8,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import CheckpointError, ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_model_config(folder: Path) -> PretrainedConfig:
-    """The `config.json` of a checkpoint folder; never fetches, never runs code of the checkpoint.
+    """The `config.json` of a checkpoint folder, or of the one above; never fetches, never runs code of the checkpoint.
 
     Raises:
         CheckpointError: there is none, or transformers does not know its model type or cannot use its values.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"no config.json in {folder}")
+    folder = settings_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ts_parallel.checkpoint.index import CheckpointIndex
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import PlanError, StartupError
 from ts_parallel.partition.program import ProgramRequest, RankProgram
 
@@ -137,9 +138,11 @@ def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
     tensors = sorted((stored.name, str(stored.dtype), stored.shape) for stored in index.values())
     versions = [version(library) for library in _LIBRARIES]
     digest.update(repr((shared, tensors, versions, sys.version_info)).encode())
-    settings = {file for pattern in _SETTINGS for file in request.folder.rglob(pattern) if file.is_file()}
+    home = settings_folder(request.folder)
+    find = home.rglob if home == request.folder else home.glob  # a folder above may hold all of a job's checkpoints
+    settings = {file for pattern in _SETTINGS for file in find(pattern) if file.is_file()}
     for file in sorted(settings):
-        digest.update(f"{file.relative_to(request.folder)}".encode() + file.read_bytes())
+        digest.update(f"{file.relative_to(home)}".encode() + file.read_bytes())
     package = Path(__file__).parents[1]
     for room in ("checkpoint", "partition"):
         for file in sorted((package / room).glob("*.py")):

@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import CheckpointError
 from ts_parallel.serving.bodies import SamplingDefaults
 
 
 def read_tokenizer(folder: Path) -> Any:
+    folder = settings_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -25,6 +27,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]:
     """The tokens that end an answer: generation_config.json's where there is one, else config.json's."""
+    folder = settings_folder(folder)
     eos: int | list[int] | None = model_config.get_text_config().eos_token_id
     if (folder / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
@@ -33,6 +36,7 @@ def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]
 
 def read_sampling_defaults(folder: Path) -> SamplingDefaults:
     """What generation_config.json says of sampling; what it leaves open keeps OpenAI's defaults."""
+    folder = settings_folder(folder)
     if not (folder / "generation_config.json").is_file():
         return SamplingDefaults()
     config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,29 @@
+"""Where a model's configuration and tokenizer are: with its weights, or beside the folder that a job wrote them to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ts_parallel.checkpoint.dcp import METADATA
+from ts_parallel.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+
+
+def settings_folder(folder: Path) -> Path:
+    """The one that holds `config.json`: `folder`, or for a torch.distributed.checkpoint the one that `folder` lies in.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if not (folder / METADATA).is_file():
+        raise CheckpointError(f"no {CONFIG_FILE} in {folder}")
+    above = folder.resolve().parent
+    if (above / CONFIG_FILE).is_file():
+        return above
+    raise CheckpointError(
+        f"no {CONFIG_FILE} in {folder} nor in {above}: torch.distributed.checkpoint saves none, copy the model's own "
+        "and its tokenizer's files to either"
+    )
