@@ -46,7 +46,7 @@ def make_model(folder: Path) -> list[Path]:
         own = [name for name in parameters if weight_map[name] == file]
         tensors = {name: torch.empty(parameters[name].shape, dtype=torch.bfloat16).normal_(std=0.02) for name in own}
         save_file(tensors, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.save_pretrained(folder)
     return [folder / file for file in sorted(set(weight_map.values()))]
 

@@ -50,6 +50,102 @@ FAMILIES: dict[str, ConfigFactory] = {
 }
 """Model type → its config; keyword arguments change single settings, as in `FAMILIES["llama"](vocab_size=128)`."""
 
+_TINY: dict[str, Any] = {
+    **_SIZES,
+    **_GROUPED,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "head_dim": 16,
+}
+_WINDOW = {"sliding_window": 8}
+_EXPERTS = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    **{"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+}
+_LATENT = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    "num_key_value_heads": 4,
+}
+_BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+_SHARED_KEYS = {
+    **_WINDOW,
+    **{"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "num_kv_shared_layers": 1,
+    **{"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16},
+}
+
+
+def _tiny(model_type: str, *without: str, **settings: Any) -> ConfigFactory:
+    """Settings `without` are left at the family's own default."""
+    return _factory(model_type, **{key: value for key, value in {**_TINY, **settings}.items() if key not in without})
+
+
+def _rope(kind: str, **settings: Any) -> ConfigFactory:
+    return _tiny("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **settings})
+
+
+TINY_FAMILIES: dict[str, ConfigFactory] = {
+    **{
+        name: _tiny(name)
+        for name in (
+            *("apertus", "arcee", "bamba", "biogpt", "bitnet", "bloom", "cohere", "ctrl", "diffllama", "ernie4_5"),
+            *("falcon_h1", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite"),
+            *("helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "llama", "mamba", "mpt", "nanochat"),
+            *("nemotron", "nemotron_h", "olmo", "olmo2", "openai-gpt", "opt", "persimmon", "phi", "qwen3"),
+            *("recurrent_gemma", "rwkv", "seed_oss", "stablelm", "xglm"),
+        )
+    },
+    **{
+        name: _tiny(name, **_WINDOW)
+        for name in (
+            *("beam", "cwm", "doge", "flint", "gemma2", "granite_swa", "ministral", "ministral3", "mistral", "phi3"),
+            *("smollm3", "starcoder2", "vaultgemma"),
+        )
+    },
+    **{name: _tiny(name, **_WINDOW, **_BOTH_KINDS) for name in ("cohere2", "exaone4", "gemma3_text", "olmo3")},
+    **{
+        name: _tiny(name, **_EXPERTS)
+        for name in (
+            *("ernie4_5_moe", "glm4_moe", "granitemoe", "jamba", "jetmoe", "llama4_text", "minimax", "minimax_m2"),
+            *("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+        )
+    },
+    **{
+        name: _tiny(name, **_EXPERTS, **_WINDOW)
+        for name in (
+            *("afmoe", "cohere2_moe", "deepseek_v4", "dots1", "gpt_oss", "granitemoe_swa", "mimo_v2_flash"),
+            *("mixtral", "phimoe"),
+        )
+    },
+    **{name: _tiny(name, "head_dim", **_EXPERTS, **_LATENT) for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32")},
+    **{name: _tiny(name, "head_dim", **_LATENT) for name in ("minicpm3", "youtu")},
+    "aria_text": _tiny("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "codegen": _tiny("codegen", rotary_dim=8),
+    "falcon": _tiny("falcon", "head_dim"),
+    "gemma3n_text": _tiny("gemma3n_text", laurel_rank=8, altup_num_inputs=2, **_SHARED_KEYS),
+    "gemma4_text": _tiny("gemma4_text", global_head_dim=16, **_SHARED_KEYS),
+    "gpt_neo": _tiny("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "gptj": _tiny("gptj", rotary_dim=8),
+    "granitemoehybrid": _tiny("granitemoehybrid", **_EXPERTS, layer_types=["full_attention"] * 2),
+    "lfm2": _tiny("lfm2", layer_types=["conv", "full_attention"]),
+    "mamba2": _tiny("mamba2", num_heads=8),
+    "modernbert-decoder": _tiny("modernbert-decoder", pad_token_id=0),
+    "qwen2": _tiny("qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=1),
+    "llama (one key/value head)": _tiny("llama", num_key_value_heads=1),
+    "llama (rope dynamic)": _rope("dynamic"),
+    "llama (rope linear)": _rope("linear"),
+    "llama (rope llama3)": _rope(
+        "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    ),
+    "llama (rope longrope)": _rope(
+        "longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=32
+    ),
+    "llama (rope yarn)": _rope("yarn", original_max_position_embeddings=64),
+}
+"""Families and variants of two layers, one for each row of the table that `family_table.py` writes."""
+
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model of `config` in float32 whose greedy tokens vary and to which every single tensor matters."""

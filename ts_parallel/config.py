@@ -197,6 +197,18 @@ class BatchConfig(ModelConfig):
         return {**super()._stage_factors(), "virtual_stages": self.virtual_stages}
 
 
+class Seq2SeqConfig(ModelConfig):
+    """Batch inference of encoder–decoder models."""
+
+    task: Literal["text2text_generation", "automatic_speech_recognition"]
+    """What goes in: texts, or speech."""
+    micro_batch_size: Count = Field(default=8, ge=1)
+    """Most items that a stage computes at once."""
+    parallelism: Parallelism = Parallelism()
+    max_new_tokens: Count = Field(default=128, ge=1)
+    """Most tokens of an answer; a request may ask for fewer."""
+
+
 C = TypeVar("C", bound=ModelConfig)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from ts_parallel.checkpoint.stored import StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
 STAGING_BYTES = 8 * 2**20
+# So far ahead of what is being read the kernel is told to read, so that a disk is at work while weights are packed.
+READ_AHEAD_BYTES = 256 * 2**20
+_SHORTEST_READ_AHEAD = 2**20  # less comes with its neighbours
 
 Box = tuple[tuple[int, int], ...]
 """`(start, length)` of each dim."""
@@ -73,8 +76,10 @@ def load_tensors(
     waiting = Counter(id(reading.item) for reading in readings)
     file: Path | None = None
     descriptor = -1
+    ahead = _ReadAhead(readings)
     with ExitStack() as open_file, progress.over(sum(reading.view.nbytes for reading in readings)):
         while readings:
+            ahead.go_on()
             reading = readings.pop()
             item = reading.item
             try:
@@ -90,6 +95,42 @@ def load_tensors(
             waiting[id(item)] -= 1
             if waiting[id(item)] == 0:
                 on_loaded(item)
+
+
+class _ReadAhead:
+    """Tells the kernel what comes next of `readings`, a stack that somebody else takes from."""
+
+    def __init__(self, readings: Sequence[_Reading]) -> None:
+        self._readings = readings
+        self._next = len(readings)  # all from there on were announced
+        self._num_bytes = [0]  # of the first so many of the stack
+        for reading in readings:
+            self._num_bytes.append(self._num_bytes[-1] + reading.view.nbytes)
+
+    def go_on(self) -> None:
+        until = self._num_bytes[len(self._readings)] - READ_AHEAD_BYTES
+        while self._next and self._num_bytes[self._next] > until:
+            self._next -= 1
+            if self._next < len(self._readings):
+                _announce(self._readings[self._next])
+
+
+def _announce(reading: _Reading) -> None:
+    """Where the kernel takes no advice, or the file is gone, reading it comes to the same, or says so."""
+    part, kept = reading.part, reading.kept
+    offset, length = part.offset, part.num_bytes
+    if kept is not None and kept.dim == 0 and kept.pieces:
+        row = part.num_bytes // max(1, part.shape[0])
+        first = min(start for start, _ in kept.pieces)
+        offset, length = offset + first * row, (max(start + count for start, count in kept.pieces) - first) * row
+    if length < _SHORTEST_READ_AHEAD or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        descriptor = os.open(part.file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def refuse_nan(item: LoadItem) -> None:

@@ -9,13 +9,17 @@ way: they call no attention, and some of their kernels cannot run without data.
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
@@ -23,6 +27,7 @@ from ts_parallel.errors import PlanError
 from ts_parallel.partition.program import AttentionSite
 
 IMPLEMENTATION = "ts_parallel"
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _SKIPPED = "ts_parallel_skipped"
 _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -154,9 +159,11 @@ class NoteTaker:
         """See `AttentionBackend`."""
         site = site_of_call(self._names[module], query, key, value, pattern, scaling, softcap, sinks)
         self.sites.append(site)
-        return self._answer(query, key, value)
+        return self._answer(query, key, value, sinks)
 
-    def _answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _answer(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -170,20 +177,47 @@ def find_attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     _refuse_other_mixers(model, config)
     notes = NoteTaker(model)
     attach(model, notes)
-    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    _keep_rotary_frequencies(model)
+    # Fake as well as on the meta device: transformers looks into no fake mask.
     try:
-        with torch.no_grad(), _experts_skipped(model):
+        with torch.no_grad(), _experts_skipped(model), FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
             model(**forward_arguments(ids, ids))
     except PlanError as error:
         raise PlanError(f"{type(model).__name__} cannot be served: {error}") from None
     except Exception as error:
-        raise PlanError(f"{type(model).__name__} cannot run without data: {type(error).__name__}: {error}") from error
+        if AttentionPattern.__name__ in str(error):
+            raise PlanError(
+                f"{type(model).__name__} cannot run without data: it computes with the attention mask itself"
+                f"{line_of(error)}; only attention that goes through transformers' interface can be paged"
+            ) from error
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, DataDependentOutputException):
+            reason = "it reads what a tensor holds"
+        raise PlanError(f"{type(model).__name__} cannot run without data{line_of(error)}: {reason}") from error
     if len(notes.sites) < config.num_hidden_layers:
         raise PlanError(
             f"{type(model).__name__} sends {len(notes.sites)} attention calls through transformers' interface, "
             f"{config.num_hidden_layers} layers were expected: its own attention code cannot be paged"
         )
     return tuple(notes.sites)
+
+
+def _keep_rotary_frequencies(model: PreTrainedModel) -> None:
+    """Let frequencies that follow the longest sequence of a batch stay as they are up to the length where they begin to
+    change. No longer sequence is served: see `RankProgram.changing_rope`."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if _LENGTH_DEPENDENT_ROPE & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+            module.forward = MethodType(inspect.unwrap(type(module).forward), module)
+
+
+def line_of(error: Exception) -> str:
+    """ " at `line of code` (file:line)", the last of the model's own code; nothing where none was run."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/transformers/" in frame.filename]
+    if not frames:
+        return ""
+    return f" at `{frames[-1].line}` ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})"
 
 
 @contextmanager

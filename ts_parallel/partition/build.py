@@ -6,16 +6,18 @@ deferred model → tensor-parallel plan → shards → trace → stages → code
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.fx import Node
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.errors import PlanError
 from ts_parallel.partition.attention_sites import find_attention_sites
 from ts_parallel.partition.causal_lm import trace_causal_lm
 from ts_parallel.partition.deferred import build_deferred, materialise
@@ -32,7 +34,22 @@ from ts_parallel.partition.program import (
     ProgramRequest,
     RankProgram,
     Sources,
+    StageCode,
     TensorParallelPlan,
+)
+from ts_parallel.partition.seq2seq import (
+    SEQ2SEQ_TASKS,
+    Seq2SeqCall,
+    TracedPart,
+    as_applied,
+    call_of_seq2seq,
+    compute_unsaved,
+    decoder_layers,
+    encoder_layers,
+    run_whole,
+    trace_parts,
+    with_own_biases,
+    with_tokens,
 )
 from ts_parallel.partition.shard import OwnHeads, apply_tensor_parallel
 from ts_parallel.partition.stage_code import write_stage
@@ -72,6 +89,10 @@ class StagedModel:
     borders: tuple[int, ...]
     costs: LayerCosts
     """Of its layers on this tensor-parallel rank."""
+    ends: tuple[int, ...] = (-1,)
+    """The numbers of the stages whose outputs the leader gets."""
+    kept: Mapping[Node, str] = field(default_factory=dict)
+    """What a stage sends nowhere: see `StageCode.kept`."""
 
     def plan_of(self, stages: Sequence[StageGraph]) -> TensorParallelPlan:
         """The plan of the parameters that these stages have."""
@@ -119,6 +140,10 @@ def stage_model(request: ProgramRequest, rank: int) -> StagedModel:
     group = TracedGroup(rank, request.size)
     if request.task is None:
         return cut_causal_lm(shard_causal_lm(config, dtype, group), request.place)
+    if request.task in SEQ2SEQ_TASKS:
+        seq2seq = call_of_seq2seq(request.task, config, dtype)
+        sharded = shard_seq2seq(config, seq2seq, dtype, group)
+        return cut_seq2seq(sharded, trace_parts(sharded.model, seq2seq), request.place)
     call = call_of_task(request.task, request.folder, config, dtype)
     return cut_dense(shard_dense(config, call, dtype, group), call, request.place)
 
@@ -139,9 +164,17 @@ def cut_causal_lm(sharded: ShardedModel, place: PipelinePlace) -> StagedModel:
 
 
 def cut_into_stages(
-    sharded: ShardedModel, traced: TracedModel, place: PipelinePlace, sites: Sequence[AttentionSite] = ()
+    sharded: ShardedModel,
+    traced: TracedModel,
+    place: PipelinePlace,
+    sites: Sequence[AttentionSite] = (),
+    found: tuple[str, int] | None = None,
 ) -> StagedModel:
-    layers, num_layers = find_layers(sharded.model, num_layers_of(sharded.model.config))
+    """
+    Args:
+        found: name and length of the list of layers, where it is not the one that the model's config counts.
+    """
+    layers, num_layers = found or find_layers(sharded.model, num_layers_of(sharded.model.config))
     places = Places(traced, layers, num_layers)
     costs = weigh(places, {name: tensor.nbytes for name, tensor in all_tensors(sharded.model).items()})
     if place.split_points is None:
@@ -172,20 +205,73 @@ def cut_dense(sharded: ShardedModel, call: ModelCall, place: PipelinePlace) -> S
     return cut_into_stages(sharded, traced, place)
 
 
+def shard_seq2seq(
+    config: PretrainedConfig, call: Seq2SeqCall, dtype: torch.dtype, group: TensorParallelGroup
+) -> ShardedModel:
+    """An encoder–decoder model, planned and sharded for one rank of `group`, without any weight in memory."""
+    model = build_deferred(config, dtype, call.auto_class, DENSE)
+    compute_unsaved(model)
+    sites = find_dense_sites(model, lambda inputs: run_whole(model, inputs), with_tokens(call.inputs))
+    expected = encoder_layers(model)[1] + 2 * decoder_layers(model)[1]
+    if len(sites) < expected:
+        raise PlanError(
+            f"{type(model).__name__} sends {len(sites)} attention calls through transformers' interface, {expected} "
+            "were expected: its own attention code cannot be served"
+        )
+    plan = plan_tensor_parallel(model, sites, group.size)
+    if group.size > 1:
+        plan = with_own_biases(model, plan)
+        apply_tensor_parallel(model, as_applied(model, plan), group)
+    return ShardedModel(model, plan, sites)
+
+
+def cut_seq2seq(sharded: ShardedModel, parts: Sequence[TracedPart], place: PipelinePlace) -> StagedModel:
+    """As many stages of each part as there are pipeline ranks, one part's behind the other's."""
+    encode, prefill, decode = parts
+    points_of_encoder = points_of_decoder = place.split_points
+    if place.split_points is not None and len(place.split_points) == 2 * (place.num_stages - 1):
+        points_of_encoder, points_of_decoder = _halves(place.split_points)  # of an earlier cut
+    encoder = _cut_part(sharded, encode, replace(place, split_points=points_of_encoder))
+    first = _cut_part(sharded, prefill, replace(place, split_points=points_of_decoder))
+    # Each layer's keys and values must be where prefill has left them.
+    others = _cut_part(sharded, decode, replace(place, split_points=first.borders))
+    return StagedModel(
+        sharded,
+        stages=encoder.stages + first.stages + others.stages,
+        borders=encoder.borders + first.borders,
+        costs=first.costs,
+        ends=tuple(number * place.num_stages - 1 for number in range(1, len(parts) + 1)),
+        kept={**prefill.kept, **decode.kept},
+    )
+
+
+def _halves(points: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return points[: len(points) // 2], points[len(points) // 2 :]
+
+
+def _cut_part(sharded: ShardedModel, part: TracedPart, place: PipelinePlace) -> StagedModel:
+    staged = cut_into_stages(sharded, part.traced, place, found=part.layers)
+    stages = []
+    for stage in staged.stages:
+        own = set(stage.nodes)
+        stages.append(replace(stage, sent=(*stage.sent, *(node for node in part.kept if node in own))))
+    return replace(staged, stages=tuple(stages))
+
+
 def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> RankProgram:
     """What the rank at `place` computes and holds."""
     model = staged.sharded.model
     own = staged.stages[place.rank :: place.num_ranks]
     plan, whole_plan = staged.plan_of(own), staged.plan_of(staged.stages)
-    last = staged.stages[-1]
+    ends = [staged.stages[number] for number in staged.ends]
     return RankProgram(
         architecture=type(model).__name__,
         dtype=model.dtype,
         plan=plan,
         whole_plan=whole_plan,
-        stages=tuple(write_stage(stage) for stage in own),
+        stages=tuple(_write(stage, staged.kept) for stage in own),
         inputs_by_stage=tuple(tuple(dict.fromkeys(stage.inputs.values())) for stage in staged.stages),
-        outputs=tuple(last.crossings[node] for node in last.sent),
+        outputs=tuple(end.crossings[node] for end in ends for node in end.sent if node not in staged.kept),
         sites_of_ranks=tuple(
             tuple(site for stage in staged.stages[rank :: place.num_ranks] for site in stage.sites)
             for rank in range(place.num_ranks)
@@ -199,6 +285,10 @@ def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> R
         sources={name: sources[name] for name in plan.parameters if name in sources},
         buffers=_buffers(model, own, plan),
     )
+
+
+def _write(stage: StageGraph, kept: Mapping[Node, str]) -> StageCode:
+    return replace(write_stage(stage), kept=tuple(kept[node] for node in stage.sent if node in kept))
 
 
 def _most_bytes(plan: TensorParallelPlan) -> int:

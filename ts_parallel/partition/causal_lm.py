@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ _REDUCTIONS = {
     *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "flip", "roll"),
 }
 _PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm"}
+_LOOK_UPS = {"index", "index_select", "index_put", "index_add", "gather", "scatter", "scatter_add"}
 _SHIFTS = {"pad", "constant_pad_nd", "slice", "select"}
 
 
@@ -85,12 +86,42 @@ def _refuse_token_mixers(model: PreTrainedModel, traced: TracedModel) -> None:
     """Packed tokens of several requests lie side by side: whatever lets one see another, but attention, is wrong."""
     token_ids = next(node for node, name in traced.inputs.items() if name == TOKEN_IDS)
     (tokens,) = symbols_of(token_ids.meta["val"].shape[1])
-    for node in _live(traced):
+    live = _live(traced)
+    for node in live:
         if node.op == "call_function" and _mixes(node, tokens):
             raise PlanError(
                 f"{type(model).__name__} mixes tokens by {node.target} in {traced.modules[node]!r}; only attention "
                 "that goes through transformers' interface can be paged"
             )
+    for node in _users_of_places([node for node in traced.graph.nodes if node in live], tokens):
+        raise PlanError(
+            f"{type(model).__name__} computes with a token's place in its step by {node.target} in "
+            f"{traced.modules[node]!r}; only positions that it takes from position_ids are those of a request"
+        )
+
+
+def _users_of_places(nodes: list[Node], tokens: str) -> Iterator[Node]:
+    """The operations that make real numbers of where each token lies among the T of a step, other than those that sort
+    tokens and put them back, as a mixture's experts do. `nodes` are in the order of the graph."""
+    places: set[Node] = set()
+    for node in nodes:
+        value = node.meta.get("val")
+        if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
+            continue
+        name = node.target._schema.name.removeprefix("aten::")
+        is_of_places = not places.isdisjoint(node.all_input_nodes)
+        if name == "arange" and tokens in symbols_of(value.shape[0]):
+            places.add(node)
+        elif is_of_places and not value.is_floating_point():
+            places.add(node)
+        elif is_of_places and not (name in _LOOK_UPS and any(tokens in symbols_of(size) for size in _source(node))):
+            yield node
+
+
+def _source(node: Node) -> torch.Size:
+    """The shape of what a look-up looks into."""
+    shape: torch.Size = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    return shape
 
 
 def _mixes(node: Node, tokens: str) -> bool:

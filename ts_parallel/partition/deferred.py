@@ -51,12 +51,16 @@ def materialise(model: PreTrainedModel, device: torch.device, names: Collection[
     moved: dict[torch.Tensor, torch.nn.Parameter] = {}  # tied parameters are one tensor and stay one
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     wanted = {tensor for name, tensor in named if names is None or name in names}
+    # The innermost model that a module is part of; it knows how to compute the module's buffers.
+    owners = {
+        module: part for part in model.modules() if isinstance(part, PreTrainedModel) for module in part.modules()
+    }
     for module in model.modules():
         buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer in wanted}
         for name, buffer in buffers.items():
             module._buffers[name] = torch.empty_like(buffer, device=device)
         if set(buffers) & module._non_persistent_buffers_set:
-            model._init_weights(module)  # its parameters are still without memory: only the buffers are filled
+            owners[module]._init_weights(module)  # its parameters are still without memory: only the buffers are filled
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in wanted:
                 continue

@@ -2,13 +2,15 @@
 
 Inside an attention module the linear that takes in all heads closes it, the others open it. In any other module of a
 decoder layer the linears that widen the hidden size are paired with the one that comes back to it. What fits no pair
-stays whole on every rank, which is always right.
+stays whole on every rank, which is always right: so do a pair with a norm between its linears, and an attention module
+that calls the attention more than once, for its heads may belong together.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,16 +23,20 @@ _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
 _OUTPUT_NAMES = {"o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "o", "out"}
 
 
-def derive_styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]) -> dict[str, str]:
-    """Module name → `colwise` or `rowwise`."""
+def derive_styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dict[str, str]:
+    """Module name → `colwise` or `rowwise`, of a model whose attention calls are `sites`."""
+    calls = Counter(site.module_name for site in sites)
+    attention = {site.module_name: site for site in sites}
     hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)
-    layers = {_layer_of(name) for name in attention} - {None}
+    layers = {layer for name in attention if (layer := _layer_of(name)) is not None}
     linears: dict[str, dict[str, nn.Module]] = {name: {} for name, _ in model.named_modules()}
     for name, module in model.named_modules():
         if is_linear(module):
             linears[name.rpartition(".")[0]][name] = module
     styles: dict[str, str] = {}
     for name, site in attention.items():
+        if calls[name] > 1 or _has_norm_of(model.get_submodule(name), site.num_heads * site.value_dim):
+            continue
         styles |= _attention_styles(linears[name], site) or _attention_styles(
             linears[name] | _beside(name, linears), site
         )
@@ -40,12 +46,21 @@ def derive_styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]
             for name, found in linears.items()
             if _layer_of(name) == layer and not _is_inside(name, attention)
         }
-        mlps = [_mlp_styles(found, hidden_size) for found in own.values()]
+        mlps = {name: _mlp_styles(found, hidden_size) for name, found in own.items()}
+        mlps = {name: found for name, found in mlps.items() if found}
         rest = {name: module for found in own.values() for name, module in found.items() if name not in styles}
         # BERT and its kin keep the two linears of an MLP in modules of their own.
-        for found in [mlp for mlp in mlps if mlp] or [_mlp_styles(rest, hidden_size)]:
-            styles |= found
+        for name, found in (mlps or {layer: _mlp_styles(rest, hidden_size)}).items():
+            closing = [model.get_submodule(linear) for linear, style in found.items() if style == "rowwise"]
+            if not any(_has_norm_of(model.get_submodule(name), in_and_out_features(one)[0]) for one in closing):
+                styles |= found
     return styles
+
+
+def _has_norm_of(owner: nn.Module, width: int) -> bool:
+    """Whether a module of `owner` that is no linear has weights for `width` features side by side."""
+    children = (child for child in owner.children() if not is_linear(child))
+    return any(weight.shape[-1:] == (width,) for child in children for weight in child.parameters(recurse=False))
 
 
 def _is_inside(name: str, attention: Mapping[str, AttentionSite]) -> bool:

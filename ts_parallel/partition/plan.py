@@ -58,8 +58,9 @@ def plan_tensor_parallel(model: PreTrainedModel, sites: Iterable[AttentionSite],
     Raises:
         PlanError: a parameter cannot be cut into `size` parts; the message names it and the sizes that would work.
     """
+    sites = tuple(sites)
     attention = {site.module_name: site for site in sites}
-    styles = {} if size == 1 else _styles(model, attention)
+    styles = {} if size == 1 else _styles(model, sites)
     cuts = _Cuts(size, attention, model.config.model_type)
     slices: dict[str, tuple[Slice, ...]] = {}
     modules = dict(model.named_modules())
@@ -88,7 +89,7 @@ def _names_of_parameters(model: nn.Module) -> dict[torch.Tensor, list[str]]:
     return names
 
 
-def _styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]) -> dict[str, str]:
+def _styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dict[str, str]:
     """Name of a module, or of a parameter that belongs to no linear → style, for every part of the model."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     shipped: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
@@ -98,7 +99,7 @@ def _styles(model: PreTrainedModel, attention: Mapping[str, AttentionSite]) -> d
     _refuse_idle(better, names)  # our own entries; a shipped plan has some for parts that a model may lack
     shipped |= better
     inside = [pattern for pattern in shipped if not pattern.startswith("lm_head")]
-    styles = _match(shipped, names) if inside else derive_styles(model, attention)
+    styles = _match(shipped, names) if inside else derive_styles(model, sites)
     embedding, head = _embedding_of(model), model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
@@ -192,6 +193,8 @@ class _Cuts:
         if style == "packed_colwise":  # [experts, 2 × features, hidden], or its bias [experts, 2 × features]
             dim = parameter.ndim - 2 if parameter.ndim > 2 else parameter.ndim - 1
             return {name: self._packed(name, parameter.shape[dim], 2, dim)}
+        if style == "packed_rowwise":  # [experts, hidden, 2 × features]
+            return {name: self._packed(name, parameter.shape[-1], 2, parameter.ndim - 1)}
         if style == "rowwise":
             return {name: self._cut(name, parameter.shape[-1], parameter.ndim - 1)}
         if style == "colwise":

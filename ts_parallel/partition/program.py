@@ -50,11 +50,14 @@ class ProgramRequest:
     size: int
     place: PipelinePlace = ONE_STAGE
     task: str | None = None
-    """One of `encoder.TASKS`; None for a causal language model."""
+    """One of `encoder.TASKS` or `seq2seq.SEQ2SEQ_TASKS`; None for a causal language model."""
 
 
 TOKEN_IDS, POSITIONS, ROWS = "token_ids", "positions", "rows"
 """The inputs of a causal language model: T packed tokens, their positions, the R rows whose logits are wanted."""
+
+KEPT = "kept_"
+"""How the names of model inputs begin that no leader sends: an earlier part has left them on the rank."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class AttentionSite:
     scaling: float
     softcap: float | None
     has_sinks: bool
+    """Whether it has sinks that are not handed over with its call."""
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -229,6 +233,8 @@ class StageCode:
     """What goes to the next stage; on the last one, the model's outputs."""
     sites: tuple[AttentionSite, ...]
     """Its attention calls, in call order."""
+    kept: tuple[str, ...] = ()
+    """The names of what it returns behind what is sent, which stays on the rank."""
 
 
 @dataclass(frozen=True)
@@ -242,11 +248,11 @@ class RankProgram:
     whole_plan: TensorParallelPlan
     """Of the parameters that any rank has."""
     stages: tuple[StageCode, ...]
-    """This rank's; none where the model's own modules run."""
+    """This rank's; none where the model's own modules run. Of a model in parts, each part's in turn."""
     inputs_by_stage: tuple[tuple[str, ...], ...]
     """The model inputs that each stage of the whole model reads, in the order of the stages."""
     outputs: tuple[Crossing, ...]
-    """What the last stage of the whole model makes."""
+    """What the last stage of the whole model makes; of a model in parts, what the last stage of each makes."""
     sites_of_ranks: tuple[tuple[AttentionSite, ...], ...]
     """The attention calls of each pipeline rank, with the heads that one tensor-parallel rank has."""
     bytes_of_ranks: tuple[int, ...] = ()

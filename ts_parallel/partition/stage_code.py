@@ -125,10 +125,12 @@ class _Writer:
         if (narrow := _as_narrow(node)) is not None:
             return f"{self._global('narrow', Operation('torch.narrow'))}({self._text(node.args[0])}, {narrow})"
         if node.target is attention_marker._opoverload:
-            *tensors, number = node.args
-            arguments = ", ".join(self._text(tensor) for tensor in tensors)
-            site = self._graph.site_numbers[int(number)]  # type: ignore[arg-type]
-            return f"{self._global('attention', Supplied('attention'))}(step, {arguments}, {site})"
+            *tensors, sinks, number = node.args
+            arguments = [self._text(tensor) for tensor in tensors]
+            arguments.append(str(self._graph.site_numbers[int(number)]))  # type: ignore[arg-type]
+            if sinks is not None:
+                arguments.append(self._text(sinks))
+            return f"{self._global('attention', Supplied('attention'))}(step, {', '.join(arguments)})"
         if node.target is own_part_marker._opoverload:
             tensor, starts, lengths, _ = node.args
             pieces = tuple(zip(starts, lengths, strict=True))  # type: ignore[arg-type]

@@ -7,11 +7,10 @@ operations, which the runtime replaces by its own: a graph knows no KV memory an
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from transformers import PreTrainedModel
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import NoteTaker
+from ts_parallel.partition.attention_sites import NoteTaker, line_of
 from ts_parallel.topology import TensorParallelGroup
 
 # Sizes that the example inputs have where they are dynamic: all different, none of them 0 or 1, for the trace would
@@ -34,13 +33,18 @@ _EXAMPLE_SIZES = (7, 3, 11, 5)
 
 
 @torch.library.custom_op("ts_parallel::attention", mutates_args=())
-def attention_marker(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int) -> torch.Tensor:
-    """Attention call number `site` of a model: `[1, H, T, D]`, `[1, KV, T, D]`, `[1, KV, T, E]` → `[1, T, H, E]`."""
+def attention_marker(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, site: int
+) -> torch.Tensor:
+    """Attention call number `site` of a model: `[1, H, T, D]`, `[1, KV, T, D]`, `[1, KV, T, E]`, sinks `[H]` if it has
+    any → `[1, T, H, E]`."""
     raise NotImplementedError("a marker of a traced graph was run")
 
 
 @attention_marker.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int) -> torch.Tensor:
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, site: int
+) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -110,8 +114,11 @@ class TracedGroup(TensorParallelGroup):
 class TracedAttention(NoteTaker):
     """The attention backend of a trace: each call is noted as a site and recorded as a marker."""
 
-    def _answer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = attention_marker(query, key, value, len(self.sites) - 1)
+    def _answer(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        self.sites[-1] = replace(self.sites[-1], has_sinks=False)  # the program hands them over with each call
+        output: torch.Tensor = attention_marker(query, key, value, sinks, len(self.sites) - 1)
         return output
 
 
@@ -247,12 +254,8 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
 def _place(error: Exception, entered: list[str]) -> str:
     """`module: line of code: what was wrong`."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/transformers/" in frame.filename]
-    at = f"{entered[-1] if entered else 'its own code'} stops it"
-    if frames:
-        last = frames[-1]
-        at += f" at `{last.line}` ({last.filename.rpartition('/')[2]}:{last.lineno})"
     lines = str(error).strip().splitlines() or [""]
+    at = f"{entered[-1] if entered else 'its own code'} stops it{line_of(error)}"
     return f"{at}: {type(error).__name__}: {lines[0]}"
 
 

@@ -127,13 +127,20 @@ class PagedAttention:
         self._memory = memory
 
     def __call__(
-        self, step: StepLayout, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int
+        self,
+        step: StepLayout,
+        query: torch.Tensor,  # [1, H, T, D]
+        key: torch.Tensor,  # [1, KV, T, D]
+        value: torch.Tensor,  # [1, KV, T, E]
+        site: int,
+        sinks: torch.Tensor | None = None,  # [H]
     ) -> torch.Tensor:
-        """Attention call number `site` of a step: `[1, H, T, D]`, `[1, KV, T, D]`, `[1, KV, T, E]` → `[1, T, H, E]`."""
+        """Attention call number `site` of a step → `[1, T, H, E]`."""
         memory, own = self._memory, self._sites[site]
         queries, new_keys, new_values = query[0], key[0], value[0]
         memory.write(site, step.slots, new_keys.transpose(0, 1), new_values.transpose(0, 1))
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, E]
+        of_head = None if sinks is None else sinks.view(key.shape[1], -1, 1)  # [KV, G, 1]
         if (decode := step.decode) is not None:
             shape = (len(decode.rows), -1, key.shape[1])
             keys = memory.keys[site].index_select(0, decode.slots).view(*shape, key.shape[3]).transpose(1, 2)
@@ -141,7 +148,7 @@ class PagedAttention:
             own_queries = queries[:, decode.rows].transpose(0, 1)
             grouped = own_queries.reshape(len(decode.rows), key.shape[1], -1, key.shape[3])  # [B, KV, G, D]
             is_seen = decode.mask.of(own.window)[:, None, None]  # [B, 1, 1, L]
-            output[decode.rows] = _attend(grouped, keys, values, is_seen, own).flatten(1, 2)
+            output[decode.rows] = _attend(grouped, keys, values, is_seen, own, of_head).flatten(1, 2)
         for prefill in step.prefills:
             keys, values = new_keys[:, prefill.rows], new_values[:, prefill.rows]  # [KV, N, D], [KV, N, E]
             if prefill.slots is not None:
@@ -150,7 +157,8 @@ class PagedAttention:
             own_queries = queries[:, prefill.rows]
             grouped = own_queries.reshape(key.shape[1], -1, *own_queries.shape[1:])  # [KV, G, N, D]
             is_seen = prefill.mask.of(own.window)
-            attended = _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1), is_seen, own)
+            sunk = None if of_head is None else of_head.unsqueeze(2)  # [KV, G, 1, 1]
+            attended = _attend(grouped, keys.unsqueeze(1), values.unsqueeze(1), is_seen, own, sunk)
             output[prefill.rows] = attended.flatten(0, 1).transpose(0, 1)
         return output.unsqueeze(0)
 
@@ -161,12 +169,20 @@ def _attend(
     value: torch.Tensor,  # [X, Y or 1, L, E]
     is_seen: torch.Tensor,  # broadcasts to [X, Y, Q, L]
     site: AttentionSite,
+    sinks: torch.Tensor | None,  # broadcasts to [X, Y, Q, 1]
 ) -> torch.Tensor:
-    """Softmax attention of each query over the keys that it sees: `[X, Y, Q, E]`."""
-    assert not site.has_sinks, "attention sinks are refused when the runner is built"
-    if site.softcap is None:
+    """Softmax attention of each query over the keys that it sees: `[X, Y, Q, E]`.
+
+    A sink is the score of one more key, which has no value: it takes a part of the weights away.
+    """
+    if site.softcap is None and sinks is None:
         key, value = key.expand(*query.shape[:2], -1, -1), value.expand(*query.shape[:2], -1, -1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, scale=site.scaling)
     scores = (query @ key.transpose(-1, -2)).float() * site.scaling
-    scores = site.softcap * torch.tanh(scores / site.softcap)
-    return scores.masked_fill(~is_seen, float("-inf")).softmax(dim=-1).to(value.dtype) @ value
+    if site.softcap is not None:
+        scores = site.softcap * torch.tanh(scores / site.softcap)
+    scores = scores.masked_fill(~is_seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[-2]]
+    return weights.to(value.dtype) @ value

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.config import BatchConfig
+from ts_parallel.config import BatchConfig, Seq2SeqConfig
 from ts_parallel.errors import ConfigError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
@@ -26,11 +26,14 @@ from ts_parallel.runtime.stage import Stage
 from ts_parallel.serving.answers import JSON
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.continuous_batching import Reply
-from ts_parallel.serving.micro_batching import MicroBatcher
+from ts_parallel.serving.front_end import exit_now
+from ts_parallel.serving.greedy import GreedyRunner
+from ts_parallel.serving.micro_batching import MicroBatcher, Runner
 from ts_parallel.serving.plain_batching import PlainBatches
+from ts_parallel.serving.seq2seq import is_seq2seq, make_part_runner, make_seq2seq_task
 from ts_parallel.serving.streaming import ResponseStream, StreamJob, Streams
 from ts_parallel.serving.tasks import Task, make_task
-from ts_parallel.serving.worker import exit_now, follow_in_thread, log_loaded, log_ready, start_rank
+from ts_parallel.serving.worker import follow_in_thread, log_loaded, log_ready, start_rank
 from ts_parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ class BatchInferenceHandler:
 
     def __init__(self) -> None:
         self._task: Task | None = None
-        self._runner: BatchRunner | None = None
+        self._runner: Ranks | None = None
         self._batcher: MicroBatcher | None = None
         self._streams = Streams()
         self._opened: list[_Item] = []
@@ -87,7 +90,8 @@ class BatchInferenceHandler:
     def postprocess(self, output: torch.Tensor) -> Any:
         """One request's part of the model's output, on the CPU → what `json.dumps` takes. The default is the task's.
 
-        `[num_labels]` logits of a classifier, `[hidden]` of an embedding, `[S, hidden]` of an encoder.
+        `[num_labels]` logits of a classifier, `[hidden]` of an embedding, `[S, hidden]` of an encoder, the token ids
+        `[N]` of a generated answer.
         """
         assert self._task is not None
         return self._task.postprocess(output)
@@ -110,28 +114,35 @@ class BatchInferenceHandler:
         return self._transport.handle(data, context)
 
     def _load(self, context: Any) -> None:
-        def load(config: BatchConfig, folder: Path, topology: Topology) -> tuple[BatchConfig, BatchRunner, Task | None]:
-            refuse_continuous_batching(context.model_yaml_config)
-            runner = make_batch_runner(config, folder, topology)
-            return config, runner, make_task(config.task, folder, config.dtype) if topology.rank == 0 else None
+        kind: type[BatchConfig | Seq2SeqConfig] = BatchConfig
+        if is_seq2seq((context.model_yaml_config or {}).get("handler")):
+            kind = Seq2SeqConfig
 
-        topology, (config, runner, self._task) = start_rank(context, BatchConfig, load)
-        log_loaded(topology, f"{config.virtual_stages} of {config.num_stages} stages")
-        if self._task is None:
-            follow_in_thread(runner.follow)
+        def load(
+            config: BatchConfig | Seq2SeqConfig, folder: Path, topology: Topology
+        ) -> tuple[BatchConfig | Seq2SeqConfig, _Loaded]:
+            refuse_continuous_batching(context.model_yaml_config)
+            parts = _load_seq2seq if isinstance(config, Seq2SeqConfig) else _load_stages
+            return config, parts(config, folder, topology)  # type: ignore[arg-type]  # each is of its own kind
+
+        topology, (config, loaded) = start_rank(context, kind, load)
+        self._runner, self._task = loaded.ranks, loaded.task
+        log_loaded(topology, loaded.what)
+        if loaded.task is None or loaded.runner is None:
+            follow_in_thread(loaded.ranks.follow)
             return
-        self._runner = runner
         self._batcher = MicroBatcher(
-            runner,
+            loaded.runner,
             lambda item: self.preprocess(item.request),
             self._respond,
             config.micro_batch_size,
             config.parallelism.preprocess,
             config.parallelism.postprocess,
-            self._task.collator,
+            loaded.task.collator,
         )
         if topology.world_size > 1:
-            threading.Thread(target=give_signs_of_life, args=(runner,), name="signs of life", daemon=True).start()
+            signs = threading.Thread(target=give_signs_of_life, args=(loaded.ranks,), name="signs of life", daemon=True)
+            signs.start()
         log_ready(topology, context.model_name)
 
     def _respond(self, item: _Item, output: torch.Tensor) -> None:
@@ -172,6 +183,27 @@ class _Item:
     stream: ResponseStream
 
 
+class Ranks(Protocol):
+    """What the handler needs of the runner of its rank: `runtime.batch_runner.BatchRunner`, or that of parts."""
+
+    is_broken: bool
+
+    def follow(self) -> None: ...
+
+    def sign_of_life(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """This rank's part of the model; on rank 0, what runs micro-batches of which task."""
+
+    ranks: Ranks
+    what: str
+    """Of which it is a part."""
+    runner: Runner | None = None
+    task: Task | None = None
+
+
 def refuse_continuous_batching(settings: Mapping[str, Any]) -> None:
     """
     Raises:
@@ -182,6 +214,21 @@ def refuse_continuous_batching(settings: Mapping[str, Any]) -> None:
             "model-config.yaml key 'continuousBatching': batch inference answers whole batches, which batchSize and "
             "maxBatchDelay make: remove the key"
         )
+
+
+def _load_stages(config: BatchConfig, folder: Path, topology: Topology) -> _Loaded:
+    runner = make_batch_runner(config, folder, topology)
+    task = make_task(config.task, folder, config.dtype) if topology.rank == 0 else None
+    return _Loaded(runner, f"{config.virtual_stages} of {config.num_stages} stages", runner, task)
+
+
+def _load_seq2seq(config: Seq2SeqConfig, folder: Path, topology: Topology) -> _Loaded:
+    ranks = make_part_runner(config, folder, topology)
+    what = f"1 of {config.num_stages} stages of encoder and decoder"
+    if topology.rank:
+        return _Loaded(ranks, what)
+    task, rules = make_seq2seq_task(config, folder)
+    return _Loaded(ranks, what, GreedyRunner(ranks, rules), task)
 
 
 def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> BatchRunner:
@@ -195,7 +242,7 @@ def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> 
     return BatchRunner(stages, StepChannel(topology), topology, program.inputs_by_stage, program.outputs[0])
 
 
-def give_signs_of_life(runner: BatchRunner) -> None:
+def give_signs_of_life(runner: Ranks) -> None:
     """Keep the ranks that follow patient while no request comes, for as long as they are in step."""
     pause = threading.Event()
     while not runner.is_broken:

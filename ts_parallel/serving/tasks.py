@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig
 
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import did_you_mean
 from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.encoder import ModelCall, call_of_task
@@ -88,7 +89,7 @@ class ImageInput:
     def __init__(self, folder: Path, call: ModelCall) -> None:
         try:
             self._processor = AutoImageProcessor.from_pretrained(
-                folder, backend="pil", local_files_only=True, trust_remote_code=False
+                settings_folder(folder), backend="pil", local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"no usable image processor in {folder}: {str(error).splitlines()[0]}") from None

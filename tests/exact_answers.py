@@ -1,0 +1,78 @@
+"""Greedy tokens of a checkpoint for a few prompts: transformers' own, and those of ranks that share the model.
+
+The prompts lie in the checkpoint's folder as `task.json`, the ranks' programs in a folder beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.partition import prepared
+from ts_parallel.partition.build import make_programs
+from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+
+RANKS = Path(__file__).parent / "ranks" / "generate.py"
+
+Answers = list[list[int]]
+
+
+def write_prompts(folder: Path, vocabulary: int, lengths: Iterable[int], max_tokens: int) -> None:
+    """Random prompts of these lengths, all to be answered with `max_tokens` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    (folder / "task.json").write_text(json.dumps({"prompts": prompts, "max_tokens": max_tokens}))
+
+
+def plain_answers(folder: Path) -> Answers:
+    """transformers' own, each prompt alone, none ended before its last token."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    task = json.loads((folder / "task.json").read_text())
+    answers = []
+    for prompt in task["prompts"]:
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": task["max_tokens"], "pad_token_id": 0}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+def keep_programs(folder: Path, tp: int, pp: int) -> None:
+    """Make the ranks' programs here, where what makes them is imported already.
+
+    Raises:
+        StartupError: the model is refused.
+    """
+    request, index = ProgramRequest(folder, "float32", 0, tp, PipelinePlace(0, pp)), read_index(folder)
+    programs = {own: pickle.dumps(program) for own, program in make_programs(request, index).items()}
+    with mock.patch.dict(os.environ, {prepared.CACHE_VARIABLE: f"{folder}-programs"}):
+        cache = prepared._cache_folder()
+    assert cache is not None
+    prepared._keep(cache / prepared._digest(request, index), programs)
+
+
+def parallel_answers(
+    folders: Sequence[Path], shapes: Sequence[tuple[int, int]], report: Path
+) -> dict[tuple[int, int], dict[str, Answers | str]]:
+    """Shape (tp, pp) → name of a folder → what its ranks have answered, or the line that refuses it. All shapes have as
+    many ranks; `report` is a file to be written."""
+    spelled = [f"{tp}x{pp}" for tp, pp in shapes]
+    (num_ranks,) = {tp * pp for tp, pp in shapes}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command += [str(RANKS), str(report), *spelled, "--", *map(str, folders)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(report.parent)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    answers = json.loads(report.read_text())
+    return {shape: answers[name] for shape, name in zip(shapes, spelled, strict=True)}
