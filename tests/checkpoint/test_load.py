@@ -396,3 +396,28 @@ def test_progress_of_other_ranks_is_silent(
     with caplog.at_level(logging.INFO):
         load_two(tmp_path, SILENT)
     assert (terminal.getvalue(), caplog.records) == ("", [])
+
+
+def test_kernel_is_told_what_will_be_read_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2**20  # bytes of each, the least that is announced
+    save_file({f"x{number}": torch.zeros(size, dtype=torch.uint8) for number in range(4)}, tmp_path / SINGLE_FILE)
+    index = read_index(tmp_path)
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(load, "READ_AHEAD_BYTES", 2 * size)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, length, advice: done.append(("announced", offset)))
+    preadv = os.preadv
+
+    def noted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        done.append(("read", offset))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    items = [LoadItem(torch.empty(size, dtype=torch.uint8), stored, None) for stored in index.values()]
+    load_tensors(items, SILENT)
+    at = {offset: number for number, offset in enumerate(sorted(stored.offset for stored in index.values()))}
+    order = [(what, at[offset]) for what, offset in done]
+    assert [number for what, number in order if what == "read"] == [0, 1, 2, 3]
+    assert sorted(number for what, number in order if what == "announced") == [0, 1, 2, 3]
+    for number in range(4):
+        assert order.index(("announced", number)) < order.index(("read", number))
+    assert order.index(("announced", 2)) > order.index(("read", 0))  # no further ahead than it is to be
