@@ -75,6 +75,10 @@ _SHARED_KEYS = {
     "num_kv_shared_layers": 1,
     **{"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16},
 }
+_LONG_ROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    **{"short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+}
 
 
 def _tiny(model_type: str, *without: str, **settings: Any) -> ConfigFactory:
@@ -133,15 +137,22 @@ TINY_FAMILIES: dict[str, ConfigFactory] = {
     "mamba2": _tiny("mamba2", num_heads=8),
     "modernbert-decoder": _tiny("modernbert-decoder", pad_token_id=0),
     "qwen2": _tiny("qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=1),
+    "gemma3_text (rope longrope)": _tiny(
+        "gemma3_text",
+        **_WINDOW,
+        **_BOTH_KINDS,
+        rope_parameters={
+            "full_attention": _LONG_ROPE,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "llama (one key/value head)": _tiny("llama", num_key_value_heads=1),
     "llama (rope dynamic)": _rope("dynamic"),
     "llama (rope linear)": _rope("linear"),
     "llama (rope llama3)": _rope(
         "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     ),
-    "llama (rope longrope)": _rope(
-        "longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=32
-    ),
+    "llama (rope longrope)": _tiny("llama", rope_parameters=_LONG_ROPE),
     "llama (rope yarn)": _rope("yarn", original_max_position_embeddings=64),
 }
 """Families and variants of two layers, one for each row of the table that `family_table.py` writes."""

@@ -35,7 +35,10 @@ REFUSED = {
         OTHER_LAYERS,
     ),
     "jetmoe": r"cannot run without data at `expert_size = expert_size\.tolist\(\)` .*: it reads what a tensor holds",
-    "llama (rope longrope)": "changes with the longest sequence of a batch beyond 32 tokens: set max_model_len",
+    **dict.fromkeys(
+        ("llama (rope longrope)", "gemma3_text (rope longrope)"),
+        "'longrope' changes with the longest sequence of a batch beyond 32 tokens: set max_model_len",
+    ),
 }
 """Family → what both shapes' reasons say."""
 

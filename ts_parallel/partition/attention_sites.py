@@ -27,7 +27,7 @@ from ts_parallel.errors import PlanError
 from ts_parallel.partition.program import AttentionSite
 
 IMPLEMENTATION = "ts_parallel"
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _SKIPPED = "ts_parallel_skipped"
 _ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -208,7 +208,7 @@ def _keep_rotary_frequencies(model: PreTrainedModel) -> None:
     change. No longer sequence is served: see `RankProgram.changing_rope`."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if _LENGTH_DEPENDENT_ROPE & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+        if LENGTH_DEPENDENT_ROPE & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
             module.forward = MethodType(inspect.unwrap(type(module).forward), module)
 
 

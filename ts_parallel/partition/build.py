@@ -18,7 +18,7 @@ from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import find_attention_sites
+from ts_parallel.partition.attention_sites import LENGTH_DEPENDENT_ROPE, find_attention_sites
 from ts_parallel.partition.causal_lm import trace_causal_lm
 from ts_parallel.partition.deferred import build_deferred, materialise
 from ts_parallel.partition.dense_attention import IMPLEMENTATION as DENSE
@@ -65,8 +65,6 @@ from ts_parallel.partition.stages import (
 )
 from ts_parallel.partition.trace import TracedGroup, TracedModel, attention_marker, trace
 from ts_parallel.topology import TensorParallelGroup
-
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -307,9 +305,13 @@ def _head_sizes(model: PreTrainedModel, plan: TensorParallelPlan) -> tuple[int, 
 def _changing_rope(config: PretrainedConfig) -> tuple[str, int] | None:
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
-        return None
-    return rope["rope_type"], rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    of_layers = [own for own in rope.values() if isinstance(own, dict)]  # where each type of layer has its own
+    changing = [
+        (own["rope_type"], own.get("original_max_position_embeddings") or text.max_position_embeddings)
+        for own in (rope, *of_layers)
+        if own.get("rope_type") in LENGTH_DEPENDENT_ROPE
+    ]
+    return min(changing, key=lambda found: found[1], default=None)
 
 
 def _buffers(model: PreTrainedModel, stages: Sequence[StageGraph], plan: TensorParallelPlan) -> dict[str, torch.Tensor]:

@@ -165,7 +165,9 @@ def refuse_unpageable(program: RankProgram, max_model_len: int) -> None:
     if not program.head_sizes:
         raise PlanError(f"{program.architecture} has no head whose logits could be sampled from")
     if any(site.has_sinks for sites in program.sites_of_ranks for site in sites):
-        raise PlanError(f"{program.architecture} has attention sinks, which the paged attention cannot do yet")
+        raise PlanError(
+            f"{program.architecture} has attention sinks, which eager modules are not given: set eager to false"
+        )
     if program.changing_rope is None:
         return
     kind, trained = program.changing_rope
