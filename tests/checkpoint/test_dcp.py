@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from malicious import Malicious
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -171,14 +172,6 @@ def test_file_that_was_cut_off_is_said_to_be_so(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size - 5)
     with pytest.raises(CheckpointError, match=r"is cut off: .* at least 5 more are needed for 'x'"):
         read_index(tmp_path)
-
-
-class Malicious:
-    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        self.made = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return self.made
 
 
 @pytest.mark.parametrize("function", [os.system, eval, FileSystemWriter])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from malicious import Malicious
 from torch import nn
 
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
@@ -117,14 +118,6 @@ def test_old_format_is_refused_with_what_to_do(tmp_path: Path) -> None:
     save(tmp_path, {"x": torch.ones(3)}, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"is not in torch\.save's zip format: .* save it again"):
         read_index(tmp_path)
-
-
-class Malicious:
-    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        self.made = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return self.made
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -15,6 +15,7 @@ from transformers import AutoFeatureExtractor, GenerationConfig, PretrainedConfi
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import Seq2SeqConfig, did_you_mean
 from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.load import load_program
@@ -48,6 +49,7 @@ def make_seq2seq_task(config: Seq2SeqConfig, folder: Path) -> tuple[Task, Rules]
     Raises:
         CheckpointError: the folder's files do not hold what the task needs.
     """
+    folder = settings_folder(folder)
     model_config = read_model_config(folder)
     call = call_of_seq2seq(config.task, model_config, choose_dtype(config.dtype, model_config))
     generation = read_generation_config(folder, model_config)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ts_parallel.checkpoint.adapter import read_adapter
+from ts_parallel.checkpoint.adapter import Adapter, read_adapter
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.checkpoint.load import LoadItem
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine, EngineThread
@@ -90,12 +89,8 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankM
     place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
     index = read_index(folder)
     program = prepare_program(ProgramRequest(folder, config.dtype, group.rank, group.size, place), index)
-    merge = read_adapter(Path(config.adapter_path), index).merge if config.adapter_path else _leave
-    return load_program(program, index, group, topology.device, pack_weight, merge)
-
-
-def _leave(item: LoadItem) -> None:
-    """What was read as it is."""
+    adapter = read_adapter(Path(config.adapter_path), index) if config.adapter_path else Adapter({})
+    return load_program(program, index, group, topology.device, pack_weight, adapter.merge)
 
 
 def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankModel:
