@@ -1,46 +1,58 @@
-"""Serve a 125M-parameter Llama with random weights through TorchServe and time it beside transformers' `generate`.
+"""This package, in process and served by TorchServe, beside its peers, all in one run on this machine.
 
-All do the same work: prompts of 128 random token ids, 64 tokens out, greedy, end marks ignored, bfloat16. Each stream
-asks three times, the next as soon as the last is answered; `generate` does it batch by batch. They take turns, round by
-round, in one run; the medians and their ratios are printed as a Markdown table. With one rank the same engine runs in
-process too: what TorchServe and HTTP cost is the difference. The server is loaded and read as `ts-parallel bench` does
-it. The prefix cache is off, for the prompts of all rounds are the same.
+    ./examples/benchmark                                      what this environment has
+    ./examples/benchmark --peer llamacpp=/ENV/bin/python      … and a peer that has an environment of its own
+
+The model is a 125M-parameter Llama with random weights in bfloat16, made here. All do the same work: prompts of 128
+random token ids, 64 tokens out, greedy, end marks ignored, prefixes never shared. Systems that answer a batch as a
+whole (transformers, llama.cpp) get batch after batch; in the others each stream asks again as soon as it is answered.
+Each system is a process that has its model loaded; they take turns, at each number of streams, in another order each
+round, and while one works nobody else does. Whoever is not installed, fails or takes too long is named as such.
+
+Written are a Markdown page, which is printed too, all figures as JSON, and a plot where matplotlib is installed:
+
+- output tokens/s: the median of the rounds, as a part of the roofline's limit (`roofline.py`), and the median of each
+  round's ratio to this package's engine in process on one rank;
+- the time to the first token of one prompt while nothing else is asked: of the engine in process, that is its prefill
+  alone, so the server's ratio to it tells what TorchServe and HTTP add;
+- the time between two tokens of an answer, in the median and within which 99 of 100 are;
+- the time from a process's start until it has made its first token, that for reading the weights, and the peak memory
+  of each rank. The model was traced, and the GGUF file written, before.
+
+How the peers' environments are made is in `peers/__init__.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import platform
-import random
-import re
+import os
+import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ts_parallel.cli.archive import VERSION, handler_config
-from ts_parallel.cli.dialect import Dialect
-from ts_parallel.cli.measure import follow, run_load, summarize
-from ts_parallel.cli.serve import running
-from ts_parallel.cli.stream_client import Client
-from ts_parallel.cli.torchserve import free_ports
-from ts_parallel.cli.workload import Ask
-from ts_parallel.config import HandlerConfig
+from benchmark_plot import draw
+from benchmark_report import Result, cpu_name, markdown
+from peers.engine import measured_config
+from peers.process import PeerError, run_once
+from peers.rounds import OUTPUT_TOKENS, PROMPT_TOKENS, VOCABULARY, Task, make_prompts
+from peers.sides import PEERS, Running, Side, find_peer, own_sides, peer_sides
+from roofline import Machine, work_of_llama
 
-Rows = dict[int, dict[str, float]]
-"""Number of streams → tokens/s (`rate`), and where they are known seconds to the first token (`first`), and between two
-(`next`, and `slow` for the slowest in a hundred)."""
+from ts_parallel.cli.serve import check
+from ts_parallel.partition.prepared import CACHE_VARIABLE
 
-PROMPT_TOKENS, OUTPUT_TOKENS, VOCABULARY = 128, 64, 16000
-ASKS_OF_A_STREAM = 3
-MODEL = {
+__all__ = ["PROMPT_TOKENS", "make_model", "make_prompts"]  # what the other examples measure with
+
+MODEL: Mapping[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
     "num_hidden_layers": 12,
@@ -53,16 +65,19 @@ MODEL = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+_FIRST_TOKENS_OF_A_ROUND = 5
+_TOKENS_TO_WARM_UP = 16
+_SECONDS_OF_THE_ROOFLINE = 60.0
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, config: Mapping[str, Any] = MODEL) -> None:
     """The model and, since a server needs one, a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MODEL)).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16).save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<s>", "</s>", "<pad>", *letters]
     words += [first + second for first in letters for second in letters][: VOCABULARY - len(words)]
@@ -72,162 +87,219 @@ def make_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def make_prompts(count: int) -> list[list[int]]:
-    generator = random.Random(0)
-    return [[generator.randrange(10, VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+class Comparison:
+    """Owns the systems that run, and what is known of them. One that fails is ended, and the others go on."""
 
+    def __init__(self, sides: list[Side], streams: list[int]) -> None:
+        self.systems: dict[str, Result] = {}
+        self.failed: dict[str, str] = {}
+        self._sides = {side.name: side for side in sides}
+        self._streams = streams
+        self._running: dict[str, tuple[Running, ExitStack]] = {}
 
-def time_plainly(folder: Path, counts: list[int]) -> None:
-    """A process of its own that runs one round of `generate` for each line it is sent; prints tokens/s as JSON."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-    for _ in sys.stdin:
-        result = {}
-        for count in counts:
-            prompts = make_prompts(count * ASKS_OF_A_STREAM)
-            batches = [torch.tensor(prompts[begin : begin + count]) for begin in range(0, len(prompts), count)]
-            options["attention_mask"] = torch.ones_like(batches[0])
-            started = time.perf_counter()
-            model.generate(batches[0], max_new_tokens=1, min_new_tokens=1, **options)
-            first = time.perf_counter() - started
-            started = time.perf_counter()
-            for ids in batches:
-                model.generate(ids, max_new_tokens=OUTPUT_TOKENS, min_new_tokens=OUTPUT_TOKENS, **options)
-            rate = len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)
-            result[count] = {"rate": rate, "first": first}
-        print(json.dumps(result), flush=True)
-
-
-def time_in_process(folder: Path, counts: list[int]) -> None:
-    """The same for this package's engine without TorchServe."""
-    from ts_parallel.engine.request import Request
-    from ts_parallel.engine.scheduler import TokenOutput
-    from ts_parallel.serving.text_generation import make_engine, make_runner
-    from ts_parallel.topology import open_topology
-
-    config = served_config(folder, 1)
-    topology = open_topology(1, "cpu")
-    engine = make_engine(make_runner(config, folder, topology), config)
-    for _ in sys.stdin:
-        result = {}
-        for count in counts:
-            prompts = make_prompts(count * ASKS_OF_A_STREAM)
-            waiting = [Request(str(number), tuple(prompt), OUTPUT_TOKENS) for number, prompt in enumerate(prompts)]
-
-            def ask_again(outputs: list[TokenOutput], waiting: list[Request] = waiting) -> None:
-                for _ in range(min(len(waiting), sum(output.finish_reason is not None for output in outputs))):
-                    engine.add(waiting.pop())
-
-            started = time.perf_counter()
-            for _ in range(count):
-                engine.add(waiting.pop())
-            while engine.has_requests:
-                engine.step(deliver=ask_again)
-            result[count] = {"rate": len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - started)}
-        print(json.dumps(result), flush=True)
-
-
-def served_config(folder: Path, size: int) -> HandlerConfig:
-    return handler_config(
-        folder,
-        "cpu",
-        tensor_parallel_size=size,
-        max_model_len=1024,
-        kv_cache_memory="256MiB",
-        enable_prefix_caching=False,
-    )
-
-
-def time_served(url: str, count: int) -> dict[str, float]:
-    client, dialect = Client(f"{url}/{VERSION}/v1"), Dialect("m")
-    asks = [Ask(0.0, tuple(prompt), OUTPUT_TOKENS) for prompt in make_prompts(count * ASKS_OF_A_STREAM)]
-    records = run_load(asks, count, lambda ask, origin: follow(ask, client.complete(dialect.body(ask)), origin))
-    summary = summarize(list(records))
-    assert not summary["failed"] and not summary["shorter_than_asked"], summary["errors"]
-    metrics = summary["metrics"]
-    first, latency = metrics["ttft_seconds"]["p50"], metrics["itl_seconds"]
-    return {
-        "rate": summary["output_tokens_per_second"],
-        "first": first,
-        "next": latency["p50"],
-        "slow": latency["p99"],
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tensor-parallel-size", type=int, default=2)
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--in-process", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.plain:
-        return time_plainly(arguments.plain, arguments.streams)
-    if arguments.in_process:
-        return time_in_process(arguments.in_process, arguments.streams)
-    with TemporaryDirectory(prefix="ts-parallel-benchmark-") as scratch:
-        folder = Path(scratch) / "model"
-        make_model(folder)
-        report(folder, arguments.streams, arguments.rounds, arguments.tensor_parallel_size)
-    return None
-
-
-class Beside:
-    """A process that does one round for each line it is sent, and so takes turns with the server."""
-
-    def __init__(self, kind: str, folder: Path, counts: list[int]) -> None:
-        command = [sys.executable, __file__, kind, str(folder), "--streams", *map(str, counts)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> Comparison:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()
+        with ExitStack() as all_of_them:
+            for running in self._running.values():
+                all_of_them.push(running[1])
 
-    def round(self) -> Rows:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
-        return {int(count): row for count, row in json.loads(self._process.stdout.readline()).items()}
+    def start(self, folder: Path, scratch: Path) -> None:
+        """One after the other, each once the one before is ready, and a short round of each to warm up."""
+        for name, side in self._sides.items():
+            tell(f"starting {side.label}")
+            stack = ExitStack()
+            try:
+                system = stack.enter_context(side.running(folder, scratch))
+                self._running[name] = system, stack
+                for count in self._streams:
+                    system.measure(Task(count, num_tokens=_TOKENS_TO_WARM_UP))
+                answer = system.measure(Task(1)).get("token_ids")
+                system.rest()
+            except PeerError as error:
+                self._fail(name, error)
+                continue
+            self.systems[name] = {"label": side.label, "about": system.about, "token_ids": answer, "rounds": []}
+
+    def round(self, number: int) -> None:
+        """Everything once. Who begins changes from round to round."""
+        names = list(self._running)
+        names = names[number % len(names) :] + names[: number % len(names)] if names else []
+        for name in names:
+            self.systems[name]["rounds"].append({"streams": {}})
+        for name in names:
+            self._attempt(name, self._first)
+        for count in self._streams:
+            for name in names:
+                self._attempt(name, self._rate, count)
+
+    def _attempt(self, name: str, measure: Any, *arguments: int) -> None:
+        if name not in self._running:
+            return
+        try:
+            measure(name, self.systems[name]["rounds"][-1], *arguments)
+            self._running[name][0].rest()
+        except PeerError as error:
+            self._fail(name, error)
+
+    def _first(self, name: str, row: dict[str, Any]) -> None:
+        system, _ = self._running[name]
+        taken = [system.measure(Task(1, num_tokens=1)) for _ in range(_FIRST_TOKENS_OF_A_ROUND)]
+        row["first"] = statistics.median(each.get("first", each["seconds"]) for each in taken)
+
+    def _rate(self, name: str, row: dict[str, Any], count: int) -> None:
+        (system, _), side = self._running[name], self._sides[name]
+        task = Task(count, side.asks_alone if count == 1 else side.asks)
+        taken = system.measure(task)
+        taken.pop("token_ids", None)
+        rate = task.streams * task.asks * task.num_tokens / taken["seconds"]
+        row["streams"][str(count)] = {"rate": rate, "asks": task.asks, **taken}
+        tell(f"{count:3} streams {rate:7.1f} tokens/s  {side.label}")
+
+    def _fail(self, name: str, error: PeerError) -> None:
+        tell(f"{name} failed: {error}")
+        self.failed[name] = str(error)
+        self.systems.pop(name, None)
+        if name in self._running:
+            self._running.pop(name)[1].close()
+
+    def look_at_memory(self) -> None:
+        for name, (system, _) in self._running.items():
+            self.systems[name]["peak_mib"] = system.peaks()
 
 
-def report(folder: Path, streams: list[int], rounds: int, size: int) -> None:
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        config, port = served_config(folder, size), free_ports(1)[0]
-        server = stack.enter_context(running(config, folder, "m", "127.0.0.1", port, False, threading.Event()))
-        ready = time.perf_counter() - started
-        sides = {"plain": stack.enter_context(Beside("--plain", folder, streams)).round}
-        if size == 1:
-            sides["engine"] = stack.enter_context(Beside("--in-process", folder, streams)).round
-        sides["served"] = lambda: {count: time_served(server.url, count) for count in streams}
-        for side in sides.values():
-            side()  # all warm up
-        rows = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
-        ranks = sorted(set(re.findall(r"ts_parallel (rank \d+: .*)", server.log_text())))
-    print(f"\n{date.today()}, {platform.machine()}, {rounds} rounds, medians\n")
-    print(
-        "| streams | over HTTP, tokens/s | engine in process | ratio | transformers generate | ratio "
-        "| first token, ms | transformers' | between tokens, ms | 99 of 100 within |"
+def compare(sides: list[Side], folder: Path, scratch: Path, streams: list[int], rounds: int) -> Result:
+    """Run everything on the model in `folder`; `benchmark_report` says what the result has."""
+    roofline: list[dict[str, float]] = []
+    with Comparison(sides, streams) as comparison:
+        comparison.start(folder, scratch)
+        for number in range(rounds):
+            roofline.append(json.loads(run_once([sys.executable, "-m", "roofline"], _SECONDS_OF_THE_ROOFLINE)))
+            comparison.round(number)
+        comparison.look_at_memory()
+    work = work_of_llama(json.loads((folder / "config.json").read_text()))
+    machine = Machine(
+        statistics.median(row["bandwidth"] for row in roofline), statistics.median(row["flops"] for row in roofline)
     )
-    print("|---" * 10 + "|")
-    for count in streams:
-        rate = {name: statistics.median(row[name][count]["rate"] for row in rows) for name in sides}
-        times = {
-            key: statistics.median(row["served"][count][key] for row in rows) * 1e3 for key in ("first", "next", "slow")
-        }
-        their_first = statistics.median(row["plain"][count]["first"] for row in rows) * 1e3
-        engine = f"{rate['engine']:.0f} | {rate['served'] / rate['engine']:.2f}" if "engine" in rate else "— | —"
-        print(
-            f"| {count} | {rate['served']:.0f} | {engine} | {rate['plain']:.0f} | {rate['served'] / rate['plain']:.2f} "
-            f"| {times['first']:.0f} | {their_first:.0f} | {times['next']:.0f} | {times['slow']:.0f} |"
-        )
-    print(f"\nready {ready:.1f} s after the start; " + "; ".join(ranks))
+    compare_tokens(comparison.systems)
+    return {
+        "date": str(date.today()),
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "prompt_tokens": PROMPT_TOKENS,
+        "output_tokens": OUTPUT_TOKENS,
+        "streams": streams,
+        "rounds": rounds,
+        "roofline": roofline,
+        "limit": {str(count): work.limit(machine, count, PROMPT_TOKENS, OUTPUT_TOKENS) for count in streams},
+        "systems": comparison.systems,
+        "failed": comparison.failed,
+    }
+
+
+def compare_tokens(systems: dict[str, Result]) -> None:
+    """How many tokens of each one's first answer are transformers' before the first that differs. Random weights have
+    near ties, which rounding in bfloat16 decides; a system that computes another model agrees on none."""
+    plain = systems["generate"]["token_ids"] if "generate" in systems else None
+    for system in systems.values():
+        own = system.pop("token_ids")
+        if own is None or plain is None:
+            system["same_tokens"] = None
+            continue
+        pairs = zip(own, plain, strict=True)
+        system["same_tokens"] = next((index for index, (token, other) in enumerate(pairs) if token != other), len(own))
+
+
+def choose_sides(sizes: list[int], peers: dict[str, str], asks: int) -> tuple[list[Side], dict[str, str]]:
+    """This package's sides and those of all peers that are installed, and why the other peers are missing.
+
+    Args:
+        peers: name of a peer → the Python of its environment; others are looked for in this one.
+    """
+    sides, missing = [side for size in sizes for side in own_sides(size, asks)], {}
+    for name in PEERS:
+        try:
+            sides += peer_sides(name, find_peer(name, peers.get(name)), sizes, asks)
+        except PeerError as error:
+            missing[name] = str(error)
+    return sides, missing
+
+
+def trace(folder: Path, sizes: list[int]) -> dict[str, float]:
+    """Seconds that it takes, once for each shape, to trace the model; what is found is kept for all who start."""
+    seconds = {}
+    for size in sizes:
+        started = time.perf_counter()
+        check(measured_config(folder, size), folder)
+        seconds[str(size)] = time.perf_counter() - started
+    return seconds
+
+
+def write(result: Result, folder: Path) -> None:
+    page = markdown(result)
+    print(f"\n{page}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.md").write_text(page)
+    (folder / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install 'ts-parallel[benchmark]')")
+    else:
+        draw(result, folder / "benchmark.png")
+    print(f"written to {folder}")
+
+
+def end_on_sigterm() -> None:
+    """Leave by the same way as Ctrl-C, so that all who were started are ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def tell(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tensor-parallel-size", type=int, nargs="+", default=[1, 2], metavar="N")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"the Python of an environment that has a peer: {', '.join(PEERS)}",
+    )
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="measure these alone, such as engine-1 llamacpp")
+    parser.add_argument("--asks", type=int, default=2, help="how often each of several streams asks in a round")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmark"), help="folder of the results")
+    chosen = parser.parse_args(arguments)
+    for peer in chosen.peer:
+        if peer.partition("=")[0] not in PEERS or not peer.partition("=")[2]:
+            parser.error(f"--peer {peer}: give NAME=PYTHON, where NAME is one of {', '.join(PEERS)}")
+    chosen.peer = dict(peer.split("=", 1) for peer in chosen.peer)
+    return chosen
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    end_on_sigterm()
+    sizes = arguments.tensor_parallel_size
+    sides, missing = choose_sides(sizes, arguments.peer, arguments.asks)
+    if arguments.systems:
+        if unknown := set(arguments.systems) - {side.name for side in sides}:
+            print(f"no system {', '.join(sorted(unknown))}; there are {', '.join(side.name for side in sides)}")
+            return 2
+        sides = [side for side in sides if side.name in arguments.systems]
+    with TemporaryDirectory(prefix="ts-parallel-benchmark-") as scratch:
+        folder = Path(scratch) / "model"
+        os.environ[CACHE_VARIABLE] = str(Path(scratch) / "programs")
+        tell("making the model")
+        make_model(folder)
+        traced = trace(folder, sizes)
+        result = compare(sides, folder, Path(scratch), arguments.streams, arguments.rounds)
+    write({**result, "missing": missing, "traced_seconds": traced}, arguments.output)
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

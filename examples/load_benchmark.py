@@ -3,18 +3,25 @@
 The three take turns, round by round, once with the files out of the page cache and once with them in it; medians are
 printed as a Markdown table. A rank's time is that of `load_program`, all ranks beginning together: memory made, bytes
 read, weights packed. The model is traced before. `dd` reads all files once, as the two ranks do together.
+
+A virtual machine that gives its free memory back to the host (free page reporting) waits seconds for each GB that it
+takes again, whoever takes it. So right before each of the three begins, untimed, a process of its own takes as much as
+the page cache and the weights will need, and ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,17 +71,18 @@ def load_rank(folder: Path) -> None:
     from ts_parallel.partition.load import load_program
     from ts_parallel.partition.prepared import prepare_program
     from ts_parallel.partition.program import ONE_STAGE, ProgramRequest
-    from ts_parallel.runtime.linears import pack_weight
     from ts_parallel.topology import open_topology
 
     topology = open_topology(2, "cpu", num_threads=1)
     group, index = topology.tensor_parallel, read_index(folder)
     program = prepare_program(ProgramRequest(folder, "auto", group.rank, group.size, ONE_STAGE), index)
+    own = program.plan.local_bytes(group.rank)
+    with memory_in_use(own + bytes_of_files(folder) // 2):
+        dist.barrier()
     dist.barrier()
-    part = load_program(program, index, group, topology.device, pack_weight)
+    part = load_program(program, index, group, topology.device, packs=True)
     peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
-    own = program.plan.local_bytes(group.rank) / 1e6
-    line = json.dumps({"seconds": part.seconds, "peak_mb": peak, "own_mb": own})
+    line = json.dumps({"seconds": part.seconds, "peak_mb": peak, "own_mb": own / 1e6})
     os.write(sys.stdout.fileno(), f"{line}\n".encode())
     topology.close()
 
@@ -83,6 +91,8 @@ def load_plainly(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    with memory_in_use(2 * bytes_of_files(folder)):
+        pass
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     # It maps the files: only what is touched is read.
@@ -97,7 +107,33 @@ def run(command: list[str], scratch: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
+def bytes_of_files(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@contextmanager
+def memory_in_use(num_bytes: int) -> Iterator[None]:
+    """Another process has so much memory as long as this lasts."""
+    command = [sys.executable, "-S", __file__, "--touch", str(num_bytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        yield
+        process.stdin.close()
+
+
+def touch_memory(num_bytes: int) -> None:
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    for start in range(0, num_bytes, mmap.PAGESIZE):
+        memory[start] = 1
+    print("touched", flush=True)
+    sys.stdin.read()
+
+
 def read_with_dd(files: list[Path]) -> float:
+    with memory_in_use(sum(file.stat().st_size for file in files)):
+        pass
     started = time.perf_counter()
     for file in files:
         subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=8M", "status=none"], check=True)
@@ -119,7 +155,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write the model: a disk to be read")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--touch", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.touch:
+        return touch_memory(arguments.touch)
     if arguments.rank:
         return load_rank(arguments.rank)
     if arguments.plain:

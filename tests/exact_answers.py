@@ -12,26 +12,36 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.config import parse_config
 from ts_parallel.partition import prepared
 from ts_parallel.partition.build import make_programs
-from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+from ts_parallel.partition.program import PipelinePlace
+from ts_parallel.serving.text_generation import program_request
 
 RANKS = Path(__file__).parent / "ranks" / "generate.py"
 
 Answers = list[list[int]]
 
 
-def write_prompts(folder: Path, vocabulary: int, lengths: Iterable[int], max_tokens: int) -> None:
-    """Random prompts of these lengths, all to be answered with `max_tokens` tokens."""
+def write_prompts(folder: Path, vocabulary: int, lengths: Iterable[int], max_tokens: int, **settings: Any) -> None:
+    """Random prompts of these lengths, all to be answered with `max_tokens` tokens; `settings` are further keys of the
+    `handler:` section of the ranks that answer them."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    (folder / "task.json").write_text(json.dumps({"prompts": prompts, "max_tokens": max_tokens}))
+    task = {"prompts": prompts, "max_tokens": max_tokens, "settings": settings}
+    (folder / "task.json").write_text(json.dumps(task))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((folder / "task.json").read_text())["settings"]
+    return settings
 
 
 def plain_answers(folder: Path) -> Answers:
@@ -54,7 +64,9 @@ def keep_programs(folder: Path, tp: int, pp: int) -> None:
     Raises:
         StartupError: the model is refused.
     """
-    request, index = ProgramRequest(folder, "float32", 0, tp, PipelinePlace(0, pp)), read_index(folder)
+    section = {"model_path": str(folder), "dtype": "float32", "tensor_parallel_size": tp}
+    config = parse_config({**section, **settings_of(folder)})
+    request, index = program_request(config, folder, 0, PipelinePlace(0, pp)), read_index(folder)
     programs = {own: pickle.dumps(program) for own, program in make_programs(request, index).items()}
     with mock.patch.dict(os.environ, {prepared.CACHE_VARIABLE: f"{folder}-programs"}):
         cache = prepared._cache_folder()

@@ -22,7 +22,9 @@ MODEL_DEFAULTS = {
 }
 DEFAULTS = {
     **MODEL_DEFAULTS,
+    "config_path": None,
     "adapter_path": None,
+    "enable_expert_parallel": False,
     "max_model_len": None,
     "max_num_seqs": 32,
     "max_num_batched_tokens": 512,
@@ -61,7 +63,9 @@ def test_every_key_but_the_path_and_the_task_has_its_default() -> None:
 def test_every_key_reaches_its_field() -> None:
     section = {
         **MODEL_SECTION,
+        "config_path": "settings",
         "adapter_path": "lora",
+        "enable_expert_parallel": True,
         "max_model_len": 2,
         "max_num_seqs": 1,
         "max_num_batched_tokens": 7,
@@ -164,6 +168,8 @@ def test_missing_key_is_named() -> None:
         ("pipeline_parallel_size", 0, "greater than or equal to 1"),
         ("split_points", "6,12", "valid tuple"),
         ("eager", "perhaps", "valid boolean"),
+        ("enable_expert_parallel", 2, "valid boolean"),
+        ("config_path", 3, "valid string"),
         ("gpu_memory_utilization", 1.5, "less than or equal to 1"),
         ("dtype", "float64", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("dtype", 16, "'auto', 'float32', 'bfloat16' or 'float16'"),
@@ -308,9 +314,12 @@ def test_value_that_is_no_text_is_left_for_pydantic_to_judge(value: object) -> N
 
 
 def test_paths_are_those_of_the_unpacked_archive() -> None:
-    config = parse_config({"model_path": "weights", "adapter_path": "/lora"}).located_in(Path("/archive"))
+    section = {"model_path": "weights", "config_path": "settings", "adapter_path": "/lora"}
+    config = parse_config(section).located_in(Path("/archive"))
     assert (config.model_path, config.adapter_path) == ("/archive/weights", "/lora")
-    assert parse_config({"model_path": "."}).located_in(Path("/archive")).adapter_path is None
+    assert config.config_folder == Path("/archive/settings")
+    bare = parse_config({"model_path": "."}).located_in(Path("/archive"))
+    assert (bare.adapter_path, bare.config_path, bare.config_folder) == (None, None, None)
 
 
 def test_adapter_of_an_eager_model_is_refused() -> None:

@@ -31,14 +31,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serving": {"engine", "runtime", "step", "partition", "checkpoint", "topology", "config", "errors"},
     "engine": {"step", "errors"},
-    "runtime": {"step", "partition", "topology", "errors"},
+    "runtime": {"step", "partition", "topology", "shared_memory", "native", "errors"},
     "step": set(),
-    "partition": {"checkpoint", "topology", "errors"},
-    "checkpoint": {"errors"},
-    "topology": {"errors"},
+    "partition": {"checkpoint", "topology", "native", "errors"},
+    "checkpoint": {"native", "errors"},
+    "topology": {"shared_memory", "errors"},
+    "shared_memory": {"native"},
     "config": {"errors"},
     "errors": set(),
     "package": set(),
+    "native": set(),
 }
 
 # Room → libraries that it must not know, by import or by attribute.
@@ -48,6 +50,7 @@ KEEPS_OUT: dict[str, set[str]] = {
     "step": {"torch.nn", "torch.distributed", "transformers"},
     "checkpoint": {"torch.nn", "torch.distributed", "transformers"},
     "topology": {"transformers"},
+    "shared_memory": {"torch.nn", "transformers"},
     "config": {"torch", "transformers"},
     "errors": {"torch", "transformers"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ts_parallel.errors import TopologyError
+from ts_parallel.shared_memory import native
 from ts_parallel.topology import TensorParallelGroup, open_topology
 
 RANKS = Path(__file__).parent / "ranks"
@@ -132,10 +134,40 @@ def test_group_of_one_returns_what_it_is_given() -> None:
 
 
 @pytest.mark.ranks
-def test_two_ranks_sum_gather_uneven_parts_and_share_their_errors(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize(("num_ranks", "way"), [(2, "gloo"), (2, "shared"), (4, "shared")])
+def test_ranks_sum_gather_uneven_parts_and_share_their_errors(tmp_path: Path, num_ranks: int, way: str) -> None:
+    if way == "shared" and native is None:
+        pytest.skip("ts_parallel.native is not built")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, str(RANKS / "collectives.py")], capture_output=True, text=True, timeout=120, env=environment
+        [*command, str(RANKS / "collectives.py"), way], capture_output=True, text=True, timeout=120, env=environment
     )
     assert result.returncode == 0, result.stderr
+    assert ("over gloo, not through shared memory" in result.stderr) == (way == "gloo")
+
+
+@pytest.mark.ranks
+def test_ranks_notice_within_seconds_that_another_one_was_killed() -> None:
+    """Those that sum, and those that wait for a plan, and nothing is left of their memory."""
+    if native is None:
+        pytest.skip("ts_parallel.native is not built")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(RANKS / "killed_peer.py")]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    victim = f"rank 2 (process {ranks[2].pid}) has ended, and this rank waited for it"
+    assert ranks[2].returncode == -9
+    assert outputs[:2] == [f"{victim}\n{victim}\n"] * 2
+    assert not [path for path in Path("/dev/shm").glob("*") if "ts_parallel" in path.name]

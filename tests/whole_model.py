@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from ts_parallel.partition.program import (
 from ts_parallel.partition.stage_code import write_stage
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.trace import TracedGroup
+from ts_parallel.runtime.fused import rotary
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import TensorParallelGroup
 
@@ -37,8 +38,18 @@ class EagerAttention:
         self._sites = sites
 
     def __call__(
-        self, step: None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int
+        self,
+        step: None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: int,
+        sinks: None = None,
+        cosine: torch.Tensor | None = None,
+        sine: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if cosine is not None and sine is not None:
+            query, key = rotary(query, cosine, sine), rotary(key, cosine, sine)
         own, length, groups = self._sites[site], query.shape[2], query.shape[1] // key.shape[1]
         assert (own.num_heads, own.num_kv_heads) == (query.shape[1], key.shape[1])
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
@@ -64,12 +75,12 @@ def build_rank_model(
     device: torch.device,
     place: PipelinePlace = ONE_STAGE,
     task: str | None = None,
-    pack: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    packs: bool = False,
 ) -> RankModel:
     """This rank's part of the checkpoint in `folder`, its program made in this process."""
     index = read_index(folder)
     request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
-    return load_program(make_programs(request, index)[group.rank, place.rank], index, group, device, pack)
+    return load_program(make_programs(request, index)[group.rank, place.rank], index, group, device, packs)
 
 
 def sequence(length: int, vocabulary: int = 97, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -98,8 +98,13 @@ class ModelConfig(_Section):
 class HandlerConfig(ModelConfig):
     """Text generation."""
 
+    config_path: str | None = None
+    """Folder of config.json and tokenizer, as model_path; unset: with the weights, or in the folder above a
+    torch.distributed.checkpoint."""
     adapter_path: str | None = None
     """Folder of a LoRA adapter that is merged into the weights as they are read; as model_path."""
+    enable_expert_parallel: bool = False
+    """Whether each of the ranks that share a layer keeps some of its experts whole, instead of a part of each."""
     max_model_len: Count | None = Field(default=None, ge=2)
     """Most tokens of a request, prompt and answer together; unset: the model's max_position_embeddings."""
     max_num_seqs: Count = Field(default=32, ge=1)
@@ -123,6 +128,10 @@ class HandlerConfig(ModelConfig):
     """How many times as long a step of decoding requests may take while one prompt is prefilled beside them."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
+
+    @property
+    def config_folder(self) -> Path | None:
+        return None if self.config_path is None else Path(self.config_path)
 
     def resolve_max_model_len(self, positions: int | None) -> int:
         """The configured length, or all the `positions` that the model was trained for.
@@ -151,10 +160,9 @@ class HandlerConfig(ModelConfig):
         return self
 
     def located_in(self, archive: Path) -> Self:
-        own = super().located_in(archive)
-        if self.adapter_path is None:
-            return own
-        return own.model_copy(update={"adapter_path": str(archive / self.adapter_path)})
+        paths = {"config_path": self.config_path, "adapter_path": self.adapter_path}
+        absolute = {key: str(archive / path) for key, path in paths.items() if path is not None}
+        return super().located_in(archive).model_copy(update=absolute)
 
     @model_validator(mode="after")
     def _adapter_is_not_eager(self) -> HandlerConfig:

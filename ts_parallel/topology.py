@@ -1,13 +1,14 @@
 """Which rank this process is, on which device, and how the ranks of a tensor-parallel group talk.
 
-Knows process groups and tensors, not models.
+Ranks of one host talk through its memory, all others, and those on GPUs, through torch.distributed. Knows process
+groups and tensors, not models.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ts_parallel.errors import TopologyError
+from ts_parallel.shared_memory import Team, open_team
 
 # Ranks wait for each other while the slowest of them loads; a rank that dies is noticed by torchrun, not by this.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -27,10 +29,16 @@ class TensorParallelGroup:
     rank: int
     size: int
     process_group: dist.ProcessGroup | None = None
+    team: Team | None = field(default=None, compare=False, repr=False)
+    """The same ranks, where they share a host's memory."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
-        if self.size > 1 and not tensor.is_meta:
+        """Sum over the ranks, in place; every rank gets the same bits."""
+        if self.size == 1 or tensor.is_meta:
+            return tensor
+        if self.team is not None and self.team.can_sum(tensor):
+            self.team.all_reduce(tensor)
+        else:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
@@ -49,11 +57,37 @@ class TensorParallelGroup:
         whole = tensor.new_empty(*tensor.shape[:-1], sum(sizes))
         if tensor.is_meta:
             return whole
-        widest = max(sizes)  # ranks exchange tensors of one shape; the last may be padded
-        padded = torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1])).contiguous()
+        if self.team is not None:
+            gathered = self.team.gather(tensor, sizes, is_wanted=True)
+            assert gathered is not None
+            return gathered
+        padded = _widen(tensor, sizes)
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.process_group)
-        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1, out=whole)
+        return torch.cat(_narrow(parts, sizes), dim=-1, out=whole)
+
+    def gather(self, tensor: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        """`all_gather` for the first rank only; None on the others, which need not wait for it."""
+        is_wanted = self.rank == 0
+        if self.size == 1:
+            return tensor
+        if self.team is not None:
+            return self.team.gather(tensor, sizes, is_wanted=is_wanted)
+        if not tensor.shape[:-1].numel():
+            return tensor.new_empty(*tensor.shape[:-1], sum(sizes)) if is_wanted else None
+        padded = _widen(tensor, sizes)
+        parts = [torch.empty_like(padded) for _ in sizes] if is_wanted else None
+        dist.gather(padded, parts, group_dst=0, group=self.process_group)
+        return torch.cat(_narrow(parts, sizes), dim=-1) if parts else None
+
+
+def _widen(tensor: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """torch.distributed exchanges tensors of one shape: as wide as the widest."""
+    return torch.nn.functional.pad(tensor, (0, max(sizes) - tensor.shape[-1])).contiguous()
+
+
+def _narrow(parts: list[torch.Tensor], sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [part[..., :size] for part, size in zip(parts, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -67,11 +101,7 @@ class Topology:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
-
-    @property
-    def tensor_parallel(self) -> TensorParallelGroup:
-        group = self.mesh.get_group("tp")
-        return TensorParallelGroup(self.mesh.get_local_rank("tp"), dist.get_world_size(group), group)
+    tensor_parallel: TensorParallelGroup
 
     @property
     def stage(self) -> int:
@@ -121,7 +151,14 @@ def open_topology(
         _join(world_size, chosen)
     shape = (pipeline_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("pp", "tp"))
-    return Topology(dist.get_rank(), world_size, chosen, mesh)
+    return Topology(dist.get_rank(), world_size, chosen, mesh, _open_tensor_parallel(mesh))
+
+
+def _open_tensor_parallel(mesh: DeviceMesh) -> TensorParallelGroup:
+    group = mesh.get_group("tp")
+    size = dist.get_world_size(group)
+    team = open_team(group, COLLECTIVE_TIMEOUT) if size > 1 and mesh.device_type == "cpu" else None
+    return TensorParallelGroup(mesh.get_local_rank("tp"), size, group, team)
 
 
 def _wrong_number_of_ranks(tensor_parallel_size: int, pipeline_parallel_size: int, world_size: int) -> str:

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from ts_parallel.checkpoint import load, progress
 from ts_parallel.checkpoint.index import SINGLE_FILE, StoredTensor, read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, byte_ranges, load_tensors, refuse_nan
+from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, byte_ranges, load_tensors, refuse_nan
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.stored import StoredPart, stored_whole
 from ts_parallel.errors import CheckpointError
@@ -148,14 +150,20 @@ def test_byte_ranges_of_any_slice_are_the_bytes_that_indexing_gives(
     assert kept.length == expected.shape[kept.dim]
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=kept_slices(shortest=1), staging=st.integers(2, 64), dtype=st.sampled_from([torch.int16, torch.float64]))
+@settings(max_examples=100, deadline=None)
+@given(
+    case=kept_slices(shortest=1),
+    staging=st.integers(2, 64),
+    in_vain=st.integers(0, 8),
+    dtype=st.sampled_from([torch.int16, torch.float64]),
+)
 def test_any_slice_is_loaded_as_indexing_gives_it(
-    case: tuple[torch.Tensor, Slice], staging: int, dtype: torch.dtype
+    case: tuple[torch.Tensor, Slice], staging: int, in_vain: int, dtype: torch.dtype
 ) -> None:
     whole, kept = case
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "STAGING_BYTES", staging)
+        patch.setattr(load, "MOST_BYTES_READ_IN_VAIN", in_vain)
         assert torch.equal(loaded(stored(Path(folder), whole), kept, dtype), indexed(whole, kept).to(dtype))
 
 
@@ -164,6 +172,7 @@ def test_any_slice_is_loaded_as_indexing_gives_it(
 def test_only_the_kept_bytes_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Slice | None, dtype: torch.dtype
 ) -> None:
+    monkeypatch.setattr(load, "MOST_BYTES_READ_IN_VAIN", 0)
     source = stored(tmp_path, WHOLE)
     reads = note_reads(monkeypatch)
     loaded(source, kept, dtype)
@@ -310,6 +319,7 @@ def test_any_slice_of_a_tensor_in_parts_is_loaded_as_indexing_gives_it(
     kept = Slice(dim, pieces) if pieces else None
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "STAGING_BYTES", staging)
+        patch.setattr(load, "MOST_BYTES_READ_IN_VAIN", 0)
         reads = note_reads(patch)
         source = store_parts(Path(folder), whole, boxes)
         found = loaded(source, kept, dtype)
@@ -398,26 +408,83 @@ def test_progress_of_other_ranks_is_silent(
     assert (terminal.getvalue(), caplog.records) == ("", [])
 
 
-def test_kernel_is_told_what_will_be_read_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 2**20  # bytes of each, the least that is announced
-    save_file({f"x{number}": torch.zeros(size, dtype=torch.uint8) for number in range(4)}, tmp_path / SINGLE_FILE)
+def test_columns_are_read_with_their_rows_where_little_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stored(tmp_path, WHOLE)
+    reads = note_reads(monkeypatch)
+    assert torch.equal(loaded(source, SLICES["columns"], WHOLE.dtype), indexed(WHOLE, SLICES["columns"]))
+    assert reads == [(source.offset, WHOLE.nbytes)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=kept_slices(shortest=1), staging=st.integers(2, 64), rows_at_once=st.integers(1, 4))
+def test_rows_are_handed_over_as_indexing_gives_them(
+    case: tuple[torch.Tensor, Slice], staging: int, rows_at_once: int
+) -> None:
+    tensor, kept = case
+    whole = tensor.view(len(tensor), -1)
+    if kept.dim > 1 or whole.shape[min(kept.dim, 1)] != tensor.shape[kept.dim]:
+        kept = Slice(0, ((0, len(whole)),))
+    given: list[torch.Tensor] = []
+
+    def put(first: int, rows: torch.Tensor) -> None:
+        assert first == sum(map(len, given)) and first % rows_at_once == 0
+        assert len(rows) % rows_at_once == 0 or first + len(rows) == len(indexed(whole, kept))
+        assert len(rows) <= max(rows_at_once, staging // (2 * whole.shape[1]))
+        given.append(rows.clone())
+
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "STAGING_BYTES", staging)
+        load_tensors([RowItem(put, stored(Path(folder), whole), kept, rows_at_once)], SILENT, refuse_nan)
+    expected = indexed(whole, kept)
+    assert torch.equal(torch.cat([expected[:0], *given]), expected)
+
+
+STEP = 2**16
+
+
+@pytest.mark.parametrize("kept", [None, Slice(0, ((0, 8),)), Slice(0, ((8, 8),))], ids=["whole", "first", "last"])
+def test_thread_goes_ahead_of_what_is_read_and_not_too_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Slice | None
+) -> None:
+    save_file({f"x{number}": torch.zeros(16, STEP, dtype=torch.uint8) for number in range(4)}, tmp_path / SINGLE_FILE)
     index = read_index(tmp_path)
-    done: list[tuple[str, int]] = []
-    monkeypatch.setattr(load, "READ_AHEAD_BYTES", 2 * size)
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, length, advice: done.append(("announced", offset)))
-    preadv = os.preadv
+    window = 4 * STEP
+    monkeypatch.setattr(load, "READ_AHEAD_BYTES", window)
+    monkeypatch.setattr(load, "STAGING_BYTES", STEP)
+    touched: list[int] = []
+    has_read: list[int] = []
+    furthest: list[int] = []
+    pread = os.pread
 
-    def noted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        done.append(("read", offset))
-        return preadv(descriptor, buffers, offset)
+    def noted(descriptor: int, length: int, offset: int) -> bytes:
+        furthest.append(len(touched) * STEP - len(has_read) * STEP)
+        touched.append(offset)
+        return pread(descriptor, length, offset)
 
-    monkeypatch.setattr(os, "preadv", noted)
-    items = [LoadItem(torch.empty(size, dtype=torch.uint8), stored, None) for stored in index.values()]
-    load_tensors(items, SILENT)
-    at = {offset: number for number, offset in enumerate(sorted(stored.offset for stored in index.values()))}
-    order = [(what, at[offset]) for what, offset in done]
-    assert [number for what, number in order if what == "read"] == [0, 1, 2, 3]
-    assert sorted(number for what, number in order if what == "announced") == [0, 1, 2, 3]
-    for number in range(4):
-        assert order.index(("announced", number)) < order.index(("read", number))
-    assert order.index(("announced", 2)) > order.index(("read", 0))  # no further ahead than it is to be
+    def put(first: int, rows: torch.Tensor) -> None:
+        deadline = time.monotonic() + 20
+        num_wanted = min(len(has_read) + 4, len(index) * (16 if kept is None else 8))
+        while len(touched) < num_wanted:  # it comes so far without what follows here
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        has_read.append(first)
+
+    monkeypatch.setattr(os, "pread", noted)
+    load_tensors([RowItem(put, tensor, kept, 1) for tensor in index.values()], SILENT)
+    spans = [next(iter(byte_ranges(tensor, kept))) for tensor in sorted(index.values(), key=lambda own: own.offset)]
+    assert touched == [start for offset, length in spans for start in range(offset, offset + length, STEP)]
+    assert max(furthest) <= window + STEP
+
+
+def test_thread_ends_with_a_load_that_fails(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(64, STEP, dtype=torch.uint8)}, tmp_path / SINGLE_FILE)
+
+    def put(first: int, rows: torch.Tensor) -> None:
+        raise CheckpointError("no")
+
+    with pytest.raises(CheckpointError, match="no"):
+        load_tensors([RowItem(put, read_index(tmp_path)["x"], None, 1)], SILENT)
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert not open_files()

@@ -31,6 +31,16 @@ def test_configuration_within_comes_first(step: Path) -> None:
     assert settings_folder(step) == step
 
 
+def test_configuration_that_is_named_comes_before_any_other(step: Path, tmp_path: Path) -> None:
+    (step / "config.json").touch()
+    named = tmp_path / "named"
+    named.mkdir()
+    with pytest.raises(CheckpointError, match=f"no config.json in {named}$"):
+        settings_folder(step, named)
+    (named / "config.json").touch()
+    assert settings_folder(step, named) == named
+
+
 def test_configuration_above_belongs_to_no_other_checkpoint(step: Path) -> None:
     with pytest.raises(CheckpointError, match=f"no config.json in {step}$"):
         settings_folder(step)

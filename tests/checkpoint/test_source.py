@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -108,17 +108,27 @@ def test_hub_error_becomes_its_first_line(monkeypatch: pytest.MonkeyPatch, error
     assert str(refusal.value) == f"owner/model is no folder, and the hub gave no such model: {reason}"
 
 
-def test_neither_pickles_nor_code_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+WEIGHTS = ["model-1-of-2.safetensors", "model.safetensors.index.json"]
+TORCH_WEIGHTS = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"]
+COMPANIONS = ["config.json", "tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinja"]
+COMPANIONS += ["pytorch_model.bin.index.json"]
+UNWANTED = ["consolidated.00.pth", "model.pkl", "modeling_x.py", "training_args.bin", "optimizer.bin", "x.h5"]
 
-    def note(repository: str, **keywords: Any) -> str:
-        asked.update(keywords, repository=repository)
+
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_no_code_is_fetched_and_pickled_weights_only_where_there_are_no_others(
+    has_safetensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = WEIGHTS if has_safetensors else []
+
+    def fetch(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "owner/model"
+        stored = [*weights, *TORCH_WEIGHTS, *COMPANIONS, *UNWANTED]
+        for name in filter_repo_objects(stored, allow_patterns=allow_patterns):
+            (tmp_path / name).touch()
         return str(tmp_path)
 
-    monkeypatch.setattr(source, "snapshot_download", note)
+    monkeypatch.setattr(source, "snapshot_download", fetch)
     assert locate_checkpoint("owner/model") == tmp_path
-    needed = ["config.json", "model-1-of-2.safetensors", "model.safetensors.index.json", "tokenizer.model"]
-    needed += ["tokenizer.json", "merges.txt", "chat_template.jinja"]
-    unwanted = ["pytorch_model.bin", "consolidated.00.pth", "model.pkl", "modeling_x.py", "training_args.bin", "x.h5"]
-    assert asked["repository"] == "owner/model"
-    assert list(filter_repo_objects(needed + unwanted, allow_patterns=asked["allow_patterns"])) == needed
+    fetched = {path.name for path in tmp_path.iterdir()}
+    assert fetched == {*COMPANIONS, *(weights or TORCH_WEIGHTS)}

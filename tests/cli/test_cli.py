@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from families import FAMILIES
 from http_client import get
 
 from ts_parallel.cli.plan import plan
@@ -91,6 +92,17 @@ def test_shape_that_cannot_be_is_refused_on_one_line(
         command(str(DEMO_MODEL), **settings)
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_plan_shows_which_experts_are_kept_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    FAMILIES["mixtral"](num_hidden_layers=1, num_local_experts=5).save_pretrained(tmp_path)
+    plan(str(tmp_path), tensor_parallel_size=2, enable_expert_parallel=True)
+    shown = capsys.readouterr().out.splitlines()
+    assert sum("dim 0 in 3+2, whole experts" in line for line in shown if ".experts." in line) == 2
+    assert sum("whole experts" in line for line in shown) == 2
 
 
 def test_plan_that_cannot_be_made_is_one_line_and_status_1() -> None:

@@ -37,8 +37,8 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def deferred(folder: Path, rank: int = 0, size: int = 1) -> ShardedModel:
-    return shard_causal_lm(read_model_config(folder), torch.float32, TensorParallelGroup(rank, size))
+def deferred(folder: Path, rank: int = 0, size: int = 1, expert_parallel: bool = False) -> ShardedModel:
+    return shard_causal_lm(read_model_config(folder), torch.float32, TensorParallelGroup(rank, size), expert_parallel)
 
 
 def match(folder: Path) -> Sources:
@@ -71,11 +71,14 @@ def test_experts_stored_one_by_one_have_their_places_in_the_stack(mixtral: Path)
     assert ups[3].box == ((3, 1), (128, 128), (0, 64))
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_read_disjoint_bytes_of_the_experts_and_together_all(mixtral: Path, size: int) -> None:
+def test_ranks_read_disjoint_bytes_of_the_experts_and_together_all(
+    mixtral: Path, size: int, expert_parallel: bool
+) -> None:
     read = []
     for rank in range(size):
-        part = deferred(mixtral, rank, size)
+        part = deferred(mixtral, rank, size, expert_parallel)
         sources = match_checkpoint(part.model, part.plan, read_index(mixtral))
         materialise(part.model, torch.device("cpu"))
         items = load_items(part.model.state_dict(keep_vars=True), part.plan, sources, rank)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, TINY_FAMILIES
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from ts_parallel.checkpoint.load import Slice
@@ -203,6 +203,43 @@ def test_experts_are_cut_inside_each_expert_and_their_router_is_whole() -> None:
     assert slices_of(plan.parameters[f"{experts}.gate_up_proj"])[1] == Slice(1, ((64, 64), (192, 64)))
     assert slices_of(plan.parameters[f"{experts}.down_proj"])[1] == Slice(2, ((64, 64),))
     assert plan.parameters["model.layers.0.mlp.gate.weight"].slices is None
+
+
+def test_experts_are_kept_whole_where_that_is_asked_for() -> None:
+    """Attention and all else are cut as before."""
+    model = model_of("mixtral", num_local_experts=5)
+    plan = plan_tensor_parallel(model, sites_of(model), 2, expert_parallel=True)
+    experts, own = "model.layers.0.mlp.experts", (Slice(0, ((0, 3),)), Slice(0, ((3, 2),)))
+    assert plan.styles[experts] == "whole_experts"
+    assert plan.parameters[f"{experts}.gate_up_proj"].slices == own
+    assert plan.parameters[f"{experts}.down_proj"].slices == own
+    inside = make_plan(model, 2)
+    for name, entry in plan.parameters.items():
+        assert ".experts." in name or entry == inside.parameters[name]
+    assert plan_tensor_parallel(model, sites_of(model), 1, expert_parallel=True) == make_plan(model, 1)
+
+
+def test_bias_of_an_expert_goes_with_it() -> None:
+    """GPT-OSS's own plan has no line for its experts, which are on every rank without expert parallelism."""
+    config = TINY_FAMILIES["gpt_oss"]()
+    model = build_deferred(config, torch.bfloat16)
+    plan = plan_tensor_parallel(model, sites_of(model), 4, expert_parallel=True)
+    own = tuple(Slice(0, ((expert, 1),)) for expert in range(4))
+    for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
+        assert plan.parameters[f"model.layers.1.mlp.experts.{leaf}"].slices == own
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("mixtral", r"num_experts 4, of which tensor_parallel_size 8 ranks .*: set tensor_parallel_size to at most 4"),
+        ("llama", "enable_expert_parallel: model type 'llama' has no experts"),
+    ],
+)
+def test_experts_that_cannot_be_kept_whole_are_refused(family: str, says: str) -> None:
+    model = model_of(family, num_attention_heads=8, num_key_value_heads=8)
+    with pytest.raises(PlanError, match=says):
+        plan_tensor_parallel(model, sites_of(model), 8, expert_parallel=True)
 
 
 @pytest.mark.parametrize(

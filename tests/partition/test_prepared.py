@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -118,6 +119,18 @@ def test_whatever_changes_the_program_has_another_file(cache: Path, tmp_path: Pa
         prepare(changed)
     assert len(made) == 6
     assert len({name[:32] for name in programs_in(cache)}) == 6
+
+
+def test_settings_of_another_folder_and_whole_experts_have_another_file(tmp_path: Path) -> None:
+    request = save(tmp_path / "model", "mixtral")
+    index = read_index(request.folder)
+    other = save(tmp_path / "other", "mixtral", rms_norm_eps=1e-3).folder
+    requests = [request, replace(request, settings=other), replace(request, expert_parallel=True)]
+    digests = [prepared._digest(each, index) for each in requests]
+    assert len(set(digests)) == 3
+    assert prepared._digest(replace(request, settings=request.folder), index) == digests[0]
+    shutil.copytree(other, tmp_path / "moved")
+    assert prepared._digest(replace(request, settings=tmp_path / "moved"), index) == digests[1]
 
 
 def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache: Path, tmp_path: Path) -> None:

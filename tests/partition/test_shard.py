@@ -78,12 +78,15 @@ def logits_of(part: RankModel, token_ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def assert_ranks_compute_what_the_plain_model_does(folder: Path, size: int) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+def assert_ranks_compute_what_the_plain_model_does(folder: Path, size: int, expert_parallel: bool = False) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     token_ids = torch.randint(plain.config.vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = plain(token_ids, use_cache=False).logits[0]
-    parts = [build_eager_model(folder, "float32", group, torch.device("cpu")) for group in open_groups(size)]
+    parts = [
+        build_eager_model(folder, "float32", group, torch.device("cpu"), expert_parallel=expert_parallel)
+        for group in open_groups(size)
+    ]
     with ThreadPoolExecutor(size) as ranks:
         shares = list(ranks.map(logits_of, parts, [token_ids] * size))
     assert expected.std() > 0.3  # or anything would be close to it
@@ -145,6 +148,28 @@ def test_ranks_that_share_each_expert_compute_what_the_plain_model_does(tmp_path
     fused = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     save_file(fused, tmp_path / "model.safetensors")
     assert_ranks_compute_what_the_plain_model_does(tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {"num_local_experts": 12}),
+        (4, {"num_local_experts": 5}),  # most ranks have one
+        (2, {"intermediate_size": 130}),  # rows that torch's grouped matrix product refuses, also of the whole
+    ],
+)
+def test_ranks_that_keep_experts_whole_compute_what_the_plain_model_does(
+    size: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    save_random_model(tmp_path, small("mixtral", **changes))
+    assert_ranks_compute_what_the_plain_model_does(tmp_path, size, expert_parallel=True)
+
+
+def test_stacked_experts_are_kept_whole_too(tmp_path: Path) -> None:
+    save_random_model(tmp_path, small("mixtral"))
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    save_file(fused, tmp_path / "model.safetensors")
+    assert_ranks_compute_what_the_plain_model_does(tmp_path, 2, expert_parallel=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,7 @@
-"""Run by torchrun: `channel.py NUM_STAGES TENSOR_PARALLEL_SIZE`. Each rank checks that it hears what the others say."""
+"""Run by torchrun: `channel.py NUM_STAGES TENSOR_PARALLEL_SIZE shared|gloo`.
+
+Each rank checks that it hears what the others say.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ts_parallel import shared_memory
 from ts_parallel.runtime import channel as channel_module
 from ts_parallel.runtime.channel import FIRST_MESSAGE, StepChannel
 from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
@@ -147,6 +151,47 @@ def check_steps(channel: StepChannel, topology: Topology) -> None:
             channel.receive_result((1,), torch.float32)
 
 
+def check_many_small_messages(channel: StepChannel, topology: Topology) -> None:
+    """More than shared memory has room for before the first is received, some of them larger than others."""
+    last = topology.world_size - 1
+    lists = [list(range(index, index + (5000 if index % 7 == 0 else 3))) for index in range(100)]
+    if topology.rank == 0:
+        for numbers in lists:
+            channel.send_numbers(numbers, last)
+    dist.barrier()
+    if topology.rank == last:
+        for numbers in lists:
+            assert channel.receive_numbers() == numbers
+    channel.flush()
+
+
+def check_that_room_is_used_again(channel: StepChannel, topology: Topology) -> None:
+    """Several times as much as there is room for, each message answered before the next; of all lengths."""
+    answering = topology.rank_at(topology.num_stages - 1, 0)
+    for index in range(300):
+        numbers = list(range(index, 5 * index))
+        if topology.rank == 0:
+            channel.send_numbers(numbers, answering)
+            assert channel.receive_result((len(numbers),), torch.int64).tolist() == numbers
+        elif topology.rank == answering:
+            assert channel.receive_numbers() == numbers
+            channel.send_result(torch.tensor(numbers, dtype=torch.int64))
+    assert not channel._sending or not channel._rings
+
+
+def check_wrong_length(channel: StepChannel, topology: Topology) -> None:
+    last = topology.world_size - 1
+    if topology.rank == 0:
+        channel.send_to(last, torch.zeros(3))
+    elif topology.rank == last:
+        try:
+            channel.receive_from_leader((4,), torch.float32)
+        except RuntimeError as error:
+            assert str(error) == "rank 0 has sent 12 bytes, where 16 were expected"
+        else:
+            raise AssertionError("three numbers were taken for four")
+
+
 def check_patience(topology: Topology) -> None:
     """Last of all: a group in which somebody has waited in vain is of no more use."""
     channel_module.PATIENCE = timedelta(seconds=1)
@@ -163,7 +208,9 @@ def check_patience(topology: Topology) -> None:
     dist.barrier()
 
 
-def main(num_stages: int, tensor_parallel_size: int) -> None:
+def main(num_stages: int, tensor_parallel_size: int, way: str) -> None:
+    if way == "gloo":
+        shared_memory.native = None  # type: ignore[assignment]
     topology = open_topology(tensor_parallel_size, "cpu", num_threads=1, pipeline_parallel_size=num_stages)
     assert topology.rank == topology.rank_at(topology.stage, topology.tensor_parallel.rank)
     assert (topology.num_stages, topology.tensor_parallel.size) == (num_stages, tensor_parallel_size)
@@ -177,13 +224,18 @@ def main(num_stages: int, tensor_parallel_size: int) -> None:
         check_inputs,
         check_that_nobody_waits_to_send,
         check_steps,
+        check_many_small_messages,
+        check_that_room_is_used_again,
     ):
         check(channel, topology)
         channel.flush()
+    if way == "shared":
+        assert channel._rings
+        check_wrong_length(channel, topology)
     check_patience(topology)
     print(f"rank {topology.rank} is content\n", end="", flush=True)
     topology.close()
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -21,7 +21,8 @@ from ts_parallel.topology import Topology, open_topology
 
 def answers(folder: Path, topology: Topology, settings: dict[str, int]) -> list[list[int]] | str | None:
     """What rank 0 has generated for all prompts at once; steps are small enough that some prompts come in parts."""
-    section = {"model_path": str(folder), "dtype": "float32", "device": "cpu", **settings}
+    task = json.loads((folder / "task.json").read_text())
+    section = {"model_path": str(folder), "dtype": "float32", "device": "cpu", **settings, **task["settings"]}
     config = parse_config({**section, "max_num_batched_tokens": 48, "kv_cache_memory": "16MiB"})
     os.environ[CACHE_VARIABLE] = f"{folder}-programs"
     try:
@@ -31,7 +32,6 @@ def answers(folder: Path, topology: Topology, settings: dict[str, int]) -> list[
     if topology.rank:
         runner.follow()
         return None
-    task = json.loads((folder / "task.json").read_text())
     requests = [Request(str(index), tuple(prompt), task["max_tokens"]) for index, prompt in enumerate(task["prompts"])]
     outputs = make_engine(runner, config).generate(requests)
     runner.stop_followers()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.step import StepPlan
+from ts_parallel.shared_memory import native
 from ts_parallel.topology import Topology, open_topology
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "channel.py"
@@ -27,13 +28,18 @@ def alone() -> Iterator[Topology]:
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("way", ["shared", "gloo"])
 @pytest.mark.parametrize(("num_stages", "tensor_parallel_size"), [(2, 2), (3, 1)])
-def test_every_message_arrives_as_it_was_sent(tmp_path: Path, num_stages: int, tensor_parallel_size: int) -> None:
+def test_every_message_arrives_as_it_was_sent(
+    tmp_path: Path, num_stages: int, tensor_parallel_size: int, way: str
+) -> None:
+    if way == "shared" and native is None:
+        pytest.skip("ts_parallel.native is not built")
     num_ranks = num_stages * tensor_parallel_size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, str(SCRIPT), str(num_stages), str(tensor_parallel_size)],
+        [*command, str(SCRIPT), str(num_stages), str(tensor_parallel_size), way],
         capture_output=True,
         text=True,
         timeout=180,

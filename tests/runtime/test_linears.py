@@ -1,4 +1,4 @@
-"""Packed linears compute the same bits, and are packed only where that is worth it."""
+"""Linears over packed weights multiply as torch does, up to the rounding of bfloat16, alone and in groups."""
 
 from __future__ import annotations
 
@@ -10,44 +10,134 @@ import torch.nn.functional as F
 from families import FAMILIES, save_random_model
 from whole_model import build_rank_model
 
-from ts_parallel.runtime.linears import linear_layer, pack_weight
+from ts_parallel.native import HAS_KERNELS
+from ts_parallel.native.packed_weight import PANEL, PackedWeight, can_pack
+from ts_parallel.partition.program import GatedLinear, LinearLayer, LinearLayers
+from ts_parallel.runtime.linears import make_embedding, make_linears
 from ts_parallel.topology import TensorParallelGroup
 
-CAN_PACK = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-needs_packing = pytest.mark.skipif(not CAN_PACK, reason="this processor has no fast bfloat16")
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
+# One rounding of the result, and what float32 sums in another order differ by.
+ROUNDING = {"rtol": 2**-8, "atol": 1e-4}
 
 
-@needs_packing
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16) / 8
+
+
+def pack(weight: torch.Tensor) -> PackedWeight:
+    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]))
+    packed.put(0, weight)
+    return packed
+
+
+def exact(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 32), (64, 64), (100, 70), (65, 2), (256, 96)])
+def test_packed_weight_holds_every_number_in_its_place(shape: tuple[int, int]) -> None:
+    weight = normal(*shape)
+    packed = pack(weight)
+    assert torch.equal(packed.unpack(), weight)
+    for row, column in ((0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, 1)):
+        panel = packed.panels[row // PANEL, column // 2, row % PANEL, column % 2]
+        assert panel == weight[row, column]
+
+
+@needs_kernels
+def test_rows_are_packed_a_few_panels_at_a_time_and_from_a_part_of_each() -> None:
+    wide = normal(200, 300)
+    packed = PackedWeight.allocate((200, 100))
+    for first, last in ((128, 200), (0, 64), (64, 128)):
+        packed.put(first, wide[first:last, 100:200])
+    assert torch.equal(packed.unpack(), wide[:, 100:200])
+
+
+@needs_kernels
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 768), (1, 8, 768), (3, 768), (1, 130, 768), (1, 0, 768)])
-def test_packed_linear_is_the_plain_one_bit_for_bit(shape: tuple[int, ...], has_bias: bool) -> None:
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 5, 6, 7, 8, 13, 130, 300])
+@pytest.mark.parametrize("shape", [(100, 70), (768, 64), (1, 2)])
+def test_packed_linear_is_the_plain_one(shape: tuple[int, int], num_tokens: int, has_bias: bool) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(1000, 768, dtype=torch.bfloat16) / 28
-    bias = torch.randn(1000, dtype=torch.bfloat16) if has_bias else None
-    hidden = torch.randn(shape, dtype=torch.bfloat16)
-    packed = pack_weight(weight)
-    assert packed.is_mkldnn
-    with torch.inference_mode():
-        assert torch.equal(linear_layer(packed, bias)(hidden), F.linear(hidden, weight, bias))
-        assert torch.equal(linear_layer(weight, bias)(hidden), F.linear(hidden, weight, bias))
+    weight, bias = normal(*shape), normal(shape[0]) if has_bias else None
+    hidden, residual = normal(1, num_tokens, shape[1]), normal(1, num_tokens, shape[0])
+    tensors = {"w": pack(weight), "b": bias}
+    linear = make_linears(LinearLayer("w", "b" if has_bias else None), tensors)
+    product = linear(hidden)
+    assert product.shape == (1, num_tokens, shape[0])
+    torch.testing.assert_close(product.double(), exact(hidden, weight, bias), **ROUNDING)
+    assert torch.equal(linear(hidden, residual), product + residual)
+    strided = hidden.expand(2, -1, -1).transpose(0, 1)
+    assert torch.equal(linear(strided)[:, 1], product[0])
 
 
-def test_small_weights_and_float32_stay_plain() -> None:
-    for weight in (torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(1024, 1024)):
-        assert pack_weight(weight) is weight
+@needs_kernels
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_linears_side_by_side_are_each_alone(num_tokens: int) -> None:
+    torch.manual_seed(0)
+    hidden = normal(1, num_tokens, 96)
+    tensors = {name: pack(normal(size, 96)) for name, size in (("q", 130), ("k", 64), ("v", 20))}
+    tensors["b"] = normal(64)
+    layers = tuple(LinearLayer(name, "b" if name == "k" else None) for name in "qkv")
+    together = make_linears(LinearLayers(layers), tensors)(hidden)
+    assert len(together) == 3
+    for layer, output in zip(layers, together, strict=True):
+        assert torch.equal(output, make_linears(layer, tensors)(hidden))
 
 
-@needs_packing
+@needs_kernels
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_gated_linear_rounds_where_its_parts_do(num_tokens: int, activation: str) -> None:
+    torch.manual_seed(0)
+    hidden, gate, up = normal(1, num_tokens, 64) * 8, normal(150, 64), normal(150, 64)
+    entry = GatedLinear(LinearLayer("gate", None), LinearLayer("up", None), activation)
+    at_once = make_linears(entry, {"gate": pack(gate), "up": pack(up)})(hidden)
+    in_parts = make_linears(entry, {"gate": gate, "up": up})(hidden)
+    torch.testing.assert_close(at_once, in_parts, rtol=2**-6, atol=1e-3)
+    assert (at_once == in_parts).float().mean() > 0.97
+    half_packed = make_linears(entry, {"gate": pack(gate), "up": up})(hidden)
+    torch.testing.assert_close(half_packed, in_parts, rtol=2**-6, atol=1e-3)
+
+
+def test_float32_stays_plain_and_keeps_its_bits() -> None:
+    weight, other, hidden, residual = (
+        torch.randn(64, 32),
+        torch.randn(8, 32),
+        torch.randn(1, 3, 32),
+        torch.randn(1, 3, 64),
+    )
+    assert not can_pack(weight) and not can_pack(torch.zeros(8, 3, dtype=torch.bfloat16))
+    tensors = {"w": weight, "o": other}
+    layers = (LinearLayer("w", None), LinearLayer("o", None))
+    product = F.linear(hidden, weight)
+    assert torch.equal(make_linears(layers[0], tensors)(hidden, residual), product + residual)
+    first, second = make_linears(LinearLayers(layers), tensors)(hidden)
+    assert torch.equal(first, product) and torch.equal(second, F.linear(hidden, other))
+
+
+@needs_kernels
+def test_embedding_finds_the_rows_of_a_packed_weight() -> None:
+    weight, token_ids = normal(200, 70), torch.tensor([[3, 199, 0], [64, 63, 3]])
+    expected = F.embedding(token_ids, weight)
+    for stored in (weight, pack(weight)):
+        embedding = make_embedding(stored)
+        assert torch.equal(embedding(token_ids), expected)
+        assert torch.equal(embedding(token_ids.t()), expected.transpose(0, 1))
+        assert embedding(token_ids[:, :0]).shape == (2, 0, 70)
+
+
+@needs_kernels
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_weight_is_packed_unless_the_embedding_needs_it(is_tied: bool, tmp_path: Path) -> None:
-    config = FAMILIES["llama"](hidden_size=512, vocab_size=1024, tie_word_embeddings=is_tied)
-    save_random_model(tmp_path, config, dtype=torch.bfloat16)
+def test_weight_that_linears_read_is_packed_also_if_the_embedding_shares_it(is_tied: bool, tmp_path: Path) -> None:
+    save_random_model(tmp_path, FAMILIES["llama"](tie_word_embeddings=is_tied), dtype=torch.bfloat16)
     alone, cpu = TensorParallelGroup(0, 1), torch.device("cpu")
     plain = build_rank_model(tmp_path, "auto", alone, cpu).tensors
-    packed = build_rank_model(tmp_path, "auto", alone, cpu, pack=pack_weight).tensors
-    assert not any(tensor.is_mkldnn for tensor in plain.values())
-    kept = {"model.embed_tokens.weight"} | ({"lm_head.weight"} if is_tied else set())
-    large = {name for name, tensor in plain.items() if tensor.numel() >= 2**18}
-    assert {name for name, tensor in packed.items() if tensor.is_mkldnn} == large - kept
+    packed = build_rank_model(tmp_path, "auto", alone, cpu, packs=True).tensors
+    linears = {name for name, tensor in plain.items() if tensor.ndim == 2}
+    kept = set() if is_tied else {"model.embed_tokens.weight"}
+    assert {name for name, tensor in packed.items() if isinstance(tensor, PackedWeight)} == linears - kept
     for name, tensor in packed.items():
-        assert torch.equal(tensor.to_dense() if tensor.is_mkldnn else tensor, plain[name]), name
+        assert torch.equal(tensor.unpack() if isinstance(tensor, PackedWeight) else tensor, plain[name]), name

@@ -6,19 +6,23 @@ T tokens, H query heads, KV key/value heads, D and E the key and value head dims
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
+from ts_parallel.native import HAS_KERNELS
 from ts_parallel.partition.attention_sites import AttentionSite
+from ts_parallel.runtime.fused import rotary
+from ts_parallel.runtime.kernel_attention import KernelAttention, make_attention
 from ts_parallel.runtime.kv_memory import KVMemory
-from ts_parallel.runtime.paged_attention import PagedAttention, lay_out
+from ts_parallel.runtime.paged_attention import lay_out
 from ts_parallel.runtime.step import Chunk, StepPlan
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
-NUM_BLOCKS = 24
-LONGEST = 24
+NUM_BLOCKS = 120
+LONGEST = 160
 NAMES = "abc"
 
 
@@ -31,6 +35,7 @@ class Shape:
     window: int | None = None
     softcap: float | None = None
     scaling: float = 0.4
+    has_sinks: bool = False
 
     def site(self) -> AttentionSite:
         return AttentionSite(
@@ -42,7 +47,7 @@ class Shape:
             self.window,
             self.scaling,
             self.softcap,
-            has_sinks=False,
+            self.has_sinks,
         )
 
 
@@ -53,6 +58,8 @@ SHAPES = {
     "window": Shape(num_kv_heads=2, window=5),
     "window of one": Shape(window=1),
     "window longer than all": Shape(window=LONGEST),
+    "sinks": Shape(num_kv_heads=2, has_sinks=True),
+    "sinks, window and softcap": Shape(num_kv_heads=2, window=5, softcap=1.5, has_sinks=True),
     "softcap": Shape(num_kv_heads=2, softcap=1.5),
     "window and softcap": Shape(num_kv_heads=2, window=5, softcap=1.5),
     "short values": Shape(num_kv_heads=2, value_dim=3),
@@ -68,6 +75,7 @@ SCHEDULES: dict[str, Steps] = {
     "chunked prefill": [{"a": 4}, {"a": 5}, {"a": 3}],
     "decodes of mixed lengths": [{"a": 9, "b": 1, "c": 4}, *[{"a": 1, "b": 1, "c": 1}] * 4],
     "prefill beside decodes": [{"a": 9}, {"b": 6, "a": 1}, {"c": 1, "b": 3, "a": 1}, {"a": 1, "c": 7, "b": 1}],
+    "long ones": [{"a": 130, "b": 70}, {"a": 1, "b": 59}, *[{"a": 1, "c": 1, "b": 1}] * 2],
     "decodes in another order each time": [{"a": 3, "b": 8}, {"b": 1, "a": 1}, {"a": 1, "b": 1}, {"b": 1}],
 }
 
@@ -79,31 +87,35 @@ class Tensors:
     query: torch.Tensor  # [H, T, D]
     key: torch.Tensor  # [KV, T, D]
     value: torch.Tensor  # [KV, T, E]
+    sinks: torch.Tensor  # [H]
 
     @staticmethod
     def random(shape: Shape, generator: torch.Generator) -> Tensors:
         def normal(num_heads: int, dim: int) -> torch.Tensor:
-            return torch.randn(num_heads, LONGEST, dim, generator=generator)
+            return torch.randn(num_heads, LONGEST, dim, generator=generator).bfloat16().float()
 
         return Tensors(
             normal(shape.num_heads, shape.head_dim),
             normal(shape.num_kv_heads, shape.head_dim),
             normal(shape.num_kv_heads, shape.value_dim),
+            torch.arange(shape.num_heads) - 1.0,
         )
 
 
-def dense(shape: Shape, tensors: Tensors) -> torch.Tensor:
-    """Each head of each token by itself, over the whole sequence: `[T, H, E]`."""
-    output = torch.empty(LONGEST, shape.num_heads, shape.value_dim)
+def dense(shape: Shape, tensors: Tensors, length: int) -> torch.Tensor:
+    """Each head of each token by itself, over the whole sequence of `length` tokens: `[T, H, E]`."""
+    output = torch.empty(length, shape.num_heads, shape.value_dim)
     for head in range(shape.num_heads):
         kv_head = head * shape.num_kv_heads // shape.num_heads
-        for position in range(LONGEST):
+        for position in range(length):
             first = 0 if shape.window is None else max(0, position + 1 - shape.window)
             keys, values = (part[kv_head, first : position + 1] for part in (tensors.key, tensors.value))
             scores = keys @ tensors.query[head, position] * shape.scaling
             if shape.softcap is not None:
                 scores = shape.softcap * torch.tanh(scores / shape.softcap)
-            output[position, head] = scores.softmax(dim=0) @ values
+            if shape.has_sinks:
+                scores = torch.cat([scores, tensors.sinks[head, None]])
+            output[position, head] = scores.softmax(dim=0)[: len(values)] @ values
     return output
 
 
@@ -124,52 +136,98 @@ def plans(schedule: Steps) -> list[StepPlan]:
     return made
 
 
-def paged(shapes: list[Shape], schedule: Steps, sequences: list[dict[str, Tensors]]) -> list[dict[str, torch.Tensor]]:
+def paged(
+    shapes: list[Shape], schedule: Steps, sequences: list[dict[str, Tensors]], dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
     """Each site's output of each sequence, `[T, H, E]`, with as many tokens as the schedule adds."""
-    memory = KVMemory([shape.site() for shape in shapes], NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+    memory = KVMemory([shape.site() for shape in shapes], NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
     for buffer in (*memory.keys, *memory.values):
         buffer.fill_(100.0)  # what earlier requests have left; one such slot that is read spoils the answer
-    attention = PagedAttention([shape.site() for shape in shapes], memory)
+    attention = make_attention([shape.site() for shape in shapes], memory, BLOCK_SIZE)
+    assert isinstance(attention, KernelAttention) == (HAS_KERNELS and dtype == torch.bfloat16)
     outputs = [{name: list[torch.Tensor]() for name in NAMES} for _ in shapes]
     for plan in plans(schedule):
-        layout = lay_out(plan, BLOCK_SIZE, CPU)
+        layout: Any = attention.lay_out(plan)
         for site, shape in enumerate(shapes):
+            sinks = next(iter(sequences[site].values())).sinks.to(dtype) if shape.has_sinks else None
             own = [(sequences[site][chunk.request_id], slice(chunk.start, chunk.end)) for chunk in plan.chunks]
             query, key, value = (
-                torch.cat([getattr(tensors, part)[:, rows] for tensors, rows in own], dim=1).unsqueeze(0)
+                torch.cat([getattr(tensors, part)[:, rows] for tensors, rows in own], dim=1).unsqueeze(0).to(dtype)
                 for part in ("query", "key", "value")
             )
-            output = attention(layout, query, key, value, site)
+            output = attention(layout, query, key, value, site, sinks)
             assert output.shape == (1, plan.num_tokens, shape.num_heads, shape.value_dim)
             parts = torch.split(output[0], [len(chunk.token_ids) for chunk in plan.chunks])
             for chunk, part in zip(plan.chunks, parts, strict=True):
-                outputs[site][chunk.request_id].append(part)
+                outputs[site][chunk.request_id].append(part.float())
     return [{name: torch.cat(parts) for name, parts in of_site.items() if parts} for of_site in outputs]
 
 
-def check(shapes: list[Shape], schedule: Steps) -> None:
+def check(shapes: list[Shape], schedule: Steps, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     sequences = [{name: Tensors.random(shape, generator) for name in NAMES} for shape in shapes]
-    for site, outputs in enumerate(paged(shapes, schedule, sequences)):
+    error = 1e-5 if dtype == torch.float32 else 0.02  # the weights of the values are rounded too
+    for site, outputs in enumerate(paged(shapes, schedule, sequences, dtype)):
         assert outputs.keys() == {name for step in schedule for name in step}
         for name, output in outputs.items():
-            expected = dense(shapes[site], sequences[site][name])[: len(output)]
-            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+            expected = dense(shapes[site], sequences[site][name], len(output))
+            torch.testing.assert_close(output, expected, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@both_dtypes
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "long ones"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_paged_attention_is_dense_attention(shape: str, schedule: str) -> None:
-    check([SHAPES[shape]], SCHEDULES[schedule])
+def test_paged_attention_is_dense_attention(shape: str, schedule: str, dtype: torch.dtype) -> None:
+    check([SHAPES[shape]], SCHEDULES[schedule], dtype)
 
 
-def test_attention_calls_of_one_step_do_not_share_their_memory() -> None:
+@both_dtypes
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(num_heads=6, num_kv_heads=2, head_dim=64, value_dim=64, scaling=0.1),
+        Shape(num_heads=2, num_kv_heads=1, head_dim=80, value_dim=80, window=70, scaling=0.1),
+        Shape(num_heads=4, num_kv_heads=4, head_dim=24, value_dim=16, softcap=2.0, has_sinks=True),
+        Shape(num_heads=2, num_kv_heads=1, head_dim=128, value_dim=130, window=3, scaling=0.1),
+    ],
+)
+def test_long_sequences_are_attended_to_tile_by_tile(shape: Shape, dtype: torch.dtype) -> None:
+    check([shape], SCHEDULES["long ones"], dtype)
+
+
+@both_dtypes
+def test_attention_turns_queries_and_keys_as_rotary_does(dtype: torch.dtype) -> None:
+    shape, (plan, *_) = Shape(num_kv_heads=2), plans([{"a": 11, "b": 4, "c": 1}])
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, cosine, sine = (
+        torch.randn(1, heads, 16, 8, generator=generator).to(dtype) for heads in (4, 2, 2, 1, 1)
+    )
+    answers = []
+    for is_turned_before in (True, False):
+        memory = KVMemory([shape.site()], NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
+        attention = make_attention([shape.site()], memory, BLOCK_SIZE)
+        layout: Any = attention.lay_out(plan)
+        if is_turned_before:
+            turned = (rotary(query, cosine, sine), rotary(key, cosine, sine))
+            answers.append((attention(layout, *turned, value, 0), memory.keys[0]))
+        else:
+            answers.append((attention(layout, query, key, value, 0, None, cosine, sine), memory.keys[0]))
+    (first, first_keys), (second, second_keys) = answers
+    assert torch.equal(first, second) and torch.equal(first_keys, second_keys)
+
+
+@both_dtypes
+def test_attention_calls_of_one_step_do_not_share_their_memory(dtype: torch.dtype) -> None:
     shapes = [Shape(), Shape(num_kv_heads=1, window=3), Shape(num_heads=2, num_kv_heads=2, value_dim=3), Shape()]
-    check(shapes, SCHEDULES["prefill beside decodes"])
+    check(shapes, SCHEDULES["prefill beside decodes"], dtype)
 
 
-def test_longest_sequence_of_whole_blocks_is_attended_to_its_end() -> None:
-    check([Shape(num_kv_heads=2)], [{"a": LONGEST - 1}, {"a": 1}])
+@both_dtypes
+def test_longest_sequence_of_whole_blocks_is_attended_to_its_end(dtype: torch.dtype) -> None:
+    check([Shape(num_kv_heads=2)], [{"a": LONGEST - 1}, {"a": 1}], dtype)
 
 
 def test_layout_packs_the_chunks_one_after_another() -> None:

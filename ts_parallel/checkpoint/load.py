@@ -1,18 +1,23 @@
-"""Bytes of a file → this rank's parameter, and nothing else: only the kept byte ranges are read.
+"""Bytes of a file → this rank's parameter, and nothing else.
 
 `preadv` straight into the parameter keeps peak memory at what is kept; a mapped file would count every page that a
-column shard touches. Where dtype or device differ, or a stored part is no contiguous piece of the parameter, the bytes
-pass through one small staging buffer.
+column shard touches. The bytes pass through one small staging buffer, which stays in the processor's cache, where dtype
+or device differ, where a stored part is no contiguous piece of the parameter, where whole rows are read for a few of
+their columns, and where somebody else lays the rows down. A thread goes ahead through the files, so that a disk is at
+work all the time.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,10 +26,14 @@ from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.stored import StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
-STAGING_BYTES = 8 * 2**20
-# So far ahead of what is being read the kernel is told to read, so that a disk is at work while weights are packed.
+STAGING_BYTES = 2 * 2**20
+# What a row has beside its kept columns is read with them up to so many bytes: a call for each row takes as long.
+MOST_BYTES_READ_IN_VAIN = 2**16
+# So far ahead of what is being read files come into the page cache.
 READ_AHEAD_BYTES = 256 * 2**20
-_SHORTEST_READ_AHEAD = 2**20  # less comes with its neighbours
+_SHORTEST_READ_AHEAD = 2**20  # less than so much in all comes as fast without
+_READ_AHEAD_STEP = 2**16
+_MOST_BYTES_AT_ONCE = 2**23
 
 Box = tuple[tuple[int, int], ...]
 """`(start, length)` of each dim."""
@@ -54,17 +63,38 @@ class LoadItem:
 
 
 @dataclass(frozen=True)
+class RowItem:
+    """`kept` of `source` `[O, I]`, which lies in one part, is handed to `put` a few rows at a time."""
+
+    put: Callable[[int, torch.Tensor], None]
+    """Told the number of the first row among those kept, and the rows, which are others after the call."""
+    source: StoredTensor
+    kept: Slice | None
+    rows_at_once: int
+    """Every call but the last brings a multiple of it."""
+
+    @property
+    def num_bytes(self) -> int:
+        if self.kept is None:
+            return self.source.num_bytes
+        return self.source.num_bytes // max(1, self.source.shape[self.kept.dim]) * self.kept.length
+
+
+@dataclass(frozen=True)
 class _Reading:
     """`view`, a box of the item's target, is to hold `kept` of `part`, all of it where `kept` is None."""
 
-    item: LoadItem
-    view: torch.Tensor
+    item: LoadItem | RowItem
+    view: torch.Tensor | None
+    """None where rows are handed over."""
     part: StoredPart
     kept: Slice | None
+    num_bytes: int
+    """Of what is kept, as the target has it."""
 
 
 def load_tensors(
-    items: Iterable[LoadItem], progress: Progress, on_loaded: Callable[[LoadItem], None] = lambda _: None
+    items: Iterable[LoadItem | RowItem], progress: Progress, on_loaded: Callable[[LoadItem], None] = lambda _: None
 ) -> None:
     """Fill every target in file order, and forget it once `on_loaded` has been told of it.
 
@@ -76,74 +106,125 @@ def load_tensors(
     waiting = Counter(id(reading.item) for reading in readings)
     file: Path | None = None
     descriptor = -1
-    ahead = _ReadAhead(readings)
-    with ExitStack() as open_file, progress.over(sum(reading.view.nbytes for reading in readings)):
-        while readings:
-            ahead.go_on()
+    staging = _Staging()
+    num_bytes = sum(reading.num_bytes for reading in readings)
+    with ExitStack() as open_file, progress.over(num_bytes), _read_ahead(readings) as note_read:
+        for number in range(len(readings)):
             reading = readings.pop()
-            item = reading.item
+            item, part = reading.item, reading.part
             try:
-                if reading.part.file != file:
+                if part.file != file:
                     open_file.close()
-                    file = reading.part.file
+                    file = part.file
                     descriptor = os.open(file, os.O_RDONLY)
                     open_file.callback(os.close, descriptor)
-                _fill(reading, descriptor)
+                _fill(reading, _Reader(descriptor, part.file, item.source.name, partial(note_read, number)), staging)
             except OSError as error:
                 raise CheckpointError(f"cannot read {item.source.name!r} of {file}: {error.strerror}") from None
-            progress.advance(reading.view.nbytes)
+            progress.advance(reading.num_bytes)
             waiting[id(item)] -= 1
-            if waiting[id(item)] == 0:
+            if waiting[id(item)] == 0 and isinstance(item, LoadItem):
                 on_loaded(item)
 
 
-class _ReadAhead:
-    """Tells the kernel what comes next of `readings`, a stack that somebody else takes from."""
+@contextmanager
+def _read_ahead(readings: Sequence[_Reading]) -> Iterator[Callable[[int, int], None]]:
+    """Has a thread read ahead through `readings`, a stack that somebody else takes from.
 
-    def __init__(self, readings: Sequence[_Reading]) -> None:
-        self._readings = readings
-        self._next = len(readings)  # all from there on were announced
-        self._num_bytes = [0]  # of the first so many of the stack
-        for reading in readings:
-            self._num_bytes.append(self._num_bytes[-1] + reading.view.nbytes)
-
-    def go_on(self) -> None:
-        until = self._num_bytes[len(self._readings)] - READ_AHEAD_BYTES
-        while self._next and self._num_bytes[self._next] > until:
-            self._next -= 1
-            if self._next < len(self._readings):
-                _announce(self._readings[self._next])
-
-
-def _announce(reading: _Reading) -> None:
-    """Where the kernel takes no advice, or the file is gone, reading it comes to the same, or says so."""
-    part, kept = reading.part, reading.kept
-    offset, length = part.offset, part.num_bytes
-    if kept is not None and kept.dim == 0 and kept.pieces:
-        row = part.num_bytes // max(1, part.shape[0])
-        first = min(start for start, _ in kept.pieces)
-        offset, length = offset + first * row, (max(start + count for start, count in kept.pieces) - first) * row
-    if length < _SHORTEST_READ_AHEAD or not hasattr(os, "posix_fadvise"):
+    Yields:
+        what is to be told how many readings were done before, and until which offset of its file the next one is.
+    """
+    spans = [(reading.part.file, *_span(reading)) for reading in reversed(readings)]
+    if sum(length for _, _, length in spans) < _SHORTEST_READ_AHEAD:
+        yield lambda number, offset: None
         return
-    with suppress(OSError):
-        descriptor = os.open(part.file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
+    ahead = _ReadAhead(spans)
+    thread = threading.Thread(target=ahead.run, name="read-ahead")
+    thread.start()
+    try:
+        yield ahead.note_read
+    finally:
+        ahead.stop()
+        thread.join()
+
+
+def _span(reading: _Reading) -> tuple[int, int]:
+    """`(offset, length)` of the bytes from the first one kept to the last."""
+    part, kept = reading.part, reading.kept
+    if kept is None or kept.dim or not kept.pieces:
+        return part.offset, part.num_bytes
+    row = part.num_bytes // max(1, part.shape[0])
+    first = min(start for start, _ in kept.pieces)
+    return part.offset + first * row, (max(start + length for start, length in kept.pieces) - first) * row
+
+
+class _ReadAhead:
+    """Reads a byte here and there of what comes next. Owns how far it and those behind it have come.
+
+    So the kernel reads ahead as it does for whoever reads a file from front to back: far, and in large pages. What
+    `posix_fadvise` announces comes in small ones, and no more of it than the device's read-ahead at a call.
+    """
+
+    def __init__(self, spans: Sequence[tuple[Path, int, int]]) -> None:
+        self._spans = spans
+        self._starts = list(accumulate((length for _, _, length in spans), initial=0))
+        self._position = 0  # of those behind, in bytes of all spans
+        self._is_wanted = True
+        self._changed = threading.Condition()
+
+    def note_read(self, number: int, offset: int) -> None:
+        with self._changed:
+            self._position = self._starts[number] + offset - self._spans[number][1]
+            self._changed.notify()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._is_wanted = False
+            self._changed.notify()
+
+    def run(self) -> None:
+        for begin, (file, offset, length) in zip(self._starts, self._spans, strict=False):
+            try:
+                descriptor = os.open(file, os.O_RDONLY)
+            except OSError:
+                return  # whoever needs the file will say so
+            try:
+                for start in range(0, length, _READ_AHEAD_STEP):
+                    if not self._may_go_to(begin + start):
+                        return
+                    os.pread(descriptor, 1, offset + start)
+            except OSError:
+                return
+            finally:
+                os.close(descriptor)
+
+    def _may_go_to(self, position: int) -> bool:
+        """Once the others are near; not if nothing more is wanted."""
+        if position - self._position > READ_AHEAD_BYTES:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._is_wanted or position - self._position <= READ_AHEAD_BYTES)
+        return self._is_wanted
 
 
 def refuse_nan(item: LoadItem) -> None:
-    """Look through what was loaded. One sum tells where to look closely: infinite values can make it NaN too.
+    """Look through what was loaded.
 
     Raises:
         CheckpointError: there is NaN in it.
     """
-    target = item.target.detach()
-    if not target.is_floating_point() or target.dtype.itemsize == 1 or not target.sum().isnan():
+    refuse_nan_in(item.target.detach(), item.source)
+
+
+def refuse_nan_in(values: torch.Tensor, source: StoredTensor) -> None:
+    """Look through `values` of `source`. One sum tells where to look closely: infinite values can make it NaN too.
+
+    Raises:
+        CheckpointError: there is NaN in them.
+    """
+    if not values.is_floating_point() or values.dtype.itemsize == 1 or not values.sum().isnan():
         return
-    if any(block.isnan().any() for block in torch.split(target.view(-1), STAGING_BYTES)):
-        raise CheckpointError(f"{item.source.name!r} in {item.source.file} holds NaN")
+    if any(block.isnan().any() for block in _blocks(values, STAGING_BYTES)):
+        raise CheckpointError(f"{source.name!r} in {source.file} holds NaN")
 
 
 def byte_ranges(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[int, int]]:
@@ -152,15 +233,19 @@ def byte_ranges(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[int,
         yield from _ranges_of_part(part, source.dtype.itemsize, kept_of_part)
 
 
-def _readings(item: LoadItem) -> Iterator[_Reading]:
+def _readings(item: LoadItem | RowItem) -> Iterator[_Reading]:
     """At least one, which may be empty."""
+    if isinstance(item, RowItem):
+        (part,) = item.source.parts
+        yield _Reading(item, None, part, item.kept, item.num_bytes)
+        return
     target = item.target.detach()
     assert target.is_contiguous()
     for part, kept, box in _cut(item.source, item.kept):
         view = target
         for dim, (start, length) in enumerate(box):
             view = view.narrow(dim, start, length)
-        yield _Reading(item, view, part, kept)
+        yield _Reading(item, view, part, kept, view.nbytes)
 
 
 def _cut(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[StoredPart, Slice | None, Box]]:
@@ -200,24 +285,106 @@ def _ranges_of_part(part: StoredPart, itemsize: int, kept: Slice | None) -> Iter
             yield part.offset + index * row + start * inner, length * inner
 
 
-def _fill(reading: _Reading, descriptor: int) -> None:
-    view, source = reading.view, reading.item.source
-    ranges = _ranges_of_part(reading.part, source.dtype.itemsize, reading.kept)
-    if view.device.type == "cpu" and view.dtype == source.dtype and view.is_contiguous():
-        _read_ranges(descriptor, reading, ranges, _memory(view.view(-1)))
+class _Staging:
+    """Owns one buffer, which grows to what was asked for at most."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = num_elements * dtype.itemsize
+        if num_bytes > len(self._buffer):
+            self._buffer = torch.empty(max(num_bytes, STAGING_BYTES), dtype=torch.uint8)
+        return self._buffer[:num_bytes].view(dtype)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads bytes of one tensor from an open file."""
+
+    descriptor: int
+    file: Path
+    name: str
+    """Of the tensor."""
+    note_read: Callable[[int], None]
+    """Told until which offset."""
+
+    def read(self, ranges: Iterable[tuple[int, int]], target: torch.Tensor) -> None:
+        """Fill `target`, contiguous on the CPU, with what lies in the `(offset, length)` ranges."""
+        memory = target.view(-1).view(torch.uint8).numpy().data
+        done = 0
+        for start, total in ranges:
+            offset, length = start, total
+            while length:
+                count = os.preadv(self.descriptor, [memory[done : done + min(length, _MOST_BYTES_AT_ONCE)]], offset)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.file} ends before {self.name!r} does; it was changed while it was read"
+                    )
+                offset, length, done = offset + count, length - count, done + count
+                self.note_read(offset)
+
+
+def _fill(reading: _Reading, reader: _Reader, staging: _Staging) -> None:
+    view, item, kept = reading.view, reading.item, reading.kept
+    if isinstance(item, RowItem):
+        for first, rows in _rows(reading, reader, staging, item.rows_at_once):
+            item.put(first, rows)
         return
-    num_staged = max(1, STAGING_BYTES // source.dtype.itemsize)
-    staging = torch.empty(min(num_staged, view.numel()), dtype=source.dtype)
+    assert view is not None
+    dtype = item.source.dtype
+    if kept is not None and view.is_contiguous() and _takes_whole_rows(reading.part, kept, dtype.itemsize):
+        target = view.view(-1, *view.shape[kept.dim :])
+        for first, rows in _rows(reading, reader, staging, 1):
+            target[first : first + len(rows)].copy_(rows)
+        return
+    ranges = _ranges_of_part(reading.part, dtype.itemsize, kept)
+    if view.device.type == "cpu" and view.dtype == dtype and view.is_contiguous():
+        reader.read(ranges, view)
+        return
+    num_staged = max(1, STAGING_BYTES // dtype.itemsize)
     blocks = list(_blocks(view, num_staged))
-    sizes = [block.numel() * source.dtype.itemsize for block in blocks]
+    sizes = [block.numel() * dtype.itemsize for block in blocks]
     for block, part in zip(blocks, _split_ranges(ranges, sizes), strict=True):
-        staged = staging[: block.numel()]
-        _read_ranges(descriptor, reading, iter(part), _memory(staged))
+        staged = staging.take(block.numel(), dtype)
+        reader.read(part, staged)
         block.copy_(staged.view(block.shape))
 
 
-def _memory(flat: torch.Tensor) -> memoryview:
-    return flat.view(torch.uint8).numpy().data
+def _takes_whole_rows(part: StoredPart, kept: Slice, itemsize: int) -> bool:
+    """Whether what lies between the kept pieces is read too."""
+    row = math.prod(part.shape[kept.dim :]) * itemsize
+    own = row // max(1, part.shape[kept.dim]) * kept.length
+    is_cut = math.prod(part.shape[: kept.dim]) > 1 and 0 < own < row
+    return is_cut and row <= STAGING_BYTES and row - own <= MOST_BYTES_READ_IN_VAIN * len(kept.pieces)
+
+
+def _rows(
+    reading: _Reading, reader: _Reader, staging: _Staging, rows_at_once: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The kept rows in groups of a multiple of `rows_at_once`, each with the number of its first.
+
+    Rows are what all dims before the kept one count, or the first dim. Of their columns those kept are given.
+    """
+    part, kept, dtype = reading.part, reading.kept, reading.item.source.dtype
+    columns = kept if kept is not None and kept.dim > 0 else None
+    split = columns.dim if columns is not None else 1
+    shape = part.shape[split:]
+    width = math.prod(shape)
+    num_rows = math.prod(part.shape[:split]) if kept is None or columns is not None else kept.length
+    row_bytes = width * dtype.itemsize
+    step = max(1, STAGING_BYTES // (row_bytes * rows_at_once)) * rows_at_once
+    firsts = range(0, num_rows, step)
+    ranges = _ranges_of_part(part, dtype.itemsize, None if columns is not None else kept)
+    sizes = [min(step, num_rows - first) * row_bytes for first in firsts]
+    for first, size, own in zip(firsts, sizes, _split_ranges(ranges, sizes), strict=True):
+        rows = staging.take(size // dtype.itemsize, dtype)
+        reader.read(own, rows)
+        rows = rows.view(-1, *shape)
+        if columns is not None:
+            kept_columns = [rows.narrow(1, start, length) for start, length in columns.pieces]
+            rows = kept_columns[0] if len(kept_columns) == 1 else torch.cat(kept_columns, dim=1)
+        yield first, rows
 
 
 def _blocks(view: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
@@ -247,17 +414,3 @@ def _split_ranges(ranges: Iterator[tuple[int, int]], sizes: Iterable[int]) -> It
             group.append((offset, taken))
             offset, length, room = offset + taken, length - taken, room - taken
         yield group
-
-
-def _read_ranges(descriptor: int, reading: _Reading, ranges: Iterator[tuple[int, int]], memory: memoryview) -> None:
-    done = 0
-    for start, total in ranges:
-        offset, length = start, total
-        while length:
-            count = os.preadv(descriptor, [memory[done : done + length]], offset)
-            if count == 0:
-                raise CheckpointError(
-                    f"{reading.part.file} ends before {reading.item.source.name!r} does; "
-                    "it was changed while it was read"
-                )
-            offset, length, done = offset + count, length - count, done + count

@@ -10,12 +10,15 @@ from ts_parallel.errors import CheckpointError
 CONFIG_FILE = "config.json"
 
 
-def settings_folder(folder: Path) -> Path:
-    """The one that holds `config.json`: `folder`, or for a torch.distributed.checkpoint the one that `folder` lies in.
+def settings_folder(folder: Path, named: Path | None = None) -> Path:
+    """The one that holds `config.json`: `named` where it is given; else `folder`, or for a torch.distributed.checkpoint
+    the one that `folder` lies in.
 
     Raises:
         CheckpointError: there is none.
     """
+    if named is not None:
+        folder = named
     if (folder / CONFIG_FILE).is_file():
         return folder
     if not (folder / METADATA).is_file():
@@ -25,5 +28,5 @@ def settings_folder(folder: Path) -> Path:
         return above
     raise CheckpointError(
         f"no {CONFIG_FILE} in {folder} nor in {above}: torch.distributed.checkpoint saves none, copy the model's own "
-        "and its tokenizer's files to either"
+        "and its tokenizer's files to either, or name their folder with --config (handler key config_path)"
     )

@@ -9,8 +9,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ts_parallel.errors import CheckpointError
 
-# No pickled weights and no code: nothing that is fetched can run.
+# No code: nothing that is fetched can run.
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Only where there is nothing else. They are pickles, of which `torch_files.py` reads the tensors and executes nothing.
+_TORCH_FILES = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
 def locate_checkpoint(path_or_hub_id: str) -> Path:
@@ -26,7 +28,10 @@ def locate_checkpoint(path_or_hub_id: str) -> Path:
     except (RuntimeError, OSError):  # no such user, a name too long
         raise CheckpointError(f"no folder {path_or_hub_id}") from None
     try:
-        return Path(snapshot_download(path_or_hub_id, allow_patterns=_FETCHED))
+        fetched = Path(snapshot_download(path_or_hub_id, allow_patterns=_FETCHED))
+        if any(fetched.glob("*.safetensors")):
+            return fetched
+        return Path(snapshot_download(path_or_hub_id, allow_patterns=[*_FETCHED, *_TORCH_FILES]))
     except HFValidationError:
         raise CheckpointError(f"no folder {path_or_hub_id}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -16,14 +16,17 @@ import ts_parallel
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
     Adapter,
+    ConfigFolder,
     Device,
     Dtype,
+    EnableExpertParallel,
     KVCacheMemory,
     MaxModelLen,
     Model,
     PipelineParallelSize,
     SplitPoints,
     TensorParallelSize,
+    config_path,
     locate_adapter,
     parse_split_points,
 )
@@ -46,10 +49,12 @@ def archive(
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KVCacheMemory = "512MiB",
     adapter: Adapter = None,
+    config: ConfigFolder = None,
+    enable_expert_parallel: EnableExpertParallel = False,
 ) -> None:
     """Write NAME.mar for `torchserve --start`. The weights stay where they are; the archive names their folder."""
     folder = locate_checkpoint(model)
-    config = handler_config(
+    settings = handler_config(
         folder,
         device,
         tensor_parallel_size=tensor_parallel_size,
@@ -59,8 +64,10 @@ def archive(
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
         adapter_path=locate_adapter(adapter),
+        config_path=config_path(config),
+        enable_expert_parallel=enable_expert_parallel,
     )
-    print(write_archive(config, name or default_name(folder), export_path))
+    print(write_archive(settings, name or default_name(folder), export_path))
 
 
 def handler_config(folder: Path, device: str = "auto", **settings: Any) -> HandlerConfig:

@@ -33,6 +33,13 @@ ConfigFolder = Annotated[
 Adapter = Annotated[
     str | None, typer.Option(help="Folder of a LoRA adapter to merge into the weights, or the id of one on the hub.")
 ]
+EnableExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--enable-expert-parallel",
+        help="Each rank keeps some of a mixture's experts whole, instead of a part of each.",
+    ),
+]
 KVCacheMemory = Annotated[str, typer.Option(help="KV cache of each rank, such as 2GiB.")]
 
 
@@ -59,10 +66,21 @@ def locate_adapter(adapter: str | None) -> str | None:
 
 
 def check_config_folder(folder: Path | None) -> Path | None:
-    """
+    """The same, absolute.
+
     Raises:
         ConfigError: it has no config.json.
     """
     if folder is not None and not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"--config {folder} has no {CONFIG_FILE}")
-    return folder
+    return folder and folder.resolve()
+
+
+def config_path(folder: Path | None) -> str | None:
+    """The handler key for `--config`.
+
+    Raises:
+        ConfigError: as `check_config_folder`.
+    """
+    found = check_config_folder(folder)
+    return None if found is None else str(found)

@@ -9,12 +9,15 @@ from rich.table import Table
 
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
+    ConfigFolder,
     Dtype,
+    EnableExpertParallel,
     KVCacheMemory,
     Model,
     PipelineParallelSize,
     SplitPoints,
     TensorParallelSize,
+    config_path,
     parse_split_points,
 )
 from ts_parallel.config import parse_config
@@ -33,6 +36,8 @@ def plan(
     split_points: SplitPoints = None,
     dtype: Dtype = "auto",
     kv_cache_memory: KVCacheMemory = "512MiB",
+    config: ConfigFolder = None,
+    enable_expert_parallel: EnableExpertParallel = False,
 ) -> None:
     """Print every parameter's placement, the stages' cut, each rank's bytes, and how many tokens of KV cache fit."""
     folder = locate_checkpoint(model)
@@ -43,25 +48,29 @@ def plan(
         "split_points": parse_split_points(split_points),
         "dtype": dtype,
         "kv_cache_memory": kv_cache_memory,
+        "config_path": config_path(config),
     }
-    config = parse_config(section)
-    model_config = read_model_config(folder)
-    element = choose_dtype(config.dtype, model_config)
-    sharded = shard_causal_lm(model_config, element, TracedGroup(0, tensor_parallel_size))
-    staged = cut_causal_lm(sharded, PipelinePlace(0, pipeline_parallel_size, split_points=config.split_points))
+    settings = parse_config(section)
+    model_config = read_model_config(settings.config_folder or folder)
+    element = choose_dtype(settings.dtype, model_config)
+    group = TracedGroup(0, tensor_parallel_size)
+    sharded = shard_causal_lm(model_config, element, group, enable_expert_parallel)
+    staged = cut_causal_lm(sharded, PipelinePlace(0, pipeline_parallel_size, split_points=settings.split_points))
     console = Console()
     console.print(_placements(sharded, staged))
-    console.print(_ranks(staged, config.kv_cache_memory, element))
+    console.print(_ranks(staged, settings.kv_cache_memory, element))
 
 
 def _placements(sharded: ShardedModel, staged: StagedModel) -> Table:
     table = Table("parameter", "shape", "stage", "placement", "bytes on its first rank", box=box.SIMPLE)
+    experts = tuple(f"{name}." for name, style in sharded.plan.styles.items() if style == "whole_experts")
     for entry in sharded.plan.parameters.values():
         names = {entry.name, *entry.aliases}
         stages = [str(number) for number, stage in enumerate(staged.stages) if names & set(stage.tensors.values())]
         name = " = ".join((entry.name, *entry.aliases))
         shape = "×".join(map(str, entry.shape))
-        table.add_row(name, shape, ", ".join(stages) or "none", entry.describe(), f"{entry.local_bytes(0):,}")
+        placement = entry.describe() + ", whole experts" * (entry.slices is not None and name.startswith(experts))
+        table.add_row(name, shape, ", ".join(stages) or "none", placement, f"{entry.local_bytes(0):,}")
     return table
 
 

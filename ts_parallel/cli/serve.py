@@ -15,18 +15,22 @@ import typer
 
 from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.archive import Name, default_name, handler_config, write_archive
 from ts_parallel.cli.options import (
     Adapter,
+    ConfigFolder,
     Device,
     Dtype,
+    EnableExpertParallel,
     KVCacheMemory,
     MaxModelLen,
     Model,
     PipelineParallelSize,
     SplitPoints,
     TensorParallelSize,
+    config_path,
     locate_adapter,
     parse_split_points,
 )
@@ -34,10 +38,11 @@ from ts_parallel.cli.torchserve import TorchServe, find_java
 from ts_parallel.config import HandlerConfig
 from ts_parallel.partition.model_config import max_positions_of, read_model_config
 from ts_parallel.partition.prepared import prepare_program
-from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.runtime.kv_memory import count_blocks
 from ts_parallel.runtime.runner import refuse_unpageable
 from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
+from ts_parallel.serving.text_generation import program_request
 
 
 def serve(
@@ -55,6 +60,8 @@ def serve(
     max_model_len: MaxModelLen = None,
     kv_cache_memory: KVCacheMemory = "512MiB",
     adapter: Adapter = None,
+    config: ConfigFolder = None,
+    enable_expert_parallel: EnableExpertParallel = False,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -65,7 +72,7 @@ def serve(
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM."""
     folder = locate_checkpoint(model)
-    config = handler_config(
+    settings = handler_config(
         folder,
         device,
         tensor_parallel_size=tensor_parallel_size,
@@ -75,11 +82,13 @@ def serve(
         max_model_len=max_model_len,
         kv_cache_memory=kv_cache_memory,
         adapter_path=locate_adapter(adapter),
+        config_path=config_path(config),
+        enable_expert_parallel=enable_expert_parallel,
     )
     name = name or default_name(folder)
     with (
         stopped_by_signals() as stop,
-        running(config, folder, name, host, port, verbose, stop, metrics_port) as server,
+        running(settings, folder, name, host, port, verbose, stop, metrics_port) as server,
     ):
         print(f"ready: {server.url}", flush=True)
         if server.key_file is not None:
@@ -123,18 +132,18 @@ def check(config: HandlerConfig, folder: Path) -> None:
     Raises:
         StartupError: what is wrong.
     """
-    model_config = read_model_config(folder)
+    settings = settings_folder(folder, config.config_folder)
+    model_config = read_model_config(settings)
     index = read_index(folder)
     max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
     place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
-    request = ProgramRequest(folder, config.dtype, 0, config.tensor_parallel_size, place)
-    program = prepare_program(request, index)
+    program = prepare_program(program_request(config, folder, 0, place), index)
     refuse_unpageable(program, max_model_len)
     count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
         read_adapter(Path(config.adapter_path), index)
-    read_tokenizer(folder)
-    read_eos_ids(folder, model_config)
+    read_tokenizer(settings)
+    read_eos_ids(settings, model_config)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from ts_parallel.cli.archive import handler_config
 from ts_parallel.cli.options import (
     ConfigFolder,
     Device,
+    EnableExpertParallel,
     Model,
     PipelineParallelSize,
     SplitPoints,
@@ -53,6 +54,7 @@ def verify(
         typer.Option(metavar="DIR", help="Hugging Face folder of the plain model, by default MODEL itself."),
     ] = None,
     config: ConfigFolder = None,
+    enable_expert_parallel: EnableExpertParallel = False,
 ) -> None:
     """Run the model in local ranks and plainly with transformers; exit with 1 where the greedy tokens differ."""
     settings = {
@@ -61,6 +63,7 @@ def verify(
         "split_points": parse_split_points(split_points),
         "dtype": dtype,
         "eager": eager,
+        "enable_expert_parallel": enable_expert_parallel,
     }
     with together(locate_checkpoint(model), check_config_folder(config)) as folder:
         plain = check_reference(folder, reference)
@@ -72,6 +75,7 @@ def verify(
     Console().print(table)
     is_same = all(row["num_equal"] == row["num_tokens"] for row in rows)
     shape = f"tensor_parallel_size {tensor_parallel_size} × pipeline_parallel_size {pipeline_parallel_size}"
+    shape += ", expert parallel" * enable_expert_parallel
     print(f"{shape}, {dtype}{', eager' * eager}: {'the same tokens' if is_same else 'DIFFERENT tokens'}")
     raise typer.Exit(0 if is_same else 1)
 

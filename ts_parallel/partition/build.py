@@ -133,11 +133,11 @@ def _kind_of_rank(sharded: ShardedModel, rank: int) -> object:
 
 def stage_model(request: ProgramRequest, rank: int) -> StagedModel:
     """The model as one tensor-parallel rank runs it, traced and cut."""
-    config = read_model_config(request.folder)
+    config = read_model_config(request.settings or request.folder)
     dtype = choose_dtype(request.dtype, config)
     group = TracedGroup(rank, request.size)
     if request.task is None:
-        return cut_causal_lm(shard_causal_lm(config, dtype, group), request.place)
+        return cut_causal_lm(shard_causal_lm(config, dtype, group, request.expert_parallel), request.place)
     if request.task in SEQ2SEQ_TASKS:
         seq2seq = call_of_seq2seq(request.task, config, dtype)
         sharded = shard_seq2seq(config, seq2seq, dtype, group)
@@ -146,11 +146,13 @@ def stage_model(request: ProgramRequest, rank: int) -> StagedModel:
     return cut_dense(shard_dense(config, call, dtype, group), call, request.place)
 
 
-def shard_causal_lm(config: PretrainedConfig, dtype: torch.dtype, group: TensorParallelGroup) -> ShardedModel:
+def shard_causal_lm(
+    config: PretrainedConfig, dtype: torch.dtype, group: TensorParallelGroup, expert_parallel: bool = False
+) -> ShardedModel:
     """A causal language model, planned and sharded for one rank of `group`, without any weight in memory."""
     model = build_deferred(config, dtype)
     sites = find_attention_sites(model)
-    plan = plan_tensor_parallel(model, sites, group.size)
+    plan = plan_tensor_parallel(model, sites, group.size, expert_parallel)
     if group.size > 1:
         apply_tensor_parallel(model, plan, group)
     return ShardedModel(model, plan, sites)
@@ -329,15 +331,26 @@ def all_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(named)
 
 
-def build_eager_model(folder: Path, dtype: str, group: TensorParallelGroup, device: torch.device) -> RankModel:
+def build_eager_model(
+    folder: Path,
+    dtype: str,
+    group: TensorParallelGroup,
+    device: torch.device,
+    *,
+    settings: Path | None = None,
+    expert_parallel: bool = False,
+) -> RankModel:
     """This rank's part of a causal language model that runs its own modules: to find out whether a trace is at fault.
+
+    Args:
+        settings: folder of the model's configuration, where it is neither `folder` nor the one above.
 
     Raises:
         CheckpointError: the folder's files do not hold the model that its config.json describes.
         PlanError: the model cannot be split as asked.
     """
-    config, index = read_model_config(folder), read_index(folder)
-    sharded = shard_causal_lm(config, choose_dtype(dtype, config), group)
+    config, index = read_model_config(settings or folder), read_index(folder)
+    sharded = shard_causal_lm(config, choose_dtype(dtype, config), group, expert_parallel)
     program = eager_program(sharded)
     sources = match_checkpoint(sharded.model, sharded.plan, index)
     materialise(sharded.model, device)

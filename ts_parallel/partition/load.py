@@ -1,21 +1,25 @@
 """A rank's program → its weights in memory. How a weight reaches its device: `load_program`.
 
 program → memory for this rank's parameters → their bytes, in the order of the file → each in the form that runs best.
+A weight that is laid out in panels gets there a few rows at a time, so it is nowhere in memory as the file has it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ts_parallel.checkpoint.index import CheckpointIndex
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors, refuse_nan
+from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.native.huge_pages import make_tensor
+from ts_parallel.native.packed_weight import PANEL, PackedWeight, can_pack
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
 
@@ -25,8 +29,8 @@ class RankModel:
     """One rank's part of a model, loaded."""
 
     program: RankProgram
-    tensors: dict[str, torch.Tensor] = field(repr=False)
-    """Its parameters and buffers under all their names."""
+    tensors: dict[str, Any] = field(repr=False)
+    """Its parameters and buffers under all their names; a linear's weight may be a `PackedWeight`."""
     seconds: float
     """What reading its weights took."""
     model: nn.Module | None = None
@@ -38,48 +42,101 @@ def load_program(
     index: CheckpointIndex,
     group: TensorParallelGroup,
     device: torch.device,
-    pack: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
-    merge: Callable[[LoadItem], None] = lambda item: None,
+    packs: bool = False,
+    merge: Callable[[LoadItem], None] | None = None,
 ) -> RankModel:
     """Give this rank's parameters their memory and fill it.
 
     Args:
         index: of the checkpoint, or of another with the same tensors.
-        merge: told of each item once it was read; may change what was read, as an adapter does.
-        pack: what a weight that linears alone read is replaced by, as soon as it was read: so no more than one of them
-            is there twice.
+        packs: whether weights that linears alone read are laid out as this processor reads them best.
+        merge: told of each item once it was read; may change what was read, as an adapter does. With it a weight that
+            is packed is in memory as it was read too, one at a time.
 
     Raises:
         CheckpointError: a file is cut off, or cannot be read, or holds NaN.
     """
     started = time.perf_counter()
-    plan, packable = program.plan, program.packable()
+    plan = program.plan
     local = {
-        name: torch.empty(entry.local_shape(group.rank), dtype=entry.dtype, device=device)
-        for name, entry in plan.parameters.items()
+        name: _memory(entry.local_shape(group.rank), entry.dtype, device) for name, entry in plan.parameters.items()
     }
+    packed = {name for name in (program.packable() if packs else ()) if can_pack(local[name]) and local[name].numel()}
     sources = {
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
     }
-    items = load_items(local, plan, sources, group.rank)
-    waiting = Counter(item.name for item in items)
+    tensors: dict[str, Any] = dict(local)
+    items: list[LoadItem | RowItem] = []
+    for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
+        if name in packed and merge is None and _come_in_panels(own, local[name]):
+            tensors[name] = PackedWeight.allocate((local[name].shape[0], local[name].shape[1]))
+            items += [_packing(item, local[name], tensors[name]) for item in own]
+        else:
+            items += own
+    del local
+    waiting = Counter(item.name for item in items if isinstance(item, LoadItem))
     progress = Progress(f"loading rank {group.rank} of {group.size}", is_shown=group.rank == 0)
 
     def finish(item: LoadItem) -> None:
         refuse_nan(item)
-        merge(item)
+        if merge is not None:
+            merge(item)
         waiting[item.name] -= 1
-        if waiting[item.name] == 0 and item.name in packable:
-            local[item.name] = pack(local[item.name])
+        if waiting[item.name] == 0 and item.name in packed:
+            tensors[item.name] = _pack(tensors[item.name])
 
     load_tensors(_handed_over(items), progress, finish)
-    tensors = {alias: local[name] for name, entry in plan.parameters.items() for alias in (name, *entry.aliases)}
+    tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
     tensors |= {name: buffer.to(device) for name, buffer in program.buffers.items()}
     return RankModel(program, tensors, time.perf_counter() - started)
 
 
-def _handed_over(items: list[LoadItem]) -> Iterator[LoadItem]:
+def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return make_tensor(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
+def _items_by_name(items: Sequence[LoadItem]) -> dict[str, list[LoadItem]]:
+    found: dict[str, list[LoadItem]] = defaultdict(list)
+    for item in items:
+        found[item.name].append(item)
+    return found
+
+
+def _first_row(item: LoadItem, weight: torch.Tensor) -> int:
+    return (item.target.storage_offset() - weight.storage_offset()) // weight.shape[1]
+
+
+def _come_in_panels(items: Sequence[LoadItem], weight: torch.Tensor) -> bool:
+    """Whether each of the items, which are all of `weight` `[O, I]`, brings whole panels of its rows."""
+    for item in items:
+        first, target = _first_row(item, weight), item.target
+        ends_panel = len(target) % PANEL == 0 or first + len(target) == len(weight)
+        if target.ndim != 2 or target.shape[1] != weight.shape[1] or first % PANEL or not ends_panel:
+            return False
+        if len(item.source.parts) > 1:
+            return False
+    return True
+
+
+def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedWeight) -> RowItem:
+    """The same bytes into `packed` instead of `weight`."""
+    start, source, dtype = _first_row(item, weight), item.source, weight.dtype
+
+    def put(first: int, rows: torch.Tensor) -> None:
+        refuse_nan_in(rows, source)
+        packed.put(start + first, rows.to(dtype))
+
+    return RowItem(put, source, item.kept, PANEL)
+
+
+def _pack(weight: torch.Tensor) -> PackedWeight:
+    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]))
+    packed.put(0, weight)
+    return packed
+
+
+def _handed_over(items: list[LoadItem | RowItem]) -> Iterator[LoadItem | RowItem]:
     """All of them, and nothing keeps their memory any more."""
     while items:
         yield items.pop()
@@ -105,11 +162,12 @@ def _item(name: str, local: torch.Tensor, kept: Slice | None, source: Source) ->
         if kept is None or dim != kept.dim:
             view = view.narrow(dim, start, length)
             continue
-        assert dim >= num_stacked  # our plans cut inside each expert, never between experts
         first, cut = _overlap(kept, start, start + length, dim - num_stacked)
         if cut.length == 0:
             return
         view = view.narrow(dim, first, cut.length)
+        if dim < num_stacked:
+            cut = None  # one of a stack is kept whole or not at all
     for _ in range(num_stacked):
         view = view[0]
     yield LoadItem(view, source.stored, cut, name)

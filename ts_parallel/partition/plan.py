@@ -10,6 +10,7 @@ Styles of modules (transformers' names, plus `embedding` and `head`):
     rowwise                 keeps a part of the input features, sums the outputs
     rowwise_split_input     … and cuts its part out of a whole input
     experts                 its parameters are shards, sums the output
+    whole_experts           keeps some of the experts whole, sums the output
     embedding, head         keep a part of the vocabulary
 """
 
@@ -52,15 +53,26 @@ _BETTER_STYLES = {
 }
 
 
-def plan_tensor_parallel(model: PreTrainedModel, sites: Iterable[AttentionSite], size: int) -> TensorParallelPlan:
+def plan_tensor_parallel(
+    model: PreTrainedModel, sites: Iterable[AttentionSite], size: int, expert_parallel: bool = False
+) -> TensorParallelPlan:
     """The plan for `size` ranks of a deferred, unsharded `model` whose attention calls are `sites`.
 
+    Args:
+        expert_parallel: whether each rank keeps some of a mixture's experts whole, instead of a part of each.
+
     Raises:
-        PlanError: a parameter cannot be cut into `size` parts; the message names it and the sizes that would work.
+        PlanError: a parameter cannot be cut into `size` parts; the message names it and the sizes that would work. Or
+            there are no experts, or fewer than ranks, that could be kept whole.
     """
     sites = tuple(sites)
     attention = {site.module_name: site for site in sites}
+    experts = _experts_of(model) if expert_parallel else []
     styles = {} if size == 1 else _styles(model, sites)
+    if size > 1 and experts:
+        inside = tuple(f"{name}." for name in experts)
+        styles = {name: style for name, style in styles.items() if not name.startswith(inside)}
+        styles |= dict.fromkeys(experts, "whole_experts")
     cuts = _Cuts(size, attention, model.config.model_type)
     slices: dict[str, tuple[Slice, ...]] = {}
     modules = dict(model.named_modules())
@@ -107,6 +119,21 @@ def _styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dict[str,
         elif module is head:
             styles[name] = "head"
     return styles
+
+
+def _experts_of(model: PreTrainedModel) -> list[str]:
+    """The modules that stack experts and compute by transformers' interface for them, which knows absent ones.
+
+    Raises:
+        PlanError: there are none.
+    """
+    found = [name for name, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
+    if not found:
+        raise PlanError(
+            f"enable_expert_parallel: model type {model.config.model_type!r} has no experts that transformers stacks; "
+            "set it to false"
+        )
+    return found
 
 
 def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
@@ -170,6 +197,8 @@ class _Cuts:
         if name not in modules:
             return self._of_bare_parameter(name, style, modules)
         module = modules[name]
+        if style == "whole_experts":
+            return self._of_whole_experts(name, module)
         if style in ("embedding", "head"):
             cut = self._cut(f"{name}.weight", module.get_parameter("weight").shape[0], 0)
             own = {f"{name}.weight": cut}
@@ -201,6 +230,20 @@ class _Cuts:
             dim = max(0, parameter.ndim - 2)
             return {name: self._cut(name, parameter.shape[dim], dim)}
         raise PlanError(f"tensor-parallel style {style!r} of the parameter {name!r} is not known")
+
+    def _of_whole_experts(self, name: str, module: nn.Module) -> dict[str, tuple[Slice, ...]]:
+        """Of each stack of all experts, as many to each rank, the first ones one more where they do not divide."""
+        count: int = module.num_experts  # type: ignore[assignment]  # a plain number
+        if count < self._size:
+            raise PlanError(
+                f"enable_expert_parallel: {name!r} has num_experts {count}, of which tensor_parallel_size {self._size} "
+                f"ranks cannot each keep one: set tensor_parallel_size to at most {count}, or enable_expert_parallel "
+                "to false"
+            )
+        starts = [rank * (count // self._size) + min(rank, count % self._size) for rank in range(self._size + 1)]
+        kept = tuple(Slice(0, ((start, end - start),)) for start, end in pairwise(starts))
+        stacks = [leaf for leaf, parameter in module.named_parameters(recurse=False) if parameter.shape[0] == count]
+        return {f"{name}.{leaf}": kept for leaf in stacks}
 
     def of_unplanned(
         self, name: str, parameter: torch.Tensor, modules: Mapping[str, nn.Module]

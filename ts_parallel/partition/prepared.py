@@ -134,12 +134,12 @@ def _locked(file: Path) -> Iterator[None]:
 
 def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
     digest = hashlib.sha256()
-    shared = replace(request, folder=Path(), rank=0, place=replace(request.place, rank=0))
+    shared = replace(request, folder=Path(), settings=None, rank=0, place=replace(request.place, rank=0))
     tensors = sorted((stored.name, str(stored.dtype), stored.shape) for stored in index.values())
     versions = [version(library) for library in _LIBRARIES]
     digest.update(repr((shared, tensors, versions, sys.version_info)).encode())
-    home = settings_folder(request.folder)
-    find = home.rglob if home == request.folder else home.glob  # a folder above may hold all of a job's checkpoints
+    home = request.settings or settings_folder(request.folder)
+    find = home.rglob if home == request.folder else home.glob  # another may hold all of a job's checkpoints
     settings = {file for pattern in _SETTINGS for file in find(pattern) if file.is_file()}
     for file in sorted(settings):
         digest.update(f"{file.relative_to(home)}".encode() + file.read_bytes())

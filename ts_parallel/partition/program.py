@@ -51,6 +51,10 @@ class ProgramRequest:
     place: PipelinePlace = ONE_STAGE
     task: str | None = None
     """One of `encoder.TASKS` or `seq2seq.SEQ2SEQ_TASKS`; None for a causal language model."""
+    settings: Path | None = None
+    """Folder of the model's configuration, where it is neither `folder` nor the one above."""
+    expert_parallel: bool = False
+    """Whether each rank keeps some of a causal language model's experts whole, instead of a part of each."""
 
 
 TOKEN_IDS, POSITIONS, ROWS = "token_ids", "positions", "rows"
@@ -174,10 +178,43 @@ class Weight:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """`hidden [..., I]` → `[..., O]` by a weight `[O, I]` that nothing else in its stage reads."""
+    """`hidden [..., I]` → `[..., O]` by a weight `[O, I]` that linears and embeddings alone read in its stage."""
 
     weight: str
     bias: str | None
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token ids `[...]` → their rows `[..., I]` of a weight `[O, I]`."""
+
+    weight: str
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """Several that read the same hidden states; a tensor of each."""
+
+    layers: tuple[LinearLayer, ...]
+
+
+@dataclass(frozen=True)
+class GatedLinear:
+    """`activation(gate(x)) * up(x)`; the activation is `silu`, `gelu_tanh` or `relu`."""
+
+    gate: LinearLayer
+    up: LinearLayer
+    activation: str
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """Root mean square norm over the last dim in float32; what is rounded is scaled by the weight or, with `is_offset`,
+    scaled by one more than the weight and then rounded."""
+
+    weight: str
+    epsilon: float
+    is_offset: bool
 
 
 @dataclass(frozen=True)
@@ -212,12 +249,28 @@ class Constant:
 
 @dataclass(frozen=True)
 class Supplied:
-    """What the runtime supplies: `device`, `attention`, or a method of the tensor-parallel group."""
+    """What the runtime supplies: `device`, `attention`, `rotary`, or a method of the tensor-parallel group."""
 
     name: str
 
 
-StageGlobal: TypeAlias = Weight | LinearLayer | Operation | Constant | Supplied
+StageGlobal: TypeAlias = (
+    Weight | Embedding | LinearLayer | LinearLayers | GatedLinear | RmsNorm | Operation | Constant | Supplied
+)
+Linears: TypeAlias = LinearLayer | LinearLayers | GatedLinear
+
+
+def linears_of(entry: StageGlobal) -> tuple[LinearLayer, ...]:
+    """The linears that a call computes."""
+    match entry:
+        case LinearLayer():
+            return (entry,)
+        case LinearLayers(layers):
+            return layers
+        case GatedLinear(gate, up, _):
+            return (gate, up)
+        case _:
+            return ()
 
 
 @dataclass(frozen=True)
@@ -269,10 +322,11 @@ class RankProgram:
     """What its stages read that is in no checkpoint: rotary frequencies, say."""
 
     def packable(self) -> frozenset[str]:
-        """The parameters that linears alone read: whoever loads them may lay them out otherwise."""
+        """The parameters that linears read, and embeddings at most beside them: they may be laid out otherwise."""
         every = [entry for stage in self.stages for entry in stage.globals.values()]
-        linears = {entry.weight for entry in every if isinstance(entry, LinearLayer)}
+        layers = [layer for entry in every for layer in linears_of(entry)]
+        linears = {layer.weight for layer in layers}
         others = {entry.name for entry in every if isinstance(entry, Weight)}
-        others |= {entry.bias for entry in every if isinstance(entry, LinearLayer) and entry.bias is not None}
+        others |= {layer.bias for layer in layers if layer.bias is not None}
         named = {name: {name, *entry.aliases} for name, entry in self.plan.parameters.items()}
         return frozenset(name for name, own in named.items() if own & linears and not own & others)

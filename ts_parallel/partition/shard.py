@@ -57,9 +57,9 @@ def _shrink_parameters(model: nn.Module, plan: TensorParallelPlan, rank: int) ->
 
 def _choose_experts_kernel(model: PreTrainedModel, plan: TensorParallelPlan) -> None:
     """Leave torch's grouped matrix product where a rank's part of the experts has rows that it refuses."""
-    for name, style in plan.styles.items():
+    for name in (name for name, style in plan.styles.items() if style in ("experts", "whole_experts")):
         rows = [parameter for parameter in model.get_submodule(name).parameters() if parameter.ndim > 2]
-        if style == "experts" and any(row.shape[-1] * row.itemsize % _GROUPED_ROW_BYTES for row in rows):
+        if any(row.shape[-1] * row.itemsize % _GROUPED_ROW_BYTES for row in rows):
             model.set_experts_implementation("batched_mm")  # which can be traced
             return
 
@@ -148,7 +148,30 @@ def _forward_of(
         return lambda hidden: group.all_gather(whole(hidden), sizes)
     if style == "experts":
         return lambda *arguments, **options: group.all_reduce(whole(*arguments, **options))
+    if style == "whole_experts":
+        return _expert_parallel(module, name, whole, plan, group)
     return None
+
+
+def _expert_parallel(
+    module: nn.Module, name: str, whole: Forward, plan: TensorParallelPlan, group: TensorParallelGroup
+) -> Forward:
+    """Each rank computes the tokens that were routed to its own experts; what the others compute counts as zero.
+
+    transformers' kernels know an index beyond the last expert as one that is elsewhere: tokens are sorted by expert,
+    and the grouped product ends before those.
+    """
+    slices = next(kept for leaf, _ in module.named_parameters() if (kept := plan.parameters[f"{name}.{leaf}"].slices))
+    starts, count = tuple(kept.pieces[0][0] for kept in slices), slices[group.rank].length
+    module.num_experts, module._is_expert_parallel = count, True  # type: ignore[assignment]  # plain values
+
+    def forward(hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        local = group.from_own_start(top_k_index, starts)
+        is_elsewhere = (local < 0) | (local >= count)
+        own = whole(hidden, local.masked_fill(is_elsewhere, count), top_k_weights.masked_fill(is_elsewhere, 0))
+        return group.all_reduce(own)
+
+    return forward
 
 
 def _row_parallel(module: nn.Module, group: TensorParallelGroup) -> Forward:

@@ -2,13 +2,13 @@
 
 torch.fx's own interpreter and its generated code look every weight up and go through the operator dispatcher's Python
 layer at every call. Here weights and callables are globals of one generated function, every tensor is forgotten after
-its last use, and operations that change nothing are left out.
+its last use, operations that change nothing are left out, and groups of them that `fuse` finds are one call.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.fx import Node
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.program import Constant, LinearLayer, Operation, StageCode, StageGlobal, Supplied, Weight
+from ts_parallel.partition.fuse import Group, find_groups
+from ts_parallel.partition.program import Constant, Embedding, Operation, StageCode, StageGlobal, Supplied, Weight
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.trace import (
     all_gather_marker,
@@ -91,6 +92,7 @@ class _Writer:
 
     def __init__(self, graph: StageGraph) -> None:
         self._graph = graph
+        self._groups = find_groups(graph)
         self.globals: dict[str, StageGlobal] = {}
         self.lines = ["def run(step, inputs, received):"]
         self._names: dict[Node, str] = {}
@@ -103,9 +105,13 @@ class _Writer:
             self._assign(node, f"inputs[{name!r}]")
         for index, node in enumerate(graph.received):
             self._assign(node, f"received[{index}]")
-        last_users = self._last_users()
-        for node in graph.nodes:
-            self._assign(node, self._expression(node))
+        statements = [node for node in graph.nodes if node not in self._groups or self._groups[node].results[0] is node]
+        last_users = self._last_users(statements)
+        for node in statements:
+            if (group := self._groups.get(node)) is not None:
+                self._assign_group(group)
+            else:
+                self._assign(node, self._expression(node))
             for done in last_users.get(node, ()):
                 self.lines.append(f"    del {done}")
         self.lines.append(f"    return [{', '.join(self._names[node] for node in graph.sent)}]")
@@ -113,6 +119,18 @@ class _Writer:
     def _assign(self, node: Node, expression: str) -> None:
         self._names[node] = node.name
         self.lines.append(f"    {node.name} = {expression}")
+
+    def _assign_group(self, group: Group) -> None:
+        first = group.results[0]
+        name = group.call.name if isinstance(group.call, Supplied) else f"{first.name}_layer"
+        arguments = [self._text(node) for node in group.inputs]
+        if group.call == Supplied("attention"):
+            query, key, value, cosine, sine, *sinks = arguments
+            arguments = ["step", query, key, value, self._site(first), *(sinks or ["None"]), cosine, sine]
+        call = f"{self._global(name, group.call)}({', '.join(arguments)})"
+        for node in group.results:
+            self._names[node] = node.name
+        self.lines.append(f"    {', '.join(node.name for node in group.results)} = {call}")
 
     def _expression(self, node: Node) -> str:
         """Source text of what `node` computes."""
@@ -125,21 +143,26 @@ class _Writer:
         if (narrow := _as_narrow(node)) is not None:
             return f"{self._global('narrow', Operation('torch.narrow'))}({self._text(node.args[0])}, {narrow})"
         if node.target is attention_marker._opoverload:
-            *tensors, sinks, number = node.args
-            arguments = [self._text(tensor) for tensor in tensors]
-            arguments.append(str(self._graph.site_numbers[int(number)]))  # type: ignore[arg-type]
+            *tensors, sinks, _ = node.args
+            arguments = [*(self._text(tensor) for tensor in tensors), self._site(node)]
             if sinks is not None:
                 arguments.append(self._text(sinks))
             return f"{self._global('attention', Supplied('attention'))}(step, {', '.join(arguments)})"
+        if node.target is aten.embedding.default and node.args[0] in self._graph.tensors:
+            weight, token_ids = node.args[:2]
+            embedding = Embedding(self._graph.tensors[weight])  # type: ignore[index]
+            return f"{self._global(f'{node.name}_layer', embedding)}({self._text(token_ids)})"
         if node.target is own_part_marker._opoverload:
             tensor, starts, lengths, _ = node.args
             pieces = tuple(zip(starts, lengths, strict=True))  # type: ignore[arg-type]
             return f"{self._global('own_part', Supplied('own_part'))}({self._text(tensor)}, {pieces!r})"
-        if (linear := self._own_linear(node)) is not None:
-            return f"{self._global(f'{node.name}_layer', linear)}({self._text(node.args[0])})"
         positional = [self._text(argument) for argument in node.args]
         named = [f"{name}={self._text(value)}" for name, value in node.kwargs.items()]
         return f"{self._callable(node)}({', '.join((*positional, *named))})"
+
+    def _site(self, node: Node) -> str:
+        """Number of an attention call among the stage's."""
+        return str(self._graph.site_numbers[int(node.args[-1])])  # type: ignore[arg-type]
 
     def _callable(self, node: Node) -> str:
         """Name of the function that does what `node` does."""
@@ -151,18 +174,6 @@ class _Writer:
             return self._global(direct.rpartition(".")[2], Operation(direct))
         assert callable(target), node.format_node()
         return self._global(getattr(target, "__name__", "call").replace(".", "_"), _operation(target))
-
-    def _own_linear(self, node: Node) -> LinearLayer | None:
-        """A linear whose weight nothing else reads (as it does where head and embedding are tied)."""
-        if node.target is not aten.linear.default:
-            return None
-        _, weight, bias = (*node.args, None)[:3]
-        tensors = self._graph.tensors
-        if not isinstance(weight, Node) or weight not in tensors or len(weight.users) > 1:
-            return None
-        if bias is not None and bias not in tensors:
-            return None
-        return LinearLayer(tensors[weight], None if bias is None else tensors[bias])  # type: ignore[index]
 
     def _global(self, name: str, value: StageGlobal) -> str:
         name = f"_{name}"
@@ -193,13 +204,14 @@ class _Writer:
             return self._global(name, Weight(self._graph.tensors[node]))
         return self._global(name, Constant(self._graph.constants[node]))
 
-    def _last_users(self) -> dict[Node, list[str]]:
+    def _last_users(self, statements: Sequence[Node]) -> dict[Node, list[str]]:
         """Node → the names that nobody reads after it."""
         kept = set(self._graph.sent)
         users: dict[Node, Node] = {}
         own = {*self._graph.nodes, *self._graph.inputs, *self._graph.received}
-        for node in self._graph.nodes:
-            for parent in node.all_input_nodes:
+        for node in statements:
+            group = self._groups.get(node)
+            for parent in node.all_input_nodes if group is None else group.inputs:
                 if parent in own and parent not in kept:
                     users[parent] = node
         last: dict[Node, list[str]] = {}

@@ -1,12 +1,13 @@
 """All that one rank tells another: the leader's plans and inputs, hidden states from stage to stage, results back.
 
-From rank to rank, and no sender waits for its receiver. Knows ranks and tensors, not what they mean.
+From rank to rank, and no sender waits for its receiver: through memory where both are on one host, as far as there is
+room, else through torch.distributed. Knows ranks and tensors, not what they mean.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from enum import IntEnum
 
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from ts_parallel.runtime.step import StepPlan
+from ts_parallel.shared_memory import Ring, open_rings
 from ts_parallel.topology import Topology
 
-# The first message has room for most plans; only a longer one needs a second.
+# Where torch.distributed carries them, the first message has room for most plans; only a longer one needs a second.
 FIRST_MESSAGE = 1024
 # A rank that hears nothing for so long of what it waits for takes the sender for dead; the engine gives signs of life
 # well within it.
@@ -34,8 +36,16 @@ class _Kind(IntEnum):
     INPUT = 4
 
 
+# Bytes of each kind that lie in memory between two ranks at most; what finds no room goes through torch.distributed.
+_ROOM = {_Kind.NUMBERS: 2**18, _Kind.HIDDEN: 2**21, _Kind.RESULT: 2**19, _Kind.INPUT: 2**19}
+
+_Route = tuple[int, int, _Kind]
+"""Who sends, who receives, what."""
+
+
 class StepChannel:
-    """One rank's end of the traffic. Owns its process groups, and what is on its way out until it has arrived.
+    """One rank's end of the traffic. Owns its process groups and rings, and what is on its way out through the former
+    until it has arrived.
 
     Every rank makes one, at the same time. A send returns at once, and its tensor must not be written to afterwards; a
     receive waits, at most `PATIENCE`, and raises RuntimeError then or where the sender is gone. Only hidden states stay
@@ -51,18 +61,20 @@ class StepChannel:
         self._num_plans = 0
         self._group: dist.ProcessGroup | None = None
         self._hidden_group: dist.ProcessGroup | None = None
+        self._rings: dict[_Route, Ring] = {}
         if topology.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
             on_gpu = topology.device.type == "cuda"
             self._hidden_group = dist.new_group(backend="nccl", timeout=PATIENCE) if on_gpu else self._group
+            routes = {route: (route[0], route[1], _ROOM[route[2]]) for route in _routes(topology)}
+            self._rings = open_rings(self._group, routes, PATIENCE)
 
     def send_plan(self, plan: StepPlan) -> None:
         """The leader's next plan to every other rank. With it, at most `num_stages` may be without a result."""
         self._begin_plan()
-        messages = _to_messages(plan.encode())
+        numbers = plan.encode()
         for rank in range(1, self._topology.world_size):
-            for message in messages:
-                self._send(message, rank, _Kind.NUMBERS)
+            self._send_numbers(numbers, rank)
 
     def receive_plan(self) -> StepPlan:
         plan = StepPlan.decode(self._receive_numbers())
@@ -71,14 +83,24 @@ class StepChannel:
 
     def send_numbers(self, numbers: Sequence[int], rank: int) -> None:
         """int64 numbers, any many, from the leader to `rank`, in one order with the plans."""
-        for message in _to_messages(torch.tensor(numbers, dtype=torch.int64)):
-            self._send(message, rank, _Kind.NUMBERS)
+        self._send_numbers(torch.tensor(numbers, dtype=torch.int64), rank)
 
     def receive_numbers(self) -> list[int]:
         numbers: list[int] = self._receive_numbers().tolist()
         return numbers
 
+    def _send_numbers(self, numbers: torch.Tensor, rank: int) -> None:
+        if (self._topology.rank, rank, _Kind.NUMBERS) in self._rings:
+            self._send(numbers, rank, _Kind.NUMBERS)
+        else:
+            for message in _to_messages(numbers):
+                self._send(message, rank, _Kind.NUMBERS)
+
     def _receive_numbers(self) -> torch.Tensor:
+        ring = self._rings.get((_LEADER, self._topology.rank, _Kind.NUMBERS))
+        if ring is not None:
+            num_bytes, _ = ring.wait()
+            return self._receive((num_bytes // 8,), torch.int64, _LEADER, _Kind.NUMBERS)
         first = self._receive((FIRST_MESSAGE,), torch.int64, _LEADER, _Kind.NUMBERS)
         length = int(first[0])
         numbers = first[1 : 1 + length]
@@ -139,6 +161,9 @@ class StepChannel:
 
     def _send(self, tensor: torch.Tensor, rank: int, kind: _Kind) -> None:
         tensor = tensor.contiguous()
+        ring = self._rings.get((self._topology.rank, rank, kind))
+        if ring is not None and ring.send(tensor):
+            return
         work = dist.isend(tensor, rank, group=self._group_of(kind), tag=kind)
         assert work is not None
         self._sending.append((self._num_plans, work, tensor))
@@ -146,11 +171,39 @@ class StepChannel:
     def _receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int, kind: _Kind) -> torch.Tensor:
         device = self._topology.device if kind is _Kind.HIDDEN else "cpu"
         tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-        dist.recv(tensor, rank, group=self._group_of(kind), tag=kind)
+        ring = self._rings.get((rank, self._topology.rank, kind))
+        if ring is None or not _took(ring, tensor, rank):
+            dist.recv(tensor, rank, group=self._group_of(kind), tag=kind)
         return tensor
 
     def _group_of(self, kind: _Kind) -> dist.ProcessGroup | None:
         return self._hidden_group if kind is _Kind.HIDDEN else self._group
+
+
+def _routes(topology: Topology) -> Iterator[_Route]:
+    """All ways that messages take on CPUs, the same on every rank."""
+    num_stages, size = topology.num_stages, topology.tensor_parallel.size
+    for rank in range(1, topology.world_size):
+        yield _LEADER, rank, _Kind.NUMBERS
+        yield _LEADER, rank, _Kind.INPUT
+    if num_stages > 1:
+        yield topology.rank_at(num_stages - 1, 0), _LEADER, _Kind.RESULT
+    if num_stages > 1 and topology.device.type == "cpu":
+        for rank in range(topology.world_size):
+            yield rank, (rank + size) % topology.world_size, _Kind.HIDDEN
+
+
+def _took(ring: Ring, tensor: torch.Tensor, rank: int) -> bool:
+    """Whether the next message has come through the ring into `tensor`; else it is still to come, by the other way.
+
+    Raises:
+        RuntimeError: it has another length.
+    """
+    num_bytes, is_here = ring.wait()
+    if num_bytes != tensor.nbytes:
+        raise RuntimeError(f"rank {rank} has sent {num_bytes} bytes, where {tensor.nbytes} were expected")
+    ring.take(tensor)
+    return is_here
 
 
 def _to_messages(numbers: torch.Tensor) -> list[torch.Tensor]:

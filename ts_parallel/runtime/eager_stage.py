@@ -11,7 +11,8 @@ from torch import nn
 from ts_parallel.partition.attention_sites import AttentionPattern, attach
 from ts_parallel.partition.causal_lm import call_causal_lm
 from ts_parallel.partition.program import Crossing
-from ts_parallel.runtime.paged_attention import PagedAttention, StepLayout
+from ts_parallel.runtime.kernel_attention import KernelAttention
+from ts_parallel.runtime.paged_attention import PagedAttention
 
 
 class EagerStage:
@@ -19,15 +20,15 @@ class EagerStage:
 
     received: tuple[Crossing, ...] = ()
 
-    def __init__(self, model: Any, attention: PagedAttention) -> None:
+    def __init__(self, model: Any, attention: PagedAttention | KernelAttention) -> None:
         self._model = model
         self._attention = attention
-        self._step: StepLayout | None = None
+        self._step: Any = None
         self._site = 0
         attach(model, self)
 
     def __call__(
-        self, step: StepLayout, inputs: Mapping[str, torch.Tensor], received: Sequence[torch.Tensor] = ()
+        self, step: Any, inputs: Mapping[str, torch.Tensor], received: Sequence[torch.Tensor] = ()
     ) -> list[torch.Tensor]:
         self._step, self._site = step, 0
         return [call_causal_lm(self._model, inputs)]

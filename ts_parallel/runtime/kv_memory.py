@@ -68,6 +68,7 @@ class KVMemory:
     def __init__(
         self, sites: Sequence[AttentionSite], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.device = device
         num_slots = num_blocks * block_size
         # Zeros, not garbage: a padded slot is masked out of the softmax, yet 0 × NaN would still be NaN.
         self.keys = [

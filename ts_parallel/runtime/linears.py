@@ -1,38 +1,154 @@
-"""Linears whose weight lies in memory as the processor reads it best.
+"""Linears, alone or in groups, over weights that lie in memory as the processor reads them best.
 
-oneDNN reads a weight that was reordered once at about twice the speed of a plain one, and computes the same bits: a
-decode step is bound by exactly that (measured in the README). Small weights stay plain, for there the dearer call costs
-more than the reading gains. float32 stays plain too, for its result would round otherwise.
+A decode step is bound by reading weights. On a processor with AVX-512 and bfloat16, a bfloat16 weight is laid out in
+panels (`native.packed_weight`) that one token reads from beginning to end and many tokens find in the cache; linears of
+the same hidden states are one call, and so are a gated pair with its activation, and a linear with the addition that
+follows it. All other weights stay plain, and torch multiplies: float32 keeps the bits that transformers computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
-_SMALLEST = 2**18  # elements
+from ts_parallel.native import kernels
+from ts_parallel.native.packed_weight import PackedWeight
+from ts_parallel.partition.program import GatedLinear, LinearLayer, LinearLayers, Linears
+
+Tensors: TypeAlias = Mapping[str, Any]
+"""A rank's parameters and buffers by name; a linear's weight may be a `PackedWeight`."""
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch._C._nn.silu,
+    "gelu_tanh": partial(torch._C._nn.gelu, approximate="tanh"),
+    "relu": torch.relu,
+}
+_NUMBERS = {"silu": 1, "gelu_tanh": 2, "relu": 3}  # of `enum activation` in linear.h
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` `[O, I]` in oneDNN's order, which `linear_layer` alone can read; as it is where that gains nothing."""
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < _SMALLEST:
-        return weight
-    if not (torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return weight
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
+def make_linears(entry: Linears, tensors: Tensors) -> Callable[..., Any]:
+    """What computes `entry` with this rank's weights.
+
+    Returns:
+        For a `LinearLayer`, hidden `[..., I]`, and a residual `[..., O]` to be added if there is one → `[..., O]`. For
+        `LinearLayers`, hidden → a tensor of each; for a `GatedLinear`, hidden → `[..., O]`.
+    """
+    match entry:
+        case LinearLayer():
+            return _linear(_Part(entry, tensors))
+        case LinearLayers(layers):
+            parts = [_Part(layer, tensors) for layer in layers]
+            return _side_by_side(parts) if all(part.is_packed for part in parts) else _one_by_one(parts)
+        case GatedLinear(gate, up, activation):
+            first, second = _Part(gate, tensors), _Part(up, tensors)
+            make = _gated_at_once if first.is_packed and second.is_packed else _gated
+            return make(first, second, activation)
 
 
-def linear_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`hidden [..., I]` → `[..., O]` by a `weight` `[O, I]`, packed or not."""
-    if not weight.is_mkldnn:
-        return partial(torch._C._nn.linear, weight=weight, bias=bias)
-    call = torch.ops.mkldnn._linear_pointwise.default
+def make_embedding(weight: torch.Tensor | PackedWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Token ids `[...]` → their rows `[..., I]` of `weight` `[O, I]`, which a head may share."""
+    if isinstance(weight, torch.Tensor):
+        return partial(torch.embedding, weight)
+    panels, num_inputs = weight.panels, weight.shape[1]
 
-    def linear(hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = call(hidden, weight, bias, "none", [], "")
-        return result
+    def embedding(token_ids: torch.Tensor) -> torch.Tensor:
+        token_ids = token_ids.contiguous()
+        rows = panels.new_empty((*token_ids.shape, num_inputs))
+        kernels.embedding(panels.data_ptr(), num_inputs, token_ids.data_ptr(), token_ids.numel(), rows.data_ptr())
+        return rows
 
-    return linear
+    return embedding
+
+
+class _Part:
+    """One linear's weight and bias."""
+
+    def __init__(self, layer: LinearLayer, tensors: Tensors) -> None:
+        self.weight: torch.Tensor | PackedWeight = tensors[layer.weight]
+        self.bias: torch.Tensor | None = None if layer.bias is None else tensors[layer.bias]
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.weight, PackedWeight)
+
+    @property
+    def num_outputs(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        assert isinstance(self.weight, PackedWeight)
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return self.weight.panels.data_ptr(), bias, self.num_outputs
+
+
+def _linear(part: _Part) -> Callable[..., torch.Tensor]:
+    if isinstance(part.weight, torch.Tensor):
+        plain = partial(torch._C._nn.linear, weight=part.weight, bias=part.bias)
+        return lambda hidden, residual=None: plain(hidden) if residual is None else plain(hidden) + residual
+    layer, num_outputs, run = _make_layer((part,)), part.num_outputs, kernels.linear
+
+    def linear(hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = hidden.contiguous()
+        *sizes, width = hidden.shape
+        output = hidden.new_empty((*sizes, num_outputs))
+        added = 0
+        if residual is not None:
+            residual = residual.contiguous()
+            added = residual.data_ptr()
+        run(layer, hidden.data_ptr(), width, hidden.numel() // width, added, output.data_ptr())
+        return output
+
+    return _keeping(linear, part)
+
+
+def _side_by_side(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    layer, widths, run = _make_layer(parts), [part.num_outputs for part in parts], kernels.linear
+
+    def linears(hidden: torch.Tensor) -> list[torch.Tensor]:
+        hidden = hidden.contiguous()
+        *sizes, width = hidden.shape
+        outputs = [hidden.new_empty((*sizes, own)) for own in widths]
+        places = [output.data_ptr() for output in outputs]
+        run(layer, hidden.data_ptr(), width, hidden.numel() // width, 0, *places)
+        return outputs
+
+    return _keeping(linears, *parts)
+
+
+def _one_by_one(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    linears = [_linear(part) for part in parts]
+    return lambda hidden: [linear(hidden) for linear in linears]
+
+
+def _gated_at_once(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer, num_outputs, run = _make_layer((gate, up), _NUMBERS[activation]), gate.num_outputs, kernels.linear
+
+    def gated(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.contiguous()
+        *sizes, width = hidden.shape
+        output = hidden.new_empty((*sizes, num_outputs))
+        run(layer, hidden.data_ptr(), width, hidden.numel() // width, 0, output.data_ptr())
+        return output
+
+    return _keeping(gated, gate, up)
+
+
+def _gated(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    first, second, activate = _linear(gate), _linear(up), _ACTIVATIONS[activation]
+    return lambda hidden: activate(first(hidden)) * second(hidden)
+
+
+def _make_layer(parts: Sequence[_Part], activation: int = 0) -> Any:
+    """The kernels' own description, which holds addresses: whoever has it keeps the parts."""
+    kernels.set_num_threads(torch.get_num_threads())
+    addresses = [number for part in parts for number in part.addresses]
+    return kernels.make_linear(int(parts[0].weight.shape[1]), activation, *addresses)
+
+
+def _keeping(function: Callable[..., Any], *parts: _Part) -> Callable[..., Any]:
+    function.parts = parts  # type: ignore[attr-defined]
+    return function

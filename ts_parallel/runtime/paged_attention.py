@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ts_parallel.partition.program import AttentionSite
+from ts_parallel.runtime.fused import rotary
 from ts_parallel.runtime.kv_memory import KVMemory
 from ts_parallel.runtime.step import Chunk, StepPlan
 
@@ -122,9 +123,14 @@ def _lay_out_prefill(chunk: Chunk, own: list[int], rows: slice, device: torch.de
 class PagedAttention:
     """The attention of one rank's stages over its KV memory. `sites` are its attention calls, in the memory's order."""
 
-    def __init__(self, sites: Sequence[AttentionSite], memory: KVMemory) -> None:
+    def __init__(self, sites: Sequence[AttentionSite], memory: KVMemory, block_size: int) -> None:
         self._sites = sites
         self._memory = memory
+        self._block_size = block_size
+
+    def lay_out(self, plan: StepPlan) -> StepLayout:
+        """What every attention site of a step shares."""
+        return lay_out(plan, self._block_size, self._memory.device)
 
     def __call__(
         self,
@@ -134,8 +140,12 @@ class PagedAttention:
         value: torch.Tensor,  # [1, KV, T, E]
         site: int,
         sinks: torch.Tensor | None = None,  # [H]
+        cosine: torch.Tensor | None = None,  # broadcasts to the query's shape, as does the sine
+        sine: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention call number `site` of a step → `[1, T, H, E]`."""
+        """Attention call number `site` of a step, whose queries and keys `rotary` turns before → `[1, T, H, E]`."""
+        if cosine is not None and sine is not None:
+            query, key = rotary(query, cosine, sine), rotary(key, cosine, sine)
         memory, own = self._memory, self._sites[site]
         queries, new_keys, new_values = query[0], key[0], value[0]
         memory.write(site, step.slots, new_keys.transpose(0, 1), new_values.transpose(0, 1))

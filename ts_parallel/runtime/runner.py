@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from ts_parallel.errors import ConfigError, PlanError
+from ts_parallel.native.packed_weight import PackedWeight
 from ts_parallel.partition.load import RankModel
-from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram
+from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram, Weight, linears_of
 from ts_parallel.runtime.channel import StepChannel
+from ts_parallel.runtime.kernel_attention import KernelAttention, make_attention
 from ts_parallel.runtime.kv_memory import KVMemory, count_blocks
-from ts_parallel.runtime.paged_attention import PagedAttention, lay_out
+from ts_parallel.runtime.paged_attention import PagedAttention
 from ts_parallel.runtime.sampling import choose
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.runtime.step import Chunk, StepPlan
@@ -47,8 +48,12 @@ class Runner:
         self._head = program.head_sizes
         self._vocabulary = sum(self._head)
         sites = program.sites_of_ranks[topology.stage]
-        attention = PagedAttention(sites, KVMemory(sites, self.num_blocks, block_size, dtype, topology.device))
-        self._stage = _make_stage(part, self._group, attention)
+        memory = KVMemory(sites, self.num_blocks, block_size, dtype, topology.device)
+        self._attention = make_attention(sites, memory, block_size)
+        self._stage = _make_stage(part, self._group, self._attention)
+        if are_products_in_kernels(part):
+            # What torch itself still computes is small; a team of its own threads would spin on the kernels' cores.
+            torch.set_num_threads(1)
 
     @property
     def weights(self) -> str:
@@ -101,7 +106,7 @@ class Runner:
     @torch.inference_mode()
     def _run_stage(self, plan: StepPlan) -> torch.Tensor | None:
         """This rank's part of a step. The result of the step where the leader has it itself; else it comes to it."""
-        layout = lay_out(plan, self.block_size, self._device)
+        layout = self._attention.lay_out(plan)
         inputs = {TOKEN_IDS: layout.token_ids, POSITIONS: layout.positions, ROWS: layout.sampled_rows}
         sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         received = self._channel.receive_inward(
@@ -122,14 +127,9 @@ class Runner:
 
     def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Every rank's `[R, V / ranks]` → `[R, V]` on the first of the stage, None on the others."""
-        if len(self._head) == 1 or not len(logits):
+        if len(self._head) == 1:  # each rank has all of them
             return logits if self._group.rank == 0 else None
-        padded = torch.nn.functional.pad(logits, (0, max(self._head) - logits.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in self._head] if self._group.rank == 0 else None
-        dist.gather(padded, parts, group_dst=0, group=self._group.process_group)
-        if parts is None:
-            return None
-        return torch.cat([part[:, :size] for part, size in zip(parts, self._head, strict=True)], dim=-1)
+        return self._group.gather(logits, self._head)
 
 
 def _sampled(plan: StepPlan) -> list[Chunk]:
@@ -146,13 +146,24 @@ def _choose_tokens(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
     return torch.tensor(choose(logits, plan.chunks) or [0])
 
 
-def _make_stage(part: RankModel, group: TensorParallelGroup, attention: PagedAttention) -> Stage | EagerStage:
+def _make_stage(
+    part: RankModel, group: TensorParallelGroup, attention: PagedAttention | KernelAttention
+) -> Stage | EagerStage:
     if part.model is None:
         (code,) = part.program.stages
         return Stage(code, part.tensors, group, attention)
     from ts_parallel.runtime.eager_stage import EagerStage  # and with it transformers, which no other rank needs
 
     return EagerStage(part.model, attention)
+
+
+def are_products_in_kernels(part: RankModel) -> bool:
+    """Whether the kernels, which have threads of their own, multiply all matrices of a step."""
+    calls = [call for stage in part.program.stages for call in stage.globals.values()]
+    names = {layer.weight for call in calls for layer in linears_of(call)}
+    others = {call.name for call in calls if isinstance(call, Weight)} - set(part.program.buffers)
+    are_packed = bool(names) and all(isinstance(part.tensors[name], PackedWeight) for name in names)
+    return are_packed and all(part.tensors[name].ndim < 3 for name in others)  # where experts are, a stack of matrices
 
 
 def refuse_unpageable(program: RankProgram, max_model_len: int) -> None:

@@ -6,6 +6,7 @@ R rows, V vocabulary, K most likely tokens.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,6 +14,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.runtime.step import Chunk, SamplingParams
 
 # Of a prompt that is scored, each token is a row: this bounds what their log-probabilities need beside their logits.
@@ -64,7 +66,7 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
         logits: `[R, V]`, any float dtype.
         chunks: whose next token each row is; with the seed, the token's position makes the random number.
     """
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = _most_likely(logits)
     for row, chunk in enumerate(chunks):
         params = chunk.sampling
         if params.temperature == 0 and not params.changes_logits and not chunk.allowed:
@@ -74,6 +76,16 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
             _sample_row(own, params, uniform(params.seed, chunk.end)) if params.temperature else int(own.argmax())
         )
     return tokens
+
+
+def _most_likely(logits: torch.Tensor) -> list[int]:
+    """The first of each row's greatest logits."""
+    if not (HAS_KERNELS and logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and logits.is_contiguous()):
+        tokens: list[int] = logits.argmax(dim=-1).tolist()
+        return tokens
+    best = array("q", bytes(8 * len(logits)))
+    kernels.argmax(logits.data_ptr(), len(logits), logits.shape[1], best.buffer_info()[0])
+    return best.tolist()
 
 
 def uniform(seed: int, position: int) -> float:

@@ -9,22 +9,40 @@ import torch
 
 from ts_parallel.partition.program import (
     Constant,
+    Embedding,
+    GatedLinear,
     LinearLayer,
+    LinearLayers,
     Operation,
+    RmsNorm,
     StageCode,
     StageGlobal,
     Supplied,
     Weight,
+    linears_of,
 )
-from ts_parallel.runtime.linears import linear_layer
+from ts_parallel.runtime.fused import make_norm, rotary
+from ts_parallel.runtime.linears import Tensors, make_embedding, make_linears
 from ts_parallel.topology import TensorParallelGroup
 
 
 class Attention(Protocol):
-    """Attention call `site` of a stage in one step: see `trace.attention_marker` for the shapes."""
+    """Attention call `site` of a stage in one step: see `trace.attention_marker` for the shapes.
+
+    With a cosine and a sine, `fused.rotary` by them comes before.
+    """
 
     def __call__(
-        self, step: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, site: int
+        self,
+        step: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        site: int,
+        sinks: torch.Tensor | None = None,
+        cosine: torch.Tensor | None = None,
+        sine: torch.Tensor | None = None,
+        /,
     ) -> torch.Tensor: ...
 
 
@@ -34,7 +52,7 @@ class Stage:
     def __init__(
         self,
         code: StageCode,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Tensors,
         group: TensorParallelGroup,
         attention: Attention | None = None,
     ) -> None:
@@ -48,6 +66,7 @@ class Stage:
         supplied = {
             "device": _device_of(code, tensors),
             "attention": attention,
+            "rotary": rotary,
             "all_reduce": group.all_reduce,
             "all_gather": group.all_gather,
             "from_own_start": group.from_own_start,
@@ -64,19 +83,25 @@ class Stage:
         return self._function(step, inputs, received)
 
 
-def _device_of(code: StageCode, tensors: Mapping[str, torch.Tensor]) -> torch.device:
+def _device_of(code: StageCode, tensors: Tensors) -> torch.device:
     """Where the weights are: what the code makes itself belongs there too."""
-    weights = (entry for entry in code.globals.values() if isinstance(entry, Weight | LinearLayer))
-    names = (entry.name if isinstance(entry, Weight) else entry.weight for entry in weights)
-    return next((tensors[name].device for name in names), torch.device("cpu"))
+    names = [entry.name for entry in code.globals.values() if isinstance(entry, Weight)]
+    names += [entry.weight for entry in code.globals.values() if isinstance(entry, Embedding)]
+    names += [layer.weight for entry in code.globals.values() for layer in linears_of(entry)]
+    found = (tensors[name] for name in names)
+    return next((tensor.device for tensor in found if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
 
 
-def _value_of(entry: StageGlobal, tensors: Mapping[str, torch.Tensor], supplied: Mapping[str, Any]) -> Any:
+def _value_of(entry: StageGlobal, tensors: Tensors, supplied: Mapping[str, Any]) -> Any:
     match entry:
         case Weight(name):
             return tensors[name]
-        case LinearLayer(weight, bias):
-            return linear_layer(tensors[weight], None if bias is None else tensors[bias])
+        case Embedding(weight):
+            return make_embedding(tensors[weight])
+        case LinearLayer() | LinearLayers() | GatedLinear():
+            return make_linears(entry, tensors)
+        case RmsNorm(weight):
+            return make_norm(entry, tensors[weight])
         case Operation():
             return entry.resolve()
         case Constant(torch.Tensor() as value):

@@ -21,7 +21,6 @@ from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
-from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.serving.answers import JSON
 from ts_parallel.serving.bodies import RawRequest
@@ -237,7 +236,7 @@ def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> 
     place = PipelinePlace(topology.stage, topology.num_stages, config.virtual_stages, config.split_points)
     request = ProgramRequest(folder, config.dtype, group.rank, group.size, place, config.task)
     program = prepare_program(request, index)
-    tensors = load_program(program, index, group, topology.device, pack_weight).tensors
+    tensors = load_program(program, index, group, topology.device, packs=True).tensors
     stages = [Stage(code, tensors, group) for code in program.stages]
     return BatchRunner(stages, StepChannel(topology), topology, program.inputs_by_stage, program.outputs[0])
 

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import SECONDS_BETWEEN_SIGNS_OF_LIFE, Engine
 from ts_parallel.engine.request import FinishReason, GenerationParams, Request, make_request
@@ -60,10 +61,11 @@ class _Leader(OfflineModel):
         from ts_parallel.partition.model_config import max_positions_of, read_model_config
         from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
 
-        model_config = read_model_config(folder)
+        settings = settings_folder(folder, config.config_folder)
+        model_config = read_model_config(settings)
         self._engine = engine
-        self._tokenizer = read_tokenizer(folder)
-        self._eos_ids = read_eos_ids(folder, model_config)
+        self._tokenizer = read_tokenizer(settings)
+        self._eos_ids = read_eos_ids(settings, model_config)
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
         self._names = map(str, count())
         self._engine_free = threading.Lock()

@@ -24,7 +24,6 @@ from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest, RankProgram
 from ts_parallel.partition.seq2seq import SEQ2SEQ_TASKS, SPEECH, Seq2SeqCall, call_of_seq2seq, longest_answer
 from ts_parallel.runtime.channel import StepChannel
-from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.part_runner import Part, PartRunner
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.serving.bodies import RawRequest
@@ -73,7 +72,7 @@ def make_part_runner(config: Seq2SeqConfig, folder: Path, topology: Topology) ->
 def run_program(program: RankProgram, index: CheckpointIndex, topology: Topology) -> PartRunner:
     """The runner of a program in parts, its weights read from the checkpoint."""
     group, count = topology.tensor_parallel, topology.num_stages
-    tensors = load_program(program, index, group, topology.device, pack_weight).tensors
+    tensors = load_program(program, index, group, topology.device, packs=True).tensors
     reads = program.inputs_by_stage
     parts = [
         Part(Stage(code, tensors, group), code.kept, reads[number * count : (number + 1) * count], output)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ts_parallel.checkpoint.adapter import Adapter, read_adapter
+from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine, EngineThread
@@ -17,7 +18,6 @@ from ts_parallel.partition.load import RankModel, load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.kv_memory import bytes_beside_weights
-from ts_parallel.runtime.linears import pack_weight
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.front_end import discard
 from ts_parallel.serving.keep_open import has_replicas, keep_one_open
@@ -53,7 +53,8 @@ class TextGenerationService:
             from ts_parallel.serving.generation_service import GenerationService
 
             engine = EngineThread(make_engine(runner, config), on_failure=exit_soon)
-            return runner, GenerationService(folder, context.model_name, engine, config)
+            settings = settings_folder(folder, config.config_folder)
+            return runner, GenerationService(settings, context.model_name, engine, config)
 
         topology, (runner, service) = start_rank(context, HandlerConfig, load)
         log_loaded(topology, runner.weights)
@@ -88,15 +89,34 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankM
     group = topology.tensor_parallel
     place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
     index = read_index(folder)
-    program = prepare_program(ProgramRequest(folder, config.dtype, group.rank, group.size, place), index)
-    adapter = read_adapter(Path(config.adapter_path), index) if config.adapter_path else Adapter({})
-    return load_program(program, index, group, topology.device, pack_weight, adapter.merge)
+    program = prepare_program(program_request(config, folder, group.rank, place), index)
+    merge = read_adapter(Path(config.adapter_path), index).merge if config.adapter_path else None
+    return load_program(program, index, group, topology.device, packs=True, merge=merge)
+
+
+def program_request(config: HandlerConfig, folder: Path, rank: int, place: PipelinePlace) -> ProgramRequest:
+    return ProgramRequest(
+        folder,
+        config.dtype,
+        rank,
+        config.tensor_parallel_size,
+        place,
+        settings=config.config_folder,
+        expert_parallel=config.enable_expert_parallel,
+    )
 
 
 def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankModel:
     from ts_parallel.partition.build import build_eager_model  # and with it transformers and the tracer
 
-    return build_eager_model(folder, config.dtype, topology.tensor_parallel, topology.device)
+    return build_eager_model(
+        folder,
+        config.dtype,
+        topology.tensor_parallel,
+        topology.device,
+        settings=config.config_folder,
+        expert_parallel=config.enable_expert_parallel,
+    )
 
 
 def make_engine(runner: Runner, config: HandlerConfig) -> Engine:

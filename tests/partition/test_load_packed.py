@@ -1,0 +1,105 @@
+"""Weights that are packed while they are read hold the numbers that the plain ones do."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, random_model
+from safetensors.torch import load_file, save_file
+
+from ts_parallel.checkpoint import load
+from ts_parallel.checkpoint.index import SINGLE_FILE, read_index
+from ts_parallel.checkpoint.load import LoadItem
+from ts_parallel.errors import CheckpointError
+from ts_parallel.native import HAS_KERNELS
+from ts_parallel.native.packed_weight import PackedWeight
+from ts_parallel.partition import load as loading
+from ts_parallel.partition.build import make_programs
+from ts_parallel.partition.load import load_program
+from ts_parallel.partition.program import ProgramRequest, RankProgram
+from ts_parallel.topology import TensorParallelGroup
+
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="this processor does not run the kernels")
+CPU = torch.device("cpu")
+
+
+def save(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    random_model(FAMILIES[family]()).to(dtype).save_pretrained(folder)
+
+
+def programs(folder: Path) -> dict[int, RankProgram]:
+    made = make_programs(ProgramRequest(folder, "bfloat16", 0, 2), read_index(folder))
+    return {rank: program for (rank, _), program in made.items()}
+
+
+def tensors(program: RankProgram, folder: Path, rank: int, packs: bool, merge: Any = None) -> dict[str, Any]:
+    return load_program(program, read_index(folder), TensorParallelGroup(rank, 2), CPU, packs, merge).tensors
+
+
+def unpacked(found: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: own.unpack() if isinstance(own, PackedWeight) else own for name, own in found.items()}
+
+
+def note_whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for every weight from now on that is packed after it was read whole."""
+    noted: list[int] = []
+    pack = loading._pack
+    monkeypatch.setattr(loading, "_pack", lambda weight: noted.append(1) or pack(weight))  # type: ignore[func-returns-value]
+    return noted
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_packed_weights_hold_what_plain_ones_do(
+    family: str, stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, family, stored)
+    monkeypatch.setattr(load, "STAGING_BYTES", 1000)
+    num_packed = 0
+    for rank, program in programs(tmp_path).items():
+        plain = tensors(program, tmp_path, rank, packs=False)
+        packed = tensors(program, tmp_path, rank, packs=True)
+        num_packed += sum(isinstance(own, PackedWeight) for own in packed.values())
+        assert not any(isinstance(own, PackedWeight) for own in plain.values())
+        assert packed.keys() == plain.keys()
+        assert all(torch.equal(own, plain[name]) for name, own in unpacked(packed).items())
+    assert num_packed
+
+
+def test_weight_that_is_merged_is_packed_after_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "llama")
+    noted = note_whole(monkeypatch)
+
+    def merge(item: LoadItem) -> None:
+        item.target.detach().add_(1)
+
+    program = programs(tmp_path)[1]
+    plain = tensors(program, tmp_path, 1, packs=False)
+    assert not noted
+    packed = tensors(program, tmp_path, 1, packs=True, merge=merge)
+    assert noted and sum(isinstance(own, PackedWeight) for own in packed.values()) == len(noted)
+    for name in program.plan.parameters:
+        assert torch.equal(unpacked(packed)[name], plain[name] + 1)
+
+
+def test_weights_of_a_plain_model_are_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "llama")
+    noted = note_whole(monkeypatch)
+    packed = tensors(programs(tmp_path)[0], tmp_path, 0, packs=True)
+    assert any(isinstance(own, PackedWeight) for own in packed.values()) and not noted
+
+
+def test_nan_in_a_weight_that_is_packed_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    made = programs(tmp_path)
+    stored = load_file(tmp_path / SINGLE_FILE)
+    name = next(name for name in stored if "down_proj" in name)
+    stored[name][-1, -1] = math.nan
+    save_file(stored, tmp_path / SINGLE_FILE)
+    tensors(made[0], tmp_path, 0, packs=True)  # the last column is the other rank's
+    with pytest.raises(CheckpointError, match=f"'{name}' in .* holds NaN$"):
+        tensors(made[1], tmp_path, 1, packs=True)

@@ -1,0 +1,286 @@
+/* What a step of a model spends its time with, for bfloat16 on processors with AVX-512: see the headers. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+static int num_threads = 1;
+
+/* Integers of a call: pointers, counts, strides. */
+static int integers(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t wanted, int64_t *numbers)
+{
+    if (count != wanted) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, not %zd", wanted, count);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++)
+        numbers[i] = PyLong_AsLongLong(arguments[i]);
+    return !PyErr_Occurred();
+}
+
+static PyObject *is_supported(PyObject *self, PyObject *none)
+{
+    (void)self, (void)none;
+    __builtin_cpu_init();
+    return PyBool_FromLong(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512bf16"));
+}
+
+static PyObject *set_num_threads(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number;
+    if (!integers(arguments, count, 1, &number))
+        return NULL;
+    num_threads = number < 1 ? 1 : (int)number;
+    Py_RETURN_NONE;
+}
+
+static PyObject *pack(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[5];
+    if (!integers(arguments, count, 5, number))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    pack_rows((bf16 *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+/* panels, num_inputs, rows (int64), num_rows, output */
+static PyObject *embedding(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[5];
+    if (!integers(arguments, count, 5, number))
+        return NULL;
+    look_up((const bf16 *)number[0], number[1], (const int64_t *)number[2], number[3], (bf16 *)number[4]);
+    Py_RETURN_NONE;
+}
+
+static void drop_layer(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, "linear"));
+}
+
+/* num_inputs, activation, then of each part: panels, bias, num_outputs */
+static PyObject *make_linear(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[2 + 3 * MOST_PARTS];
+    if (count < 5 || count > 2 + 3 * MOST_PARTS || (count - 2) % 3)
+        return PyErr_Format(PyExc_TypeError, "%zd arguments are not 2 and 3 for each of 1 to %d parts", count, MOST_PARTS);
+    if (!integers(arguments, count, count, number))
+        return NULL;
+    struct linear *layer = calloc(1, sizeof *layer);
+    if (!layer)
+        return PyErr_NoMemory();
+    layer->num_inputs = number[0];
+    layer->activation = (enum activation)number[1];
+    layer->num_parts = (int)(count - 2) / 3;
+    for (int i = 0; i < layer->num_parts; i++) {
+        struct linear_part *part = &layer->parts[i];
+        part->panels = (const bf16 *)number[2 + 3 * i];
+        part->bias = (const bf16 *)number[3 + 3 * i];
+        part->num_outputs = number[4 + 3 * i];
+        if (!layer->activation || !i)
+            layer->num_panels += (part->num_outputs + PANEL - 1) / PANEL;
+    }
+    return PyCapsule_New(layer, "linear", drop_layer);
+}
+
+/* layer, input, stride, num_tokens, residual, then the outputs of each part */
+static PyObject *linear(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    struct linear_call call = {0};
+    int64_t number[4 + MOST_PARTS];
+    if (count < 6 || count > 5 + MOST_PARTS)
+        return PyErr_Format(PyExc_TypeError, "%zd arguments are not 6 to %d", count, 5 + MOST_PARTS);
+    call.layer = PyCapsule_GetPointer(arguments[0], "linear");
+    if (!call.layer || !integers(arguments + 1, count - 1, count - 1, number))
+        return NULL;
+    call.input = (const bf16 *)number[0];
+    call.stride = number[1];
+    call.num_tokens = number[2];
+    call.residual = (const bf16 *)number[3];
+    for (Py_ssize_t i = 5; i < count; i++)
+        call.outputs[i - 5] = (bf16 *)number[i - 1];
+    if (call.num_tokens) {
+        Py_BEGIN_ALLOW_THREADS;
+        linear_run(&call, num_threads);
+        Py_END_ALLOW_THREADS;
+    }
+    Py_RETURN_NONE;
+}
+
+/* One call of many small things; the interpreter is let go only where it takes a while. */
+#define RUN(task, call, num_tasks)                                                                                     \
+    do {                                                                                                               \
+        if ((num_tasks) == 1) {                                                                                        \
+            task(call, 0);                                                                                             \
+        } else if (num_tasks) {                                                                                        \
+            Py_BEGIN_ALLOW_THREADS;                                                                                    \
+            pool_run(task, call, num_tasks, num_threads);                                                              \
+            Py_END_ALLOW_THREADS;                                                                                      \
+        }                                                                                                              \
+    } while (0)
+
+/* input, weight, output, num_rows, width, stride, bits of epsilon as float64, is_offset */
+static PyObject *rms_norm(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[8];
+    double epsilon;
+    if (!integers(arguments, count, 8, number))
+        return NULL;
+    memcpy(&epsilon, &number[6], sizeof epsilon);
+    struct norm_call call = {(const bf16 *)number[0], (const bf16 *)number[1], (bf16 *)number[2], number[3],
+                             number[4], number[5], (float)epsilon, (int)number[7]};
+    int64_t num_tasks = (call.num_rows + ROWS_A_TASK - 1) / ROWS_A_TASK;
+    RUN(norm_task, &call, num_tasks);
+    Py_RETURN_NONE;
+}
+
+/* input, token_stride, head_stride, num_tokens, num_heads, head_dim, cosine, sine, output */
+static PyObject *rotary(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[9];
+    if (!integers(arguments, count, 9, number))
+        return NULL;
+    struct rotary_call call = {(const bf16 *)number[0], number[1], number[2], number[3], number[4], number[5],
+                               (const bf16 *)number[6], (const bf16 *)number[7], (bf16 *)number[8]};
+    int64_t num_tasks = (call.num_tokens + ROWS_A_TASK - 1) / ROWS_A_TASK;
+    RUN(rotary_task, &call, num_tasks);
+    Py_RETURN_NONE;
+}
+
+/* logits, num_rows, num_columns, result */
+static PyObject *argmax(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[4];
+    if (!integers(arguments, count, 4, number))
+        return NULL;
+    struct argmax_call call = {(const bf16 *)number[0], number[2], (int64_t *)number[3]};
+    RUN(argmax_task, &call, number[1]);
+    Py_RETURN_NONE;
+}
+
+static void drop_site(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, "site"));
+}
+
+static void drop_step(PyObject *capsule)
+{
+    struct step *step = PyCapsule_GetPointer(capsule, "step");
+    free((void *)step->blocks);
+    free((void *)step->slots);
+    free(step);
+}
+
+/* num_heads, num_kv_heads, head_dim, value_dim, window, keys, values, sinks, scaling, softcap */
+static PyObject *make_site(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[8];
+    if (count != 10)
+        return PyErr_Format(PyExc_TypeError, "10 arguments are wanted, not %zd", count);
+    double scaling = PyFloat_AsDouble(arguments[8]), softcap = PyFloat_AsDouble(arguments[9]);
+    if (!integers(arguments, 8, 8, number))
+        return NULL;
+    struct site *site = malloc(sizeof *site);
+    if (!site)
+        return PyErr_NoMemory();
+    *site = (struct site){number[0], number[1], number[2], number[3], number[4], (float)scaling, (float)softcap,
+                          (const bf16 *)number[7], (bf16 *)number[5], (bf16 *)number[6]};
+    return PyCapsule_New(site, "site", drop_site);
+}
+
+/* block_size, num_tokens, chunks (int64 [C, 4] as bytes), blocks (int64 as bytes) */
+static PyObject *make_step(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[2];
+    char *chunks, *blocks;
+    Py_ssize_t chunks_size, blocks_size;
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "4 arguments are wanted, not %zd", count);
+    if (!integers(arguments, 2, 2, number) || PyBytes_AsStringAndSize(arguments[2], &chunks, &chunks_size) ||
+        PyBytes_AsStringAndSize(arguments[3], &blocks, &blocks_size))
+        return NULL;
+    struct step *step = malloc(sizeof *step + (size_t)chunks_size);
+    int64_t *copy = malloc((size_t)blocks_size), *slots = malloc((size_t)number[1] * sizeof *slots);
+    if (!step || !copy || !slots) {
+        free(step);
+        free(copy);
+        free(slots);
+        return PyErr_NoMemory();
+    }
+    step->block_size = number[0];
+    step->num_tokens = number[1];
+    step->num_chunks = chunks_size / (Py_ssize_t)sizeof(struct chunk);
+    memcpy(step->chunks, chunks, (size_t)chunks_size);
+    memcpy(copy, blocks, (size_t)blocks_size);
+    step->blocks = copy;
+    step->slots = slots;
+    for (int64_t i = 0; i < step->num_chunks; i++)
+        for (int64_t token = 0; token < step->chunks[i].num_tokens; token++)
+            slots[step->chunks[i].first_row + token] = slot_of(step, &step->chunks[i], step->chunks[i].start + token);
+    return PyCapsule_New(step, "step", drop_step);
+}
+
+/* site, step, cosine, sine, then data, head stride and token stride of query, key, value and output */
+static PyObject *attention(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[14];
+    struct attention_call call = {0};
+    if (count != 16)
+        return PyErr_Format(PyExc_TypeError, "16 arguments are wanted, not %zd", count);
+    call.site = PyCapsule_GetPointer(arguments[0], "site");
+    call.step = PyCapsule_GetPointer(arguments[1], "step");
+    if (!call.site || !call.step || !integers(arguments + 2, 14, 14, number))
+        return NULL;
+    call.cosine = (const bf16 *)number[0];
+    call.sine = (const bf16 *)number[1];
+    struct heads *heads[4] = {&call.query, &call.key, &call.value, &call.output};
+    for (int i = 0; i < 4; i++)
+        *heads[i] = (struct heads){(bf16 *)number[2 + 3 * i], number[3 + 3 * i], number[4 + 3 * i]};
+    int done;
+    Py_BEGIN_ALLOW_THREADS;
+    done = attention_run(&call, num_threads);
+    Py_END_ALLOW_THREADS;
+    if (!done)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"is_supported", is_supported, METH_NOARGS, NULL},
+    {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_FASTCALL, NULL},
+    {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, NULL},
+    {"embedding", (PyCFunction)(void (*)(void))embedding, METH_FASTCALL, NULL},
+    {"make_linear", (PyCFunction)(void (*)(void))make_linear, METH_FASTCALL, NULL},
+    {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},
+    {"rms_norm", (PyCFunction)(void (*)(void))rms_norm, METH_FASTCALL, NULL},
+    {"rotary", (PyCFunction)(void (*)(void))rotary, METH_FASTCALL, NULL},
+    {"argmax", (PyCFunction)(void (*)(void))argmax, METH_FASTCALL, NULL},
+    {"make_site", (PyCFunction)(void (*)(void))make_site, METH_FASTCALL, NULL},
+    {"make_step", (PyCFunction)(void (*)(void))make_step, METH_FASTCALL, NULL},
+    {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_kernels(void)
+{
+    return PyModule_Create(&module);
+}

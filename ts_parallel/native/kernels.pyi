@@ -1,0 +1,47 @@
+from typing import Any
+
+def is_supported() -> bool: ...
+def set_num_threads(number: int, /) -> None: ...
+def pack(panels: int, rows: int, num_rows: int, num_inputs: int, stride: int, /) -> None: ...
+def embedding(panels: int, num_inputs: int, rows: int, num_rows: int, output: int, /) -> None: ...
+def make_linear(num_inputs: int, activation: int, /, *parts: int) -> Any: ...
+def linear(layer: Any, hidden: int, stride: int, num_tokens: int, residual: int, /, *outputs: int) -> None: ...
+def rms_norm(
+    hidden: int,
+    weight: int,
+    output: int,
+    num_rows: int,
+    width: int,
+    stride: int,
+    epsilon: int,
+    is_offset: int,
+    /,
+) -> None: ...
+def rotary(
+    hidden: int,
+    token_stride: int,
+    head_stride: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    cosine: int,
+    sine: int,
+    output: int,
+    /,
+) -> None: ...
+def argmax(logits: int, num_rows: int, num_columns: int, result: int, /) -> None: ...
+def make_site(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    window: int,
+    keys: int,
+    values: int,
+    sinks: int,
+    scaling: float,
+    softcap: float,
+    /,
+) -> Any: ...
+def make_step(block_size: int, num_tokens: int, chunks: bytes, blocks: bytes, /) -> Any: ...
+def attention(site: Any, step: Any, cosine: int, sine: int, /, *heads: int) -> None: ...

@@ -1,0 +1,240 @@
+/* Linear layers whose weights lie in panels.
+ *
+ * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel two
+ * input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
+ * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache.
+ */
+#ifndef TS_PARALLEL_LINEAR_H
+#define TS_PARALLEL_LINEAR_H
+
+#include "bf16.h"
+#include "pool.h"
+
+#define PANEL 64
+#define MOST_ROWS 6 /* 6 tokens x 4 vectors of outputs, 4 of weights and 1 of inputs are 29 of 32 registers */
+#define MOST_PARTS 8
+
+enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
+
+struct linear_part {
+    const bf16 *panels;
+    const bf16 *bias; /* [N] or NULL */
+    int64_t num_outputs;
+};
+
+/* Weights that read the same inputs. With an activation there are two, and the outputs are `act(first) * second`. */
+struct linear {
+    int64_t num_inputs;
+    int num_parts;
+    enum activation activation;
+    int64_t num_panels; /* of all parts; of one where there is an activation */
+    struct linear_part parts[MOST_PARTS];
+};
+
+struct linear_call {
+    const struct linear *layer;
+    const bf16 *input; /* [T, K], rows `stride` apart */
+    int64_t stride;
+    int64_t num_tokens;
+    int64_t tokens_a_task;
+    const bf16 *residual; /* [T, N] or NULL: added to what the only part gives */
+    bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
+};
+
+/* `rows` tokens times one panel. */
+INLINE void multiply(const int rows, const bf16 *input, int64_t stride, const bf16 *panel, int64_t num_pairs,
+                     __m512 sums[][4])
+{
+    __m512 sum[MOST_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < num_pairs; pair++) {
+        const __m512i *weights = (const __m512i *)(panel + pair * 2 * PANEL);
+        __m512bh weight[4];
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            weight[part] = (__m512bh)_mm512_loadu_si512(weights + part);
+            if (rows < 3)
+                _mm_prefetch((const char *)(weights + part) + 2048, _MM_HINT_T0);
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            int32_t both;
+            memcpy(&both, input + row * stride + pair * 2, sizeof both);
+            __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++)
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], weight[part], inputs);
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            sums[row][part] = sum[row][part];
+}
+
+AVX512_BF16 static void multiply_rows(int rows, const bf16 *input, int64_t stride, const bf16 *panel, int64_t num_pairs,
+                                      __m512 sums[][4])
+{
+    switch (rows) {
+    case 1: multiply(1, input, stride, panel, num_pairs, sums); break;
+    case 2: multiply(2, input, stride, panel, num_pairs, sums); break;
+    case 3: multiply(3, input, stride, panel, num_pairs, sums); break;
+    case 4: multiply(4, input, stride, panel, num_pairs, sums); break;
+    case 5: multiply(5, input, stride, panel, num_pairs, sums); break;
+    default: multiply(6, input, stride, panel, num_pairs, sums); break;
+    }
+}
+
+/* As many tokens as fit the registers, and no last block of one or two if that can be helped. */
+static inline int rows_of_block(int64_t left)
+{
+    if (left <= MOST_ROWS)
+        return (int)left;
+    return left == MOST_ROWS + 1 || left == MOST_ROWS + 2 ? 4 : MOST_ROWS;
+}
+
+INLINE __m512 activated(enum activation kind, __m512 value)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+    switch (kind) {
+    case SILU:
+        return _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), value))));
+    case GELU_TANH: {
+        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(value, value), value);
+        __m512 inner = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, value);
+        __m512 twice = _mm512_mul_ps(inner, _mm512_set1_ps(2 * 0.7978845608f));
+        /* 0.5 (1 + tanh(x)) = 1 / (1 + e^(-2x)) */
+        return _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), twice))));
+    }
+    case RELU:
+        return _mm512_max_ps(value, _mm512_setzero_ps());
+    default:
+        return value;
+    }
+}
+
+INLINE __m512 with_bias(__m512 sum, const bf16 *bias, int64_t first, __mmask16 mask)
+{
+    return bias ? _mm512_add_ps(sum, load16(bias + first, mask)) : sum;
+}
+
+AVX512_BF16 static void linear_task(const void *argument, int64_t index)
+{
+    const struct linear_call *call = argument;
+    const struct linear *layer = call->layer;
+    int64_t panel = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
+    int64_t end = begin + call->tokens_a_task < call->num_tokens ? begin + call->tokens_a_task : call->num_tokens;
+    int64_t num_pairs = layer->num_inputs / 2, panel_size = layer->num_inputs * PANEL;
+    int number = 0;
+    if (!layer->activation)
+        for (int64_t own; panel >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
+            panel -= own;
+    const struct linear_part *part = &layer->parts[number], *gated = &layer->parts[1];
+    int64_t first = panel * PANEL, width = part->num_outputs;
+    __m512 sums[MOST_ROWS][4], others[MOST_ROWS][4];
+    for (int64_t token = begin, rows; token < end; token += rows) {
+        rows = rows_of_block(end - token);
+        const bf16 *input = call->input + token * call->stride;
+        multiply_rows((int)rows, input, call->stride, part->panels + panel * panel_size, num_pairs, sums);
+        if (layer->activation)
+            multiply_rows((int)rows, input, call->stride, gated->panels + panel * panel_size, num_pairs, others);
+        for (int64_t row = 0; row < rows; row++)
+            for (int i = 0; i < 4; i++) {
+                int64_t at = first + 16 * i;
+                if (at >= width)
+                    break;
+                __mmask16 mask = first16(width - at);
+                int64_t place = (token + row) * width + at;
+                __m512 value = with_bias(sums[row][i], part->bias, at, mask);
+                if (layer->activation) {
+                    __m512 other = rounded(with_bias(others[row][i], gated->bias, at, mask));
+                    value = _mm512_mul_ps(rounded(activated(layer->activation, rounded(value))), other);
+                }
+                if (call->residual)
+                    value = _mm512_add_ps(load16(call->residual + place, mask), rounded(value));
+                store16(call->outputs[number] + place, mask, value);
+            }
+    }
+}
+
+/* Tokens of one task: their inputs stay in a core's second-level cache while the panels pass by. */
+static inline int64_t tokens_a_task(int64_t num_tokens, int64_t num_inputs)
+{
+    int64_t most = 196608 / num_inputs / 12 * 12;
+    if (most < 48)
+        most = 48;
+    int64_t num_tasks = (num_tokens + most - 1) / most;
+    int64_t even = (num_tokens + num_tasks - 1) / num_tasks;
+    return (even + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS;
+}
+
+static inline void linear_run(struct linear_call *call, int num_threads)
+{
+    call->tokens_a_task = tokens_a_task(call->num_tokens, call->layer->num_inputs);
+    int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
+    pool_run(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
+}
+
+/* 32 numbers of each of 16 rows, of which `num_rows` are there, to 16 pairs of 16 rows, a panel's width apart. */
+INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_t column, __mmask32 columns, bf16 *to,
+                            int64_t num_pairs)
+{
+    __m512i row[16], half[16];
+    for (int i = 0; i < 16; i++)
+        row[i] = i < num_rows ? _mm512_maskz_loadu_epi16(columns, rows[i] + column) : _mm512_setzero_si512();
+    for (int i = 0; i < 8; i++) {
+        half[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
+        half[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        row[4 * i] = _mm512_unpacklo_epi64(half[4 * i], half[4 * i + 2]);
+        row[4 * i + 1] = _mm512_unpackhi_epi64(half[4 * i], half[4 * i + 2]);
+        row[4 * i + 2] = _mm512_unpacklo_epi64(half[4 * i + 1], half[4 * i + 3]);
+        row[4 * i + 3] = _mm512_unpackhi_epi64(half[4 * i + 1], half[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        half[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
+        half[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
+        half[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
+        half[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        row[i] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
+        row[i + 8] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
+        row[i + 4] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
+        row[i + 12] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
+    }
+    for (int64_t i = 0; i < num_pairs; i++)
+        _mm512_storeu_si512(to + i * 2 * PANEL, row[i]);
+}
+
+/* The panels of `num_rows` rows of a weight, which begin with a whole panel. */
+AVX512_BF16 static void pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+{
+    for (int64_t first = 0; first < num_rows; first += PANEL, to += num_inputs * PANEL)
+        for (int64_t part = 0; part < 4; part++) {
+            const bf16 *rows[16];
+            int64_t left = num_rows - first - part * 16;
+            for (int i = 0; i < 16; i++)
+                rows[i] = from + (first + part * 16 + i) * stride;
+            for (int64_t column = 0; column < num_inputs; column += 32)
+                transpose_pairs(rows, left, column, first32(num_inputs - column), to + column * PANEL + part * 32,
+                                num_inputs - column < 32 ? (num_inputs - column) / 2 : 16);
+        }
+}
+
+/* Rows of a packed weight, as an embedding looks them up. */
+static inline void look_up(const bf16 *panels, int64_t num_inputs, const int64_t *rows, int64_t num_rows, bf16 *to)
+{
+    for (int64_t i = 0; i < num_rows; i++, to += num_inputs) {
+        const bf16 *from = panels + rows[i] / PANEL * PANEL * num_inputs + rows[i] % PANEL * 2;
+        for (int64_t at = 0; at < num_inputs; at += 2)
+            memcpy(to + at, from + at * PANEL, 2 * sizeof *to);
+    }
+}
+#endif

@@ -1,0 +1,82 @@
+"""Norms and rotary embedding as one call each, where they were many: see `partition.fuse`.
+
+In bfloat16 on a processor that the kernels know, they run as one pass, with every rounding in its place (only the sum
+of a norm's squares is taken in another order). Elsewhere the operations of the model's own code run, one by one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+import torch
+
+from ts_parallel.native import HAS_KERNELS, kernels
+from ts_parallel.partition.program import RmsNorm
+
+
+def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """hidden `[..., K]` → the same shape and type, over `weight` `[K]`."""
+    epsilon, is_offset = entry.epsilon, entry.is_offset
+
+    def plain(hidden: torch.Tensor) -> torch.Tensor:
+        exact = hidden.to(torch.float32)
+        scaled = exact * torch.rsqrt(exact.pow(2).mean([-1], True) + epsilon)
+        if is_offset:
+            return (scaled * (1.0 + weight.to(torch.float32))).to(hidden.dtype)
+        return weight * scaled.to(hidden.dtype)
+
+    if not _is_for_kernels(weight):
+        return plain
+    (bits,) = struct.unpack("<q", struct.pack("<d", epsilon))
+    width, place, run = len(weight), weight.data_ptr(), kernels.rms_norm
+
+    def norm(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.contiguous()
+        output = torch.empty_like(hidden)
+        rows = hidden.numel() // width
+        run(hidden.data_ptr(), place, output.data_ptr(), rows, width, width, bits, is_offset)
+        return output
+
+    norm.weight = weight  # type: ignore[attr-defined]  # the kernel is told its address alone
+    return norm
+
+
+def rotary(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """x cos + (-x2, x1) sin for the halves x1 and x2 of x, which is `hidden` `[1, H, T, D]`; the others broadcast."""
+    if not is_turned_by_kernels(hidden, cosine, sine):
+        half = hidden.shape[-1] // 2
+        turned = torch.cat([-hidden[..., half:], hidden[..., :half]], -1)
+        return hidden * cosine + turned * sine
+    _, num_heads, num_tokens, head_dim = hidden.shape
+    output = hidden.new_empty((1, num_tokens, num_heads, head_dim))
+    _, head_stride, token_stride, _ = hidden.stride()
+    kernels.rotary(
+        hidden.data_ptr(),
+        token_stride,
+        head_stride,
+        num_tokens,
+        num_heads,
+        head_dim,
+        cosine.data_ptr(),
+        sine.data_ptr(),
+        output.data_ptr(),
+    )
+    return output.transpose(1, 2)
+
+
+def _is_for_kernels(tensor: torch.Tensor) -> bool:
+    return HAS_KERNELS and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def is_turned_by_kernels(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+    """Whether `rotary` of these is a kernel's work."""
+    return (
+        HAS_KERNELS
+        and hidden.dtype == cosine.dtype == sine.dtype == torch.bfloat16
+        and hidden.device.type == "cpu"
+        and hidden.stride(-1) == 1
+        and cosine.shape == sine.shape == (1, 1, *hidden.shape[-2:])
+        and cosine.is_contiguous()
+        and sine.is_contiguous()
+    )
