@@ -151,10 +151,11 @@ def open_topology(
         _join(world_size, chosen)
     shape = (pipeline_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("pp", "tp"))
-    return Topology(dist.get_rank(), world_size, chosen, mesh, _open_tensor_parallel(mesh))
+    return Topology(dist.get_rank(), world_size, chosen, mesh, open_tensor_parallel(mesh))
 
 
-def _open_tensor_parallel(mesh: DeviceMesh) -> TensorParallelGroup:
+def open_tensor_parallel(mesh: DeviceMesh) -> TensorParallelGroup:
+    """This rank's group along the mesh's axis `tp`. Every rank of the mesh calls it."""
     group = mesh.get_group("tp")
     size = dist.get_world_size(group)
     team = open_team(group, COLLECTIVE_TIMEOUT) if size > 1 and mesh.device_type == "cpu" else None

@@ -26,9 +26,13 @@ def test_step_with_a_prompt_takes_at_most_so_many_times_as_long(base: float, cos
         assert base + tokens * cost <= max_slowdown * base * 1.001
 
 
-def test_each_prompt_more_may_add_as_much() -> None:
-    pacer = learnt(base=0.03, cost=0.001)
-    assert [pacer.most_prefill_tokens(count) for count in (1, 2, 10)] == pytest.approx([30, 60, 300], abs=1)
+def test_each_prompt_more_may_add_as_much_up_to_what_a_reader_notices() -> None:
+    pacer = learnt(base=0.02, cost=0.001)
+    assert [pacer.most_prefill_tokens(count) for count in (1, 2, 3, 10)] == pytest.approx([20, 40, 40, 40], abs=1)
+    slow = learnt(base=0.2, cost=0.001)
+    assert [slow.most_prefill_tokens(count) for count in (1, 2, 10)] == pytest.approx([200, 300, 300], abs=3)
+    generous = learnt(base=0.2, cost=0.001, max_slowdown=4)
+    assert [generous.most_prefill_tokens(count) for count in (1, 10)] == pytest.approx([600, 600], abs=6)
 
 
 def test_cost_of_a_token_counts_by_the_tokens() -> None:
@@ -63,4 +67,4 @@ def test_scheduler_paces_prompts_only_while_somebody_decodes() -> None:
     assert sizes[1] < 50
     scheduler.update([1])
     scheduler.add(Request("third", tuple(range(200, 280)), 1))
-    assert scheduler.schedule().num_tokens == 64  # two wait for a first token, one for a next
+    assert scheduler.schedule().num_tokens == 1 + pacer.most_prefill_tokens(2)

@@ -22,7 +22,7 @@ from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.greedy import GreedyRunner
 from ts_parallel.serving.micro_batching import MicroBatcher
 from ts_parallel.serving.seq2seq import make_seq2seq_task, run_program
-from ts_parallel.topology import Topology, open_topology
+from ts_parallel.topology import Topology, open_tensor_parallel, open_topology
 
 SHAPES = ((2, 1), (1, 2))
 """Tensor-parallel ranks and pipeline ranks."""
@@ -68,7 +68,8 @@ def main(folders: list[Path]) -> None:
     answers: dict[Path, dict[str, list[Any]]] = {folder: {} for folder in folders}
     whole = open_topology(2, "cpu", num_threads=1)
     for size, num_stages in SHAPES:
-        topology = replace(whole, mesh=init_device_mesh("cpu", (num_stages, size), mesh_dim_names=("pp", "tp")))
+        mesh = init_device_mesh("cpu", (num_stages, size), mesh_dim_names=("pp", "tp"))
+        topology = replace(whole, mesh=mesh, tensor_parallel=open_tensor_parallel(mesh))
         for folder in folders:
             if program_file(folder, size, num_stages, 0).is_file():
                 answers[folder][f"{size} × {num_stages}"] = run(folder, size, topology)

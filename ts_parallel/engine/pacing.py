@@ -1,8 +1,8 @@
 """How much of prompts may join a step, so that those who wait for their next token hardly notice.
 
 A step takes `base + tokens × cost`: the base is what its decoding requests need alone, the cost what each prompt token
-adds. Both are learnt from the steps as they come. One prompt may make a step `max_slowdown` times as long, and each of
-several may add as much. Knows numbers and seconds only.
+adds. Both are learnt from the steps as they come. One prompt may make a step `max_slowdown` times as long; each of
+several may add as much, until a step is a few times as long or so long as a reader notices. Knows numbers and seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 _FEWEST = 16  # tokens; a prompt must get on, and fewer take hardly less time
 _UNTIL_KNOWN = 32  # tokens, while the cost of one is not known
 _WEIGHT = 0.2  # of the newest observation
+_SLOWDOWN_OF_SEVERAL = 2.5  # below 3, where the slowest step in a hundred is to be within three times the usual one
+_UNNOTICED = 0.06  # seconds; text that comes 16 times a second flows
 
 
 class PrefillPacer:
@@ -40,7 +42,8 @@ class PrefillPacer:
         """How many tokens of so many prompts may join a step in which others decode."""
         if self._base is None or not self._extra or not self._tokens:
             return _UNTIL_KNOWN * num_prompts
-        seconds = (self._max_slowdown - 1) * self._base * num_prompts
+        most = max((max(self._max_slowdown, _SLOWDOWN_OF_SEVERAL) - 1) * self._base, _UNNOTICED - self._base)
+        seconds = min((self._max_slowdown - 1) * self._base * num_prompts, most)
         return max(_FEWEST, int(seconds * self._tokens / self._extra))
 
     def _learn_cost(self, seconds: float, num_tokens: int) -> None:

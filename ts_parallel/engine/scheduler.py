@@ -150,13 +150,12 @@ class Scheduler:
         return outputs
 
     def _most_prefill_tokens(self) -> int:
-        """How many tokens of prompts a step may have: all that fit, unless enough requests wait for a next token: one
-        for a single prompt, about twice as many as the prompts where there are several."""
+        """How many tokens of prompts a step may have: all that fit, unless somebody waits for a next token."""
         num_decoding = sum(bool(request.output_ids) for request in self.running)
+        if self._pacer is None or not num_decoding:
+            return self._max_num_batched_tokens
         seats = self._max_num_seqs - len(self.running)
         num_prompts = len(self.running) - num_decoding + min(seats, len(self.waiting))
-        if self._pacer is None or num_decoding < max(1, 2 * num_prompts - 1):
-            return self._max_num_batched_tokens
         return self._pacer.most_prefill_tokens(max(1, num_prompts))
 
     def _num_seats(self, paused: Collection[str]) -> int:
