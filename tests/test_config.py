@@ -25,6 +25,7 @@ DEFAULTS = {
     "config_path": None,
     "adapter_path": None,
     "enable_expert_parallel": False,
+    "quantization": None,
     "max_model_len": None,
     "max_num_seqs": 32,
     "max_num_batched_tokens": 512,
@@ -66,6 +67,7 @@ def test_every_key_reaches_its_field() -> None:
         "config_path": "settings",
         "adapter_path": "lora",
         "enable_expert_parallel": True,
+        "quantization": "int4",
         "max_model_len": 2,
         "max_num_seqs": 1,
         "max_num_batched_tokens": 7,
@@ -325,3 +327,18 @@ def test_paths_are_those_of_the_unpacked_archive() -> None:
 def test_adapter_of_an_eager_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'adapter_path': 'lora' .* set eager to false"):
         parse_config({"model_path": "m", "adapter_path": "lora", "eager": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"device": "cuda"}, "int8 is for device cpu, not cuda: leave quantization out"),
+        ({"dtype": "float32"}, "int8 is of bfloat16 weights, not float32: set dtype to bfloat16"),
+        ({"eager": True}, "int8 is for a traced model, not its own modules: set eager to false"),
+        ({"quantization": "int3"}, "Input should be 'int8' or 'int4', got 'int3'"),
+    ],
+)
+def test_quantization_that_nothing_could_multiply_is_refused(settings: dict[str, Any], advice: str) -> None:
+    assert parse_config({"model_path": "m", "quantization": "int8", "dtype": "bfloat16"}).quantization == "int8"
+    with pytest.raises(ConfigError, match=f"'quantization': {advice}$"):
+        parse_config({"model_path": "m", "quantization": "int8", **settings})

@@ -105,6 +105,8 @@ class HandlerConfig(ModelConfig):
     """Folder of a LoRA adapter that is merged into the weights as they are read; as model_path."""
     enable_expert_parallel: bool = False
     """Whether each of the ranks that share a layer keeps some of its experts whole, instead of a part of each."""
+    quantization: Literal["int8", "int4"] | None = None
+    """Integers that the weights of linears become as they are read, on a CPU; unset: they stay as dtype has them."""
     max_model_len: Count | None = Field(default=None, ge=2)
     """Most tokens of a request, prompt and answer together; unset: the model's max_position_embeddings."""
     max_num_seqs: Count = Field(default=32, ge=1)
@@ -163,6 +165,19 @@ class HandlerConfig(ModelConfig):
         paths = {"config_path": self.config_path, "adapter_path": self.adapter_path}
         absolute = {key: str(archive / path) for key, path in paths.items() if path is not None}
         return super().located_in(archive).model_copy(update=absolute)
+
+    @model_validator(mode="after")
+    def _quantization_is_of_bfloat16_on_a_cpu(self) -> HandlerConfig:
+        if self.quantization is None:
+            return self
+        key = f"handler key 'quantization': {self.quantization}"
+        if self.device == "cuda":
+            raise ConfigError(f"{key} is for device cpu, not cuda: leave quantization out")
+        if self.dtype not in ("auto", "bfloat16"):
+            raise ConfigError(f"{key} is of bfloat16 weights, not {self.dtype}: set dtype to bfloat16")
+        if self.eager:
+            raise ConfigError(f"{key} is for a traced model, not its own modules: set eager to false")
+        return self
 
     @model_validator(mode="after")
     def _adapter_is_not_eager(self) -> HandlerConfig:

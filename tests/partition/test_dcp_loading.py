@@ -23,10 +23,11 @@ from ts_parallel.topology import TensorParallelGroup
 SCRIPT = Path(__file__).parents[1] / "ranks" / "save_distributed.py"
 CPU = torch.device("cpu")
 SILENT = Progress("weights", is_shown=False)
-# Neither the vocabulary nor the MLP divides into four equal parts.
-CONFIG = FAMILIES["llama"](num_hidden_layers=2, vocab_size=97, intermediate_size=130)
+# Neither the vocabulary nor the MLP divides into three or four equal parts; the heads do into two and three.
+HEADS = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}
+CONFIG = FAMILIES["llama"](num_hidden_layers=2, vocab_size=97, intermediate_size=130, **HEADS)
 WRITERS = ["fsdp", "tp", "safetensors"]
-SHAPES = [(1, 1), (2, 1), (1, 2), (2, 2)]
+SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def test_index_has_the_model_alone_and_each_of_its_tensors_in_the_parts_that_ran
     fsdp, tp, both = (read_index(folder / writer) for writer in WRITERS)
     assert set(fsdp) == names | {"five_rows"}
     assert set(tp) == set(both) == names
-    assert [part.shape for part in fsdp["lm_head.weight"].parts] == [(25, 64), (25, 64), (25, 64), (22, 64)]
-    assert [part.shape for part in tp["lm_head.weight"].parts] == [(49, 64), (48, 64)]
+    assert [part.shape for part in fsdp["lm_head.weight"].parts] == [(25, 96), (25, 96), (25, 96), (22, 96)]
+    assert [part.shape for part in tp["lm_head.weight"].parts] == [(49, 96), (48, 96)]
     assert [part.corner for part in tp["model.layers.0.mlp.down_proj.weight"].parts] == [(0, 0), (0, 65)]
     assert len(both["model.layers.0.mlp.down_proj.weight"].parts) == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from ts_parallel.checkpoint import load
 from ts_parallel.checkpoint.index import SINGLE_FILE, read_index
 from ts_parallel.checkpoint.load import LoadItem
-from ts_parallel.errors import CheckpointError
+from ts_parallel.errors import CheckpointError, ConfigError
 from ts_parallel.native import HAS_KERNELS
 from ts_parallel.native.packed_weight import PackedWeight
 from ts_parallel.partition import load as loading
 from ts_parallel.partition.build import make_programs
-from ts_parallel.partition.load import load_program
+from ts_parallel.partition.load import load_program, refuse_unquantizable
 from ts_parallel.partition.program import ProgramRequest, RankProgram
 from ts_parallel.topology import TensorParallelGroup
 
@@ -36,8 +37,11 @@ def programs(folder: Path) -> dict[int, RankProgram]:
     return {rank: program for (rank, _), program in made.items()}
 
 
-def tensors(program: RankProgram, folder: Path, rank: int, packs: bool, merge: Any = None) -> dict[str, Any]:
-    return load_program(program, read_index(folder), TensorParallelGroup(rank, 2), CPU, packs, merge).tensors
+def tensors(
+    program: RankProgram, folder: Path, rank: int, packs: bool, merge: Any = None, quantization: str | None = None
+) -> dict[str, Any]:
+    group = TensorParallelGroup(rank, 2)
+    return load_program(program, read_index(folder), group, CPU, packs, merge, quantization).tensors
 
 
 def unpacked(found: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -48,7 +52,7 @@ def note_whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for every weight from now on that is packed after it was read whole."""
     noted: list[int] = []
     pack = loading._pack
-    monkeypatch.setattr(loading, "_pack", lambda weight: noted.append(1) or pack(weight))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loading, "_pack", lambda *own: noted.append(1) or pack(*own))  # type: ignore[func-returns-value]
     return noted
 
 
@@ -86,11 +90,51 @@ def test_weight_that_is_merged_is_packed_after_it_was(tmp_path: Path, monkeypatc
         assert torch.equal(unpacked(packed)[name], plain[name] + 1)
 
 
-def test_weights_of_a_plain_model_are_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_weights_of_a_plain_model_are_never_read_whole(
+    quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, "llama")
     noted = note_whole(monkeypatch)
-    packed = tensors(programs(tmp_path)[0], tmp_path, 0, packs=True)
+    packed = tensors(programs(tmp_path)[0], tmp_path, 0, packs=True, quantization=quantization)
     assert any(isinstance(own, PackedWeight) for own in packed.values()) and not noted
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_each_rank_quantizes_what_it_keeps_while_it_reads(
+    quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head at 8 bits; what is merged first is quantized after it."""
+    save(tmp_path, "llama")
+    monkeypatch.setattr(load, "STAGING_BYTES", 1000)
+    for rank, program in programs(tmp_path).items():
+        plain = tensors(program, tmp_path, rank, packs=True)
+        made = tensors(program, tmp_path, rank, packs=True, quantization=quantization)
+        merged = tensors(program, tmp_path, rank, packs=True, merge=lambda item: None, quantization=quantization)
+        for name, own in plain.items():
+            if isinstance(own, PackedWeight):
+                expected = PackedWeight.allocate(own.shape, "int8" if name == "lm_head.weight" else quantization)
+                expected.put(0, own.unpack())
+                assert made[name].quantization == merged[name].quantization == expected.quantization
+                assert torch.equal(made[name].unpack(), expected.unpack())
+                assert torch.equal(merged[name].unpack(), expected.unpack())
+            else:
+                assert torch.equal(made[name], own)
+
+
+def test_quantization_is_refused_where_nothing_multiplies_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "llama")
+    program = programs(tmp_path)[0]
+    with pytest.raises(ConfigError, match="int8 is for device cpu, not meta: leave"):
+        refuse_unquantizable(program, "int8", torch.device("meta"))
+    with pytest.raises(ConfigError, match="int4 is of bfloat16 weights, not float16: set dtype to bfloat16"):
+        refuse_unquantizable(replace(program, dtype=torch.float16), "int4", CPU)
+    monkeypatch.setattr(loading, "HAS_KERNELS", False)
+    with pytest.raises(ConfigError, match=r"int8 needs the package's kernels, .*: leave quantization out"):
+        refuse_unquantizable(program, "int8", CPU)
+    refuse_unquantizable(program, None, CPU)
 
 
 def test_nan_in_a_weight_that_is_packed_is_refused(tmp_path: Path) -> None:

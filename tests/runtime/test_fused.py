@@ -38,6 +38,13 @@ def test_norm_is_that_of_the_models_code(dtype: torch.dtype, shape: tuple[int, .
         assert torch.equal(norm(hidden.transpose(1, 2)), norm(hidden).transpose(1, 2))
 
 
+def test_norm_of_float32_by_a_bfloat16_weight_is_left_to_torch() -> None:
+    hidden, weight = torch.randn(1, 5, 64), torch.randn(64).bfloat16()
+    for is_offset in (False, True):
+        norm = make_norm(RmsNorm("weight", 1e-5, is_offset), weight)
+        assert torch.equal(norm(hidden), plain_norm(hidden, weight, 1e-5, is_offset))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [8, 20, 64, 128])
 def test_rotary_turns_the_halves_bit_for_bit(head_dim: int, dtype: torch.dtype) -> None:
@@ -50,8 +57,9 @@ def test_rotary_turns_the_halves_bit_for_bit(head_dim: int, dtype: torch.dtype) 
     assert is_turned_by_kernels(hidden, cosine, sine) == (HAS_KERNELS and dtype == torch.bfloat16)
 
 
-def test_angles_that_differ_by_head_are_left_to_torch() -> None:
-    hidden, angles = torch.randn(1, 3, 5, 8).bfloat16(), torch.randn(1, 3, 5, 8).bfloat16()
+@pytest.mark.parametrize(("items", "heads"), [(1, 3), (2, 1)])
+def test_angles_that_differ_by_head_and_several_items_are_left_to_torch(items: int, heads: int) -> None:
+    hidden, angles = torch.randn(items, 3, 5, 8).bfloat16(), torch.randn(1, heads, 5, 8).bfloat16()
     turned = torch.cat([-hidden[..., 4:], hidden[..., :4]], dim=-1)
     assert not is_turned_by_kernels(hidden, angles, angles)
     assert torch.equal(rotary(hidden, angles, angles), hidden * angles + turned * angles)

@@ -24,6 +24,7 @@ from ts_parallel.cli.options import (
     MaxModelLen,
     Model,
     PipelineParallelSize,
+    Quantization,
     SplitPoints,
     TensorParallelSize,
     config_path,
@@ -51,6 +52,7 @@ def archive(
     adapter: Adapter = None,
     config: ConfigFolder = None,
     enable_expert_parallel: EnableExpertParallel = False,
+    quantization: Quantization = None,
 ) -> None:
     """Write NAME.mar for `torchserve --start`. The weights stay where they are; the archive names their folder."""
     folder = locate_checkpoint(model)
@@ -66,6 +68,7 @@ def archive(
         adapter_path=locate_adapter(adapter),
         config_path=config_path(config),
         enable_expert_parallel=enable_expert_parallel,
+        quantization=quantization,
     )
     print(write_archive(settings, name or default_name(folder), export_path))
 

@@ -40,6 +40,10 @@ EnableExpertParallel = Annotated[
         help="Each rank keeps some of a mixture's experts whole, instead of a part of each.",
     ),
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="int8 or int4: integers that bfloat16 weights become as they are read, on a CPU."),
+]
 KVCacheMemory = Annotated[str, typer.Option(help="KV cache of each rank, such as 2GiB.")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import torch
 import typer
 
 from ts_parallel.checkpoint.adapter import read_adapter
@@ -28,6 +29,7 @@ from ts_parallel.cli.options import (
     MaxModelLen,
     Model,
     PipelineParallelSize,
+    Quantization,
     SplitPoints,
     TensorParallelSize,
     config_path,
@@ -36,6 +38,7 @@ from ts_parallel.cli.options import (
 )
 from ts_parallel.cli.torchserve import TorchServe, find_java
 from ts_parallel.config import HandlerConfig
+from ts_parallel.partition.load import refuse_unquantizable
 from ts_parallel.partition.model_config import max_positions_of, read_model_config
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace
@@ -62,6 +65,7 @@ def serve(
     adapter: Adapter = None,
     config: ConfigFolder = None,
     enable_expert_parallel: EnableExpertParallel = False,
+    quantization: Quantization = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -84,6 +88,7 @@ def serve(
         adapter_path=locate_adapter(adapter),
         config_path=config_path(config),
         enable_expert_parallel=enable_expert_parallel,
+        quantization=quantization,
     )
     name = name or default_name(folder)
     with (
@@ -139,6 +144,7 @@ def check(config: HandlerConfig, folder: Path) -> None:
     place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
     program = prepare_program(program_request(config, folder, 0, place), index)
     refuse_unpageable(program, max_model_len)
+    refuse_unquantizable(program, config.quantization, torch.device(config.device))
     count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
         read_adapter(Path(config.adapter_path), index)

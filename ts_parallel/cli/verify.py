@@ -28,6 +28,7 @@ from ts_parallel.cli.options import (
     EnableExpertParallel,
     Model,
     PipelineParallelSize,
+    Quantization,
     SplitPoints,
     TensorParallelSize,
     check_config_folder,
@@ -55,6 +56,7 @@ def verify(
     ] = None,
     config: ConfigFolder = None,
     enable_expert_parallel: EnableExpertParallel = False,
+    quantization: Quantization = None,
 ) -> None:
     """Run the model in local ranks and plainly with transformers; exit with 1 where the greedy tokens differ."""
     settings = {
@@ -64,6 +66,7 @@ def verify(
         "dtype": dtype,
         "eager": eager,
         "enable_expert_parallel": enable_expert_parallel,
+        "quantization": quantization,
     }
     with together(locate_checkpoint(model), check_config_folder(config)) as folder:
         plain = check_reference(folder, reference)
@@ -76,6 +79,7 @@ def verify(
     is_same = all(row["num_equal"] == row["num_tokens"] for row in rows)
     shape = f"tensor_parallel_size {tensor_parallel_size} × pipeline_parallel_size {pipeline_parallel_size}"
     shape += ", expert parallel" * enable_expert_parallel
+    shape += f", {quantization}" if quantization else ""
     print(f"{shape}, {dtype}{', eager' * eager}: {'the same tokens' if is_same else 'DIFFERENT tokens'}")
     raise typer.Exit(0 if is_same else 1)
 

@@ -51,29 +51,63 @@ static PyObject *pack(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-/* panels, num_inputs, rows (int64), num_rows, output */
-static PyObject *embedding(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+/* kind, panels, scales, inputs_a_group, rows, num_rows, num_inputs, stride */
+static PyObject *quantize(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
-    int64_t number[5];
-    if (!integers(arguments, count, 5, number))
+    int64_t number[8];
+    if (!integers(arguments, count, 8, number))
         return NULL;
-    look_up((const bf16 *)number[0], number[1], (const int64_t *)number[2], number[3], (bf16 *)number[4]);
+    Py_BEGIN_ALLOW_THREADS;
+    quantize_rows((enum number_kind)number[0], (uint8_t *)number[1], (bf16 *)number[2], number[3],
+                  (const bf16 *)number[4], number[5], number[6], number[7]);
+    Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
-static void drop_layer(PyObject *capsule)
+#define PART_SIZE 6
+
+/* panels, bias, num_outputs, kind, scales, pairs_a_group */
+static struct linear_part part_of(const int64_t number[PART_SIZE])
 {
-    free(PyCapsule_GetPointer(capsule, "linear"));
+    return (struct linear_part){(const uint8_t *)number[0],     (const bf16 *)number[1], number[2],
+                                (enum number_kind)number[3], (const bf16 *)number[4], number[5]};
 }
 
-/* num_inputs, activation, then of each part: panels, bias, num_outputs */
+/* num_inputs, rows (int64), num_rows, output, then the part that a linear has of the weight */
+static PyObject *embedding(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[4 + PART_SIZE];
+    if (!integers(arguments, count, 4 + PART_SIZE, number))
+        return NULL;
+    struct linear_part part = part_of(number + 4);
+    look_up(&part, number[0], (const int64_t *)number[1], number[2], (bf16 *)number[3]);
+    Py_RETURN_NONE;
+}
+
+static struct linear *last_layer; /* the one made last, if it is there still */
+
+static void drop_layer(PyObject *capsule)
+{
+    struct linear *layer = PyCapsule_GetPointer(capsule, "linear");
+    if (layer->previous)
+        layer->previous->next = layer->next;
+    if (layer->next)
+        layer->next->previous = layer->previous;
+    if (layer == last_layer)
+        last_layer = layer->previous;
+    free(layer);
+}
+
+/* num_inputs, activation, then each part */
 static PyObject *make_linear(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
-    int64_t number[2 + 3 * MOST_PARTS];
-    if (count < 5 || count > 2 + 3 * MOST_PARTS || (count - 2) % 3)
-        return PyErr_Format(PyExc_TypeError, "%zd arguments are not 2 and 3 for each of 1 to %d parts", count, MOST_PARTS);
+    int64_t number[2 + PART_SIZE * MOST_PARTS];
+    if (count < 2 + PART_SIZE || count > 2 + PART_SIZE * MOST_PARTS || (count - 2) % PART_SIZE)
+        return PyErr_Format(PyExc_TypeError, "%zd arguments are not 2 and %d for each of 1 to %d parts", count,
+                            PART_SIZE, MOST_PARTS);
     if (!integers(arguments, count, count, number))
         return NULL;
     struct linear *layer = calloc(1, sizeof *layer);
@@ -81,15 +115,16 @@ static PyObject *make_linear(PyObject *self, PyObject *const *arguments, Py_ssiz
         return PyErr_NoMemory();
     layer->num_inputs = number[0];
     layer->activation = (enum activation)number[1];
-    layer->num_parts = (int)(count - 2) / 3;
+    layer->num_parts = (int)(count - 2) / PART_SIZE;
     for (int i = 0; i < layer->num_parts; i++) {
-        struct linear_part *part = &layer->parts[i];
-        part->panels = (const bf16 *)number[2 + 3 * i];
-        part->bias = (const bf16 *)number[3 + 3 * i];
-        part->num_outputs = number[4 + 3 * i];
+        layer->parts[i] = part_of(number + 2 + PART_SIZE * i);
         if (!layer->activation || !i)
-            layer->num_panels += (part->num_outputs + PANEL - 1) / PANEL;
+            layer->num_panels += (layer->parts[i].num_outputs + PANEL - 1) / PANEL;
     }
+    layer->previous = last_layer;
+    if (last_layer)
+        last_layer->next = layer;
+    last_layer = layer;
     return PyCapsule_New(layer, "linear", drop_layer);
 }
 
@@ -266,6 +301,7 @@ static PyMethodDef methods[] = {
     {"is_supported", is_supported, METH_NOARGS, NULL},
     {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_FASTCALL, NULL},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, NULL},
+    {"quantize", (PyCFunction)(void (*)(void))quantize, METH_FASTCALL, NULL},
     {"embedding", (PyCFunction)(void (*)(void))embedding, METH_FASTCALL, NULL},
     {"make_linear", (PyCFunction)(void (*)(void))make_linear, METH_FASTCALL, NULL},
     {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},

@@ -2,24 +2,29 @@
  *
  * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel two
  * input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
- * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache.
+ * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache. Where the
+ * numbers are small integers (numbers.h), few tokens read them as they are, and of many the first ones
+ * leave the panel in bfloat16 for the others.
  */
 #ifndef TS_PARALLEL_LINEAR_H
 #define TS_PARALLEL_LINEAR_H
 
-#include "bf16.h"
+#include "numbers.h"
 #include "pool.h"
 
-#define PANEL 64
 #define MOST_ROWS 6 /* 6 tokens x 4 vectors of outputs, 4 of weights and 1 of inputs are 29 of 32 registers */
 #define MOST_PARTS 8
+#define FEW_TOKENS 24 /* more have the first of them leave a panel of integers in bfloat16; for fewer, that takes longer */
 
 enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
 
 struct linear_part {
-    const bf16 *panels;
+    const uint8_t *panels;
     const bf16 *bias; /* [N] or NULL */
     int64_t num_outputs;
+    enum number_kind kind;
+    const bf16 *scales; /* [panels, K / 2 / pairs_a_group, 64], or NULL where numbers are bfloat16 */
+    int64_t pairs_a_group;
 };
 
 /* Weights that read the same inputs. With an activation there are two, and the outputs are `act(first) * second`. */
@@ -28,6 +33,7 @@ struct linear {
     int num_parts;
     enum activation activation;
     int64_t num_panels; /* of all parts; of one where there is an activation */
+    struct linear *previous, *next; /* those made before and after, as a stage calls them one after another */
     struct linear_part parts[MOST_PARTS];
 };
 
@@ -41,10 +47,12 @@ struct linear_call {
     bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
 };
 
-/* `rows` tokens times one panel. */
-INLINE void multiply(const int rows, const bf16 *input, int64_t stride, const bf16 *panel, int64_t num_pairs,
-                     __m512 sums[][4])
+/* `rows` tokens times `num_pairs` pairs of inputs of one panel, which go to `kept` in bfloat16 if `keeps`. */
+INLINE void multiply(const enum number_kind kind, const int keeps, const int rows, const bf16 *input, int64_t stride,
+                     const uint8_t *numbers, int64_t num_pairs, bf16 *kept, __m512 sums[][4])
 {
+    const __m512i table = kind == INT4 ? nibble_table() : _mm512_setzero_si512();
+    const int64_t size = bytes_of_pair(kind);
     __m512 sum[MOST_ROWS][4];
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
@@ -52,14 +60,17 @@ INLINE void multiply(const int rows, const bf16 *input, int64_t stride, const bf
         for (int part = 0; part < 4; part++)
             sum[row][part] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < num_pairs; pair++) {
-        const __m512i *weights = (const __m512i *)(panel + pair * 2 * PANEL);
+        const uint8_t *from = numbers + pair * size;
         __m512bh weight[4];
+        load_pair(kind, from, table, weight);
+        if (keeps)
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) {
-            weight[part] = (__m512bh)_mm512_loadu_si512(weights + part);
-            if (rows < 3)
-                _mm_prefetch((const char *)(weights + part) + 2048, _MM_HINT_T0);
-        }
+            for (int part = 0; part < 4; part++)
+                _mm512_store_si512(kept + pair * 2 * PANEL + 32 * part, (__m512i)weight[part]);
+        if (rows < 3)
+#pragma GCC unroll 4
+            for (int line = 0; line < size; line += 64)
+                _mm_prefetch((const char *)from + line + 2048, _MM_HINT_T0);
 #pragma GCC unroll 6
         for (int row = 0; row < rows; row++) {
             int32_t both;
@@ -80,13 +91,58 @@ INLINE void multiply(const int rows, const bf16 *input, int64_t stride, const bf
 AVX512_BF16 static void multiply_rows(int rows, const bf16 *input, int64_t stride, const bf16 *panel, int64_t num_pairs,
                                       __m512 sums[][4])
 {
+    const uint8_t *numbers = (const uint8_t *)panel;
     switch (rows) {
-    case 1: multiply(1, input, stride, panel, num_pairs, sums); break;
-    case 2: multiply(2, input, stride, panel, num_pairs, sums); break;
-    case 3: multiply(3, input, stride, panel, num_pairs, sums); break;
-    case 4: multiply(4, input, stride, panel, num_pairs, sums); break;
-    case 5: multiply(5, input, stride, panel, num_pairs, sums); break;
-    default: multiply(6, input, stride, panel, num_pairs, sums); break;
+    case 1: multiply(BFLOAT16, 0, 1, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 2: multiply(BFLOAT16, 0, 2, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 3: multiply(BFLOAT16, 0, 3, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 4: multiply(BFLOAT16, 0, 4, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 5: multiply(BFLOAT16, 0, 5, input, stride, numbers, num_pairs, NULL, sums); break;
+    default: multiply(BFLOAT16, 0, 6, input, stride, numbers, num_pairs, NULL, sums); break;
+    }
+}
+
+/* Integers; `kept` is NULL where nobody wants them, and else the block is a whole one. */
+INLINE void multiply_integers(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
+                              const uint8_t *numbers, int64_t num_pairs, bf16 *kept, __m512 sums[][4])
+{
+    switch (kept ? 0 : rows) {
+    case 0: multiply(kind, 1, MOST_ROWS, input, stride, numbers, num_pairs, kept, sums); break;
+    case 1: multiply(kind, 0, 1, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 2: multiply(kind, 0, 2, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 3: multiply(kind, 0, 3, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 4: multiply(kind, 0, 4, input, stride, numbers, num_pairs, NULL, sums); break;
+    case 5: multiply(kind, 0, 5, input, stride, numbers, num_pairs, NULL, sums); break;
+    default: multiply(kind, 0, 6, input, stride, numbers, num_pairs, NULL, sums); break;
+    }
+}
+
+/* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
+AVX512_BF16 static void multiply_panel(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
+                                       __m512 sums[][4])
+{
+    const bf16 *scales = panel->scales;
+    if (!scales) {
+        multiply_rows(rows, input, stride, (const bf16 *)panel->numbers, panel->num_pairs, sums);
+        return;
+    }
+    for (int64_t first = 0, count; first < panel->num_pairs; first += count, scales += PANEL) {
+        const uint8_t *numbers = panel->numbers + first * bytes_of_pair(panel->kind);
+        const bf16 *from = input + 2 * first;
+        bf16 *kept = panel->kept ? panel->kept + first * 2 * PANEL : NULL;
+        __m512 sum[MOST_ROWS][4];
+        count = panel->num_pairs - first < panel->pairs_a_group ? panel->num_pairs - first : panel->pairs_a_group;
+        switch (panel->kind) {
+        case BFLOAT16: multiply_rows(rows, from, stride, (const bf16 *)numbers, count, sum); break;
+        case INT8: multiply_integers(INT8, rows, from, stride, numbers, count, kept, sum); break;
+        case INT4: multiply_integers(INT4, rows, from, stride, numbers, count, kept, sum); break;
+        }
+        for (int part = 0; part < 4; part++) {
+            __m512 scale = load16(scales + 16 * part, 0xffff);
+            for (int row = 0; row < rows; row++)
+                sums[row][part] = first ? _mm512_fmadd_ps(sum[row][part], scale, sums[row][part])
+                                        : _mm512_mul_ps(sum[row][part], scale);
+        }
     }
 }
 
@@ -123,41 +179,65 @@ INLINE __m512 with_bias(__m512 sum, const bf16 *bias, int64_t first, __mmask16 m
     return bias ? _mm512_add_ps(sum, load16(bias + first, mask)) : sum;
 }
 
+static inline struct panel panel_of(const struct linear_part *part, int64_t index, int64_t num_pairs)
+{
+    struct panel panel = {part->panels + index * num_pairs * bytes_of_pair(part->kind), part->scales, num_pairs,
+                          part->pairs_a_group, part->kind, NULL};
+    if (panel.scales)
+        panel.scales += index * ((num_pairs + part->pairs_a_group - 1) / part->pairs_a_group) * PANEL;
+    return panel;
+}
+
+/* The panel with the numbers that were kept of it. */
+static inline struct panel unpacked(const struct panel *panel)
+{
+    return (struct panel){(const uint8_t *)panel->kept, panel->scales, panel->num_pairs, panel->pairs_a_group, BFLOAT16,
+                          NULL};
+}
+
 AVX512_BF16 static void linear_task(const void *argument, int64_t index)
 {
     const struct linear_call *call = argument;
     const struct linear *layer = call->layer;
-    int64_t panel = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
+    int64_t place = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
     int64_t end = begin + call->tokens_a_task < call->num_tokens ? begin + call->tokens_a_task : call->num_tokens;
-    int64_t num_pairs = layer->num_inputs / 2, panel_size = layer->num_inputs * PANEL;
-    int number = 0;
+    int number = 0, num_factors = layer->activation ? 2 : 1;
     if (!layer->activation)
-        for (int64_t own; panel >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
-            panel -= own;
+        for (int64_t own; place >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
+            place -= own;
     const struct linear_part *part = &layer->parts[number], *gated = &layer->parts[1];
-    int64_t first = panel * PANEL, width = part->num_outputs;
+    struct panel panels[2];
+    for (int i = 0; i < num_factors; i++) {
+        panels[i] = panel_of(part + i, place, layer->num_inputs / 2);
+        if (panels[i].kind != BFLOAT16 && end - begin > FEW_TOKENS)
+            panels[i].kept = scratch_of(panels[i].num_pairs, i);
+    }
+    int64_t first = place * PANEL, width = part->num_outputs;
     __m512 sums[MOST_ROWS][4], others[MOST_ROWS][4];
     for (int64_t token = begin, rows; token < end; token += rows) {
         rows = rows_of_block(end - token);
         const bf16 *input = call->input + token * call->stride;
-        multiply_rows((int)rows, input, call->stride, part->panels + panel * panel_size, num_pairs, sums);
+        multiply_panel((int)rows, input, call->stride, &panels[0], sums);
         if (layer->activation)
-            multiply_rows((int)rows, input, call->stride, gated->panels + panel * panel_size, num_pairs, others);
+            multiply_panel((int)rows, input, call->stride, &panels[1], others);
+        for (int i = 0; i < num_factors; i++)
+            if (panels[i].kept)
+                panels[i] = unpacked(&panels[i]);
         for (int64_t row = 0; row < rows; row++)
             for (int i = 0; i < 4; i++) {
                 int64_t at = first + 16 * i;
                 if (at >= width)
                     break;
                 __mmask16 mask = first16(width - at);
-                int64_t place = (token + row) * width + at;
+                int64_t element = (token + row) * width + at;
                 __m512 value = with_bias(sums[row][i], part->bias, at, mask);
                 if (layer->activation) {
                     __m512 other = rounded(with_bias(others[row][i], gated->bias, at, mask));
                     value = _mm512_mul_ps(rounded(activated(layer->activation, rounded(value))), other);
                 }
                 if (call->residual)
-                    value = _mm512_add_ps(load16(call->residual + place, mask), rounded(value));
-                store16(call->outputs[number] + place, mask, value);
+                    value = _mm512_add_ps(load16(call->residual + element, mask), rounded(value));
+                store16(call->outputs[number] + element, mask, value);
             }
     }
 }
@@ -176,6 +256,9 @@ static inline int64_t tokens_a_task(int64_t num_tokens, int64_t num_inputs)
 static inline void linear_run(struct linear_call *call, int num_threads)
 {
     call->tokens_a_task = tokens_a_task(call->num_tokens, call->layer->num_inputs);
+    const struct linear *next = call->layer->next;
+    if (next) /* the panels that two threads will begin with */
+        pool_look_ahead(next->parts[0].panels, next->num_inputs * bytes_of_pair(next->parts[0].kind));
     int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
     pool_run(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
 }
@@ -229,12 +312,26 @@ AVX512_BF16 static void pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, 
 }
 
 /* Rows of a packed weight, as an embedding looks them up. */
-static inline void look_up(const bf16 *panels, int64_t num_inputs, const int64_t *rows, int64_t num_rows, bf16 *to)
+AVX512_BF16 static void look_up(const struct linear_part *part, int64_t num_inputs, const int64_t *rows,
+                                int64_t num_rows, bf16 *to)
 {
     for (int64_t i = 0; i < num_rows; i++, to += num_inputs) {
-        const bf16 *from = panels + rows[i] / PANEL * PANEL * num_inputs + rows[i] % PANEL * 2;
-        for (int64_t at = 0; at < num_inputs; at += 2)
-            memcpy(to + at, from + at * PANEL, 2 * sizeof *to);
+        struct panel panel = panel_of(part, rows[i] / PANEL, num_inputs / 2);
+        int64_t row = rows[i] % PANEL, vector = row / 16, lane = row % 16;
+        for (int64_t pair = 0; pair < panel.num_pairs; pair++) {
+            const uint8_t *from = panel.numbers + pair * bytes_of_pair(part->kind);
+            if (part->kind == BFLOAT16) {
+                memcpy(to + 2 * pair, from + row * 2 * sizeof *to, 2 * sizeof *to);
+                continue;
+            }
+            int both[2];
+            for (int j = 0; j < 2; j++)
+                both[j] = part->kind == INT8 ? (int8_t)from[vector * 32 + j * 16 + lane]
+                                             : (from[4 * lane + 2 * j + vector / 2] >> vector % 2 * 4 & 15) - 8;
+            __m512 scale = load16(panel.scales + pair / panel.pairs_a_group * PANEL + row, 1);
+            __m512 numbers = _mm512_castps128_ps512(_mm_setr_ps((float)both[0], (float)both[1], 0, 0));
+            store16(to + 2 * pair, 3, _mm512_mul_ps(numbers, _mm512_broadcastss_ps(_mm512_castps512_ps128(scale))));
+        }
     }
 }
 #endif

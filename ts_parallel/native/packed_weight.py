@@ -1,7 +1,9 @@
 """A linear's weight as the kernels read it. Knows the layout, not who reads it.
 
 O output features, I input features. Panels of 64 outputs follow each other; in a panel, two input features of all 64
-outputs do: `panels[o // 64, i // 2, o % 64, i % 2]`, zero where there is no output.
+outputs do: `panels[o // 64, i // 2, o % 64, i % 2]`, zero where there is no output. The numbers are bfloat16, or small
+integers with scales, by which the largest number of a scale is 127 or 7: zero stays zero, and no number is off by more
+than half a scale. How those lie in a panel is what numbers.h says.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.native.huge_pages import map_pages
 
 PANEL = 64
+INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
+_KINDS = {None: 0, "int8": 1, "int4": 2}  # `enum number_kind` of numbers.h
 
 
 class _HugePages:
@@ -25,18 +29,21 @@ class _HugePages:
     """
 
     _REGION = 2**26  # bytes
+    _LINE = 64  # bytes of a cache line
 
     def __init__(self) -> None:
-        self._region = torch.empty(0, dtype=torch.bfloat16)
+        self._region = torch.empty(0, dtype=torch.uint8)
         self._lock = threading.Lock()
 
-    def take(self, num_elements: int) -> torch.Tensor:
-        """bfloat16 `[num_elements]`, on a cache line's border."""
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any values, on a cache line's border."""
+        num_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
-            if num_elements > len(self._region):
-                self._region = map_pages(max(self._REGION, num_elements * 2)).view(torch.bfloat16)
-            taken, self._region = self._region[:num_elements], self._region[-(-num_elements // 32) * 32 :]
-        return taken
+            if num_bytes > len(self._region):
+                self._region = map_pages(max(self._REGION, num_bytes))
+            taken = self._region[:num_bytes]
+            self._region = self._region[-(-num_bytes // self._LINE) * self._LINE :]
+        return taken.view(dtype).view(shape)
 
 
 _memory = _HugePages()
@@ -44,19 +51,46 @@ _memory = _HugePages()
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A bfloat16 weight `[O, I]` in panels."""
+    """A weight `[O, I]` in panels."""
 
     panels: torch.Tensor = field(repr=False)
-    """bfloat16 `[⌈O / 64⌉, I / 2, 64, 2]`."""
+    """bfloat16 `[⌈O / 64⌉, I / 2, 64, 2]`, or uint8 `[⌈O / 64⌉, I / 2, bytes]`."""
     shape: tuple[int, int]
     """(O, I)."""
+    quantization: str | None = None
+    """`int8` or `int4`; None where the numbers are bfloat16."""
+    scales: torch.Tensor | None = field(default=None, repr=False)
+    """bfloat16 `[⌈O / 64⌉, groups of inputs, 64]` of the integers."""
 
     @staticmethod
-    def allocate(shape: tuple[int, int]) -> PackedWeight:
+    def allocate(shape: tuple[int, int], quantization: str | None = None) -> PackedWeight:
         """Memory for a weight of this shape, whose rows are to be `put`."""
         num_outputs, num_inputs = shape
-        sizes = (-(-num_outputs // PANEL), num_inputs // 2, PANEL, 2)
-        return PackedWeight(_memory.take(math.prod(sizes)).view(sizes), shape)
+        num_panels, num_pairs = -(-num_outputs // PANEL), num_inputs // 2
+        if quantization is None:
+            return PackedWeight(_memory.take((num_panels, num_pairs, PANEL, 2), torch.bfloat16), shape)
+        num_bytes = {"int8": PANEL * 2, "int4": PANEL}[quantization]
+        num_groups = 1 if quantization == "int8" else -(-num_inputs // INT4_GROUP)
+        panels = _memory.take((num_panels, num_pairs, num_bytes), torch.uint8)
+        scales = _memory.take((num_panels, num_groups, PANEL), torch.bfloat16)
+        return PackedWeight(panels, shape, quantization, scales)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """What a linear's part is to the kernels, which `part_of` in kernels.c reads: a bias would be its second.
+
+        Addresses are among it: whoever has it keeps this.
+        """
+        scales = 0 if self.scales is None else self.scales.data_ptr()
+        return self.panels.data_ptr(), 0, self.shape[0], _KINDS[self.quantization], scales, self._inputs_a_group // 2
+
+    @property
+    def _inputs_a_group(self) -> int:
+        return INT4_GROUP if self.quantization == "int4" else self.shape[1]
 
     def put(self, first: int, rows: torch.Tensor) -> None:
         """Lay the `rows` `[N, I]` down, of which `first`, a multiple of 64, is the first; the last panel may be open.
@@ -65,13 +99,24 @@ class PackedWeight:
         """
         assert first % PANEL == 0 and (len(rows) % PANEL == 0 or first + len(rows) == self.shape[0])
         assert rows.dtype == torch.bfloat16 and rows.stride(1) == 1
-        panel = self.panels[first // PANEL]
-        kernels.pack(panel.data_ptr(), rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
+        panel, source = self.panels[first // PANEL], (rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
+        if self.scales is None:
+            kernels.pack(panel.data_ptr(), *source)
+            return
+        scales = self.scales[first // PANEL]
+        kind = _KINDS[self.quantization]
+        kernels.quantize(kind, panel.data_ptr(), scales.data_ptr(), self._inputs_a_group, *source)
+
+    def look_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """The `rows` int64 `[...]` of it: bfloat16 `[..., I]`, integers times scales where it has those."""
+        rows = rows.contiguous()
+        found = torch.empty((*rows.shape, self.shape[1]), dtype=torch.bfloat16)
+        kernels.embedding(self.shape[1], rows.data_ptr(), rows.numel(), found.data_ptr(), *self.part)
+        return found
 
     def unpack(self) -> torch.Tensor:
         """The plain weight `[O, I]`."""
-        rows = self.panels.transpose(1, 2).reshape(-1, self.shape[1])
-        return rows[: self.shape[0]].contiguous()
+        return self.look_up(torch.arange(self.shape[0]))
 
 
 def can_pack(weight: torch.Tensor) -> bool:

@@ -34,6 +34,9 @@ static struct {
     pool_task task;
     const void *argument;
     int64_t num_tasks;
+    /* What is read soon after: who has nothing to do fetches it into the cache. A hint, so nobody waits for it. */
+    const char *_Atomic ahead;
+    _Atomic int64_t bytes_ahead;
     _Alignas(64) _Atomic uint64_t ticket; /* number of the region, number of its next task */
     _Alignas(64) _Atomic int64_t num_done;
     _Alignas(64) _Atomic uint32_t region; /* what sleepers wait for */
@@ -71,9 +74,17 @@ static void *pool_worker(void *start)
     uint32_t seen = (uint32_t)((uintptr_t)start >> 16);
     int number = (uintptr_t)start & 0xffff;
     for (;;) {
-        int64_t until = 0;
+        int64_t until = 0, left = atomic_load_explicit(&pool.bytes_ahead, memory_order_relaxed);
+        const char *ahead = atomic_load_explicit(&pool.ahead, memory_order_relaxed);
         uint32_t now;
         while ((now = atomic_load_explicit(&pool.region, memory_order_acquire)) == seen) {
+            if (left > 0) {
+                for (int i = 0; i < 16; i++)
+                    _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+                ahead += 1024;
+                left -= 1024;
+                continue;
+            }
             for (int i = 0; i < 32 && atomic_load_explicit(&pool.region, memory_order_relaxed) == seen; i++)
                 _mm_pause();
             int64_t time = pool_now();
@@ -108,6 +119,13 @@ static inline void pool_grow(int num_workers)
         pthread_detach(thread);
         pool.num_workers++;
     }
+}
+
+/* Before `pool_run`: what whoever is done first may fetch until the next region. */
+static inline void pool_look_ahead(const void *memory, int64_t num_bytes)
+{
+    atomic_store_explicit(&pool.ahead, (const char *)memory, memory_order_relaxed);
+    atomic_store_explicit(&pool.bytes_ahead, num_bytes, memory_order_relaxed);
 }
 
 /* Run `task` for all indices below `num_tasks`, in `num_threads` threads with this one. A caller that finds the

@@ -1,7 +1,8 @@
 """A rank's program → its weights in memory. How a weight reaches its device: `load_program`.
 
 program → memory for this rank's parameters → their bytes, in the order of the file → each in the form that runs best.
-A weight that is laid out in panels gets there a few rows at a time, so it is nowhere in memory as the file has it.
+A weight that is laid out in panels gets there a few rows at a time, so it is nowhere in memory as the file has it: nor
+in full precision, where its numbers become small integers on the way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import nn
 from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.errors import ConfigError
+from ts_parallel.native import HAS_KERNELS
 from ts_parallel.native.huge_pages import make_tensor
 from ts_parallel.native.packed_weight import PANEL, PackedWeight, can_pack
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
@@ -36,6 +39,12 @@ class RankModel:
     model: nn.Module | None = None
     """The model itself, where its own modules are to run instead of the program's stages."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its parameters, as they lie in memory."""
+        own = [self.tensors[name] for name in self.program.plan.parameters if name in self.tensors]
+        return sum(tensor.num_bytes if isinstance(tensor, PackedWeight) else int(tensor.nbytes) for tensor in own)
+
 
 def load_program(
     program: RankProgram,
@@ -44,6 +53,7 @@ def load_program(
     device: torch.device,
     packs: bool = False,
     merge: Callable[[LoadItem], None] | None = None,
+    quantization: str | None = None,
 ) -> RankModel:
     """Give this rank's parameters their memory and fill it.
 
@@ -52,16 +62,20 @@ def load_program(
         packs: whether weights that linears alone read are laid out as this processor reads them best.
         merge: told of each item once it was read; may change what was read, as an adapter does. With it a weight that
             is packed is in memory as it was read too, one at a time.
+        quantization: `int8` or `int4`, in which the weights that are laid out so are kept; None: as the program has
+            them.
 
     Raises:
         CheckpointError: a file is cut off, or cannot be read, or holds NaN.
+        ConfigError: as `refuse_unquantizable`.
     """
+    refuse_unquantizable(program, quantization, device)
     started = time.perf_counter()
     plan = program.plan
     local = {
         name: _memory(entry.local_shape(group.rank), entry.dtype, device) for name, entry in plan.parameters.items()
     }
-    packed = {name for name in (program.packable() if packs else ()) if can_pack(local[name]) and local[name].numel()}
+    packed = _packed(local, program, quantization) if packs else {}
     sources = {
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
@@ -70,7 +84,7 @@ def load_program(
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
         if name in packed and merge is None and _come_in_panels(own, local[name]):
-            tensors[name] = PackedWeight.allocate((local[name].shape[0], local[name].shape[1]))
+            tensors[name] = PackedWeight.allocate((local[name].shape[0], local[name].shape[1]), packed[name])
             items += [_packing(item, local[name], tensors[name]) for item in own]
         else:
             items += own
@@ -84,7 +98,7 @@ def load_program(
             merge(item)
         waiting[item.name] -= 1
         if waiting[item.name] == 0 and item.name in packed:
-            tensors[item.name] = _pack(tensors[item.name])
+            tensors[item.name] = _pack(tensors[item.name], packed[item.name])
 
     load_tensors(_handed_over(items), progress, finish)
     tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
@@ -130,10 +144,45 @@ def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedWeight) -> RowI
     return RowItem(put, source, item.kept, PANEL)
 
 
-def _pack(weight: torch.Tensor) -> PackedWeight:
-    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]))
+def _pack(weight: torch.Tensor, quantization: str | None) -> PackedWeight:
+    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]), quantization)
     packed.put(0, weight)
     return packed
+
+
+def refuse_unquantizable(program: RankProgram, quantization: str | None, device: torch.device) -> None:
+    """Raise where the weights cannot be kept as integers: only the kernels multiply by those.
+
+    Raises:
+        ConfigError: there are no kernels, or not for this device or dtype.
+    """
+    if quantization is None:
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"quantization {quantization} is for device cpu, not {device.type}: leave quantization out")
+    if not HAS_KERNELS:
+        raise ConfigError(
+            f"quantization {quantization} needs the package's kernels, which were not compiled or want AVX-512 with "
+            "bfloat16: leave quantization out"
+        )
+    if program.dtype != torch.bfloat16:
+        dtype = str(program.dtype).removeprefix("torch.")
+        raise ConfigError(f"quantization {quantization} is of bfloat16 weights, not {dtype}: set dtype to bfloat16")
+
+
+def _packed(
+    weights: Mapping[str, torch.Tensor], program: RankProgram, quantization: str | None
+) -> dict[str, str | None]:
+    """The weights to lay out in panels, with what their numbers become.
+
+    The head keeps 8 bits, and with it an embedding that it shares: at 4 it costs as much as all layers together.
+    """
+    found = {}
+    for name in program.packable():
+        if can_pack(weights[name]) and weights[name].numel():
+            is_head = program.plan.parameters[name].shape[0] == sum(program.head_sizes)
+            found[name] = "int8" if quantization == "int4" and is_head else quantization
+    return found
 
 
 def _handed_over(items: list[LoadItem | RowItem]) -> Iterator[LoadItem | RowItem]:

@@ -32,6 +32,8 @@ def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], 
     width, place, run = len(weight), weight.data_ptr(), kernels.rms_norm
 
     def norm(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype != torch.bfloat16:  # some families keep their residual stream in float32
+            return plain(hidden)
         hidden = hidden.contiguous()
         output = torch.empty_like(hidden)
         rows = hidden.numel() // width
@@ -76,6 +78,8 @@ def is_turned_by_kernels(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch
         and hidden.dtype == cosine.dtype == sine.dtype == torch.bfloat16
         and hidden.device.type == "cpu"
         and hidden.stride(-1) == 1
+        and hidden.ndim == 4
+        and hidden.shape[0] == 1
         and cosine.shape == sine.shape == (1, 1, *hidden.shape[-2:])
         and cosine.is_contiguous()
         and sine.is_contiguous()

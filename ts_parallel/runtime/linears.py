@@ -1,9 +1,10 @@
 """Linears, alone or in groups, over weights that lie in memory as the processor reads them best.
 
 A decode step is bound by reading weights. On a processor with AVX-512 and bfloat16, a bfloat16 weight is laid out in
-panels (`native.packed_weight`) that one token reads from beginning to end and many tokens find in the cache; linears of
-the same hidden states are one call, and so are a gated pair with its activation, and a linear with the addition that
-follows it. All other weights stay plain, and torch multiplies: float32 keeps the bits that transformers computes.
+panels (`native.packed_weight`), as it is or as small integers, that one token reads from beginning to end and many
+tokens find in the cache; linears of the same hidden states are one call, and so are a gated pair with its activation,
+and a linear with the addition that follows it. All other weights stay plain, and torch multiplies: float32 keeps the
+bits that transformers computes.
 """
 
 from __future__ import annotations
@@ -52,15 +53,7 @@ def make_embedding(weight: torch.Tensor | PackedWeight) -> Callable[[torch.Tenso
     """Token ids `[...]` → their rows `[..., I]` of `weight` `[O, I]`, which a head may share."""
     if isinstance(weight, torch.Tensor):
         return partial(torch.embedding, weight)
-    panels, num_inputs = weight.panels, weight.shape[1]
-
-    def embedding(token_ids: torch.Tensor) -> torch.Tensor:
-        token_ids = token_ids.contiguous()
-        rows = panels.new_empty((*token_ids.shape, num_inputs))
-        kernels.embedding(panels.data_ptr(), num_inputs, token_ids.data_ptr(), token_ids.numel(), rows.data_ptr())
-        return rows
-
-    return embedding
+    return weight.look_up
 
 
 class _Part:
@@ -79,10 +72,11 @@ class _Part:
         return int(self.weight.shape[0])
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
+    def numbers(self) -> tuple[int, ...]:
+        """`part_of` in kernels.c: addresses among them, so this is kept where they are."""
         assert isinstance(self.weight, PackedWeight)
-        bias = 0 if self.bias is None else self.bias.data_ptr()
-        return self.weight.panels.data_ptr(), bias, self.num_outputs
+        panels, _, *others = self.weight.part
+        return panels, 0 if self.bias is None else self.bias.data_ptr(), *others
 
 
 def _linear(part: _Part) -> Callable[..., torch.Tensor]:
@@ -145,8 +139,8 @@ def _gated(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], 
 def _make_layer(parts: Sequence[_Part], activation: int = 0) -> Any:
     """The kernels' own description, which holds addresses: whoever has it keeps the parts."""
     kernels.set_num_threads(torch.get_num_threads())
-    addresses = [number for part in parts for number in part.addresses]
-    return kernels.make_linear(int(parts[0].weight.shape[1]), activation, *addresses)
+    numbers = [number for part in parts for number in part.numbers]
+    return kernels.make_linear(int(parts[0].weight.shape[1]), activation, *numbers)
 
 
 def _keeping(function: Callable[..., Any], *parts: _Part) -> Callable[..., Any]:

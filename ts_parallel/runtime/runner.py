@@ -42,7 +42,7 @@ class Runner:
         self._topology = topology
         self._group = topology.tensor_parallel
         self._device = topology.device
-        self._weights = (program.plan.local_bytes(self._group.rank), part.seconds)
+        self._weights = (part.num_bytes, part.seconds)
         self._channel = StepChannel(topology)
         self._submitted: deque[tuple[StepPlan, torch.Tensor | None]] = deque()  # with the result where it is here
         self._head = program.head_sizes

@@ -91,7 +91,9 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> RankM
     index = read_index(folder)
     program = prepare_program(program_request(config, folder, group.rank, place), index)
     merge = read_adapter(Path(config.adapter_path), index).merge if config.adapter_path else None
-    return load_program(program, index, group, topology.device, packs=True, merge=merge)
+    return load_program(
+        program, index, group, topology.device, packs=True, merge=merge, quantization=config.quantization
+    )
 
 
 def program_request(config: HandlerConfig, folder: Path, rank: int, place: PipelinePlace) -> ProgramRequest:
