@@ -104,6 +104,12 @@ static inline void find_rows(const struct attention_call *call, const struct chu
     }
 }
 
+/* Neighbouring lanes of 4 numbers added: those of `a`, then those of `b`. */
+INLINE __m512 sum_lanes(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
 /* Sums of each of 16 vectors. */
 INLINE __m512 sum_each(const __m512 of[16])
 {
@@ -115,9 +121,8 @@ INLINE __m512 sum_each(const __m512 of[16])
         __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
         quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd));
-    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    __m512 low = sum_lanes(quad[0], quad[1]), high = sum_lanes(quad[2], quad[3]);
+    return sum_lanes(low, high);
 }
 
 /* `both[2e] = a[e]`, `both[2e + 1] = b[e]` of 32 numbers each. */
@@ -310,10 +315,13 @@ AVX512_BF16 static void attend_some(const struct attention_call *call, const str
     int64_t group = site->num_heads / site->num_kv_heads, num_rows = group * tile->count;
     int64_t num_panels = (site->value_dim + PANEL - 1) / PANEL, width = num_panels * PANEL;
     int64_t begin = chunk->start + tile->first, end = begin + tile->count;
-    size_t key_size = (size_t)(site->head_dim * PANEL) * sizeof(bf16), value_size = (size_t)(width * TILE) * sizeof(bf16);
+    size_t key_size = (size_t)(site->head_dim * PANEL) * sizeof(bf16);
+    size_t value_size = (size_t)(width * TILE) * sizeof(bf16);
     size_t sums_size = (size_t)(num_rows * width) * sizeof(float);
     size_t size = key_size + value_size + sums_size + (size_t)num_rows * sizeof(struct softmax);
     char *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    if (!memory)
+        abort(); /* some 100 KB: whoever lacks them cannot go on anyway */
     bf16 *key_panel = (bf16 *)memory, *value_panels = (bf16 *)(memory + key_size);
     float *sums = (float *)(memory + key_size + value_size);
     struct softmax *softmax = (struct softmax *)(memory + key_size + value_size + sums_size);
@@ -344,7 +352,8 @@ AVX512_BF16 static void attend_some(const struct attention_call *call, const str
                     positions_seen(first, first_seen(site, position), position + 1, seen);
                     for (int i = 0; i < 4; i++)
                         products[row][i] = score_of(site, products[row][i]);
-                    shrink[row] = weigh_tile(&softmax[g * tile->count + token + row], products[row], seen, weights[row]);
+                    struct softmax *own = &softmax[g * tile->count + token + row];
+                    shrink[row] = weigh_tile(own, products[row], seen, weights[row]);
                 }
                 for (int64_t panel = 0; panel < num_panels; panel++) {
                     multiply_rows((int)rows, weights[0], TILE, value_panels + panel * PANEL * TILE, TILE / 2, products);

@@ -1,7 +1,7 @@
 /* Linear layers whose weights lie in panels.
  *
- * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel two
- * input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
+ * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel
+ * two input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
  * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache. Where the
  * numbers are small integers (numbers.h), few tokens read them as they are, and of many the first ones
  * leave the panel in bfloat16 for the others.
@@ -14,7 +14,8 @@
 
 #define MOST_ROWS 6 /* 6 tokens x 4 vectors of outputs, 4 of weights and 1 of inputs are 29 of 32 registers */
 #define MOST_PARTS 8
-#define FEW_TOKENS 24 /* more have the first of them leave a panel of integers in bfloat16; for fewer, that takes longer */
+/* More have the first of them leave a panel of integers in bfloat16; for fewer, that takes longer. */
+#define FEW_TOKENS 24
 
 enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
 

@@ -376,7 +376,7 @@ static const char *choose_sums(void)
 /* ---- Teams ----
  *
  * Each rank counts the pieces that it has put into its slot, one half after the other. That it has put piece s there
- * says too that it has read all it wants of piece s - 1. So who has seen everybody's s - 1 may overwrite its piece s - 2. */
+ * says too that it has read all it wants of piece s - 1. So who has seen everybody's s - 1 may overwrite its s - 2. */
 
 struct team {
     char *memory;
@@ -580,7 +580,8 @@ static PyObject *gather(PyObject *Py_UNUSED(module), PyObject *const *arguments,
         return PyErr_Format(PyExc_TypeError, "takes 7 arguments, got %zd", given);
     if (!read_numbers(arguments, 6, 6, in))
         return NULL;
-    struct team team = {(char *)(intptr_t)in[0], (int)in[1], PyTuple_Check(arguments[6]) ? (int)Py_SIZE(arguments[6]) : 0};
+    int size = PyTuple_Check(arguments[6]) ? (int)Py_SIZE(arguments[6]) : 0;
+    struct team team = {(char *)(intptr_t)in[0], (int)in[1], size};
     if (!team.size)
         return PyErr_Format(PyExc_TypeError, "the widths are a tuple of every rank's");
     size_t widths[team.size], num_bytes = 0;
