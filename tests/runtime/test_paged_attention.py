@@ -263,3 +263,18 @@ def test_step_that_samples_nothing_has_no_sampled_rows() -> None:
     assert layout.sampled_rows.shape == (0,)
     assert layout.sampled_rows.dtype == torch.int64
     assert layout.decode is None
+
+
+@both_dtypes
+def test_heads_whose_numbers_lie_apart_are_attended_to_as_those_side_by_side(dtype: torch.dtype) -> None:
+    shape, (plan, *_) = Shape(num_kv_heads=2), plans([{"a": 11, "b": 4, "c": 1}])
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(1, count, 16, 8, generator=generator).to(dtype) for count in (4, 2, 2)]
+    apart = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in heads]
+    answers = []
+    for query, key, value in (heads, apart):
+        memory = KVMemory([shape.site()], NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
+        attention = make_attention([shape.site()], memory, BLOCK_SIZE)
+        layout: Any = attention.lay_out(plan)
+        answers.append(attention(layout, query, key, value, 0))
+    assert torch.equal(*answers)

@@ -13,7 +13,6 @@
 #include "linear.h"
 
 #define TILE 64 /* keys at a time: as many as a panel is wide */
-#define MOST_HEAD_DIM 1024
 #define LOWEST -1e30f
 
 struct site {

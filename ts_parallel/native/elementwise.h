@@ -12,9 +12,9 @@
 struct norm_call {
     const bf16 *input, *weight; /* [T, K], [K] */
     bf16 *output;               /* [T, K] */
-    int64_t num_rows, width, stride;
-    float epsilon;
+    int64_t num_rows, width;
     int is_offset; /* multiply by 1 + weight, before rounding (Gemma), not by weight after it (Llama) */
+    float epsilon;
 };
 
 /* Root mean square normalisation (Zhang and Sennrich 2019). */
@@ -23,7 +23,7 @@ AVX512_BF16 static void norm_task(const void *argument, int64_t index)
     const struct norm_call *call = argument;
     int64_t end = (index + 1) * ROWS_A_TASK < call->num_rows ? (index + 1) * ROWS_A_TASK : call->num_rows;
     for (int64_t row = index * ROWS_A_TASK; row < end; row++) {
-        const bf16 *input = call->input + row * call->stride;
+        const bf16 *input = call->input + row * call->width;
         __m512 squares = _mm512_setzero_ps();
         for (int64_t at = 0; at < call->width; at += 16) {
             __m512 value = load16(input + at, first16(call->width - at));

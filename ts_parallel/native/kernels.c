@@ -165,17 +165,18 @@ static PyObject *linear(PyObject *self, PyObject *const *arguments, Py_ssize_t c
         }                                                                                                              \
     } while (0)
 
-/* input, weight, output, num_rows, width, stride, bits of epsilon as float64, is_offset */
+/* input, weight, output, num_rows, width, is_offset, epsilon */
 static PyObject *rms_norm(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
-    int64_t number[8];
-    double epsilon;
-    if (!integers(arguments, count, 8, number))
+    int64_t number[6];
+    if (count != 7)
+        return PyErr_Format(PyExc_TypeError, "7 arguments are wanted, not %zd", count);
+    double epsilon = PyFloat_AsDouble(arguments[6]);
+    if (!integers(arguments, 6, 6, number))
         return NULL;
-    memcpy(&epsilon, &number[6], sizeof epsilon);
     struct norm_call call = {(const bf16 *)number[0], (const bf16 *)number[1], (bf16 *)number[2], number[3],
-                             number[4], number[5], (float)epsilon, (int)number[7]};
+                             number[4], (int)number[5], (float)epsilon};
     int64_t num_tasks = (call.num_rows + ROWS_A_TASK - 1) / ROWS_A_TASK;
     RUN(norm_task, &call, num_tasks);
     Py_RETURN_NONE;

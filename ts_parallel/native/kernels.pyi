@@ -23,9 +23,8 @@ def rms_norm(
     output: int,
     num_rows: int,
     width: int,
-    stride: int,
-    epsilon: int,
     is_offset: int,
+    epsilon: float,
     /,
 ) -> None: ...
 def rotary(

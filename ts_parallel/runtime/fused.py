@@ -6,7 +6,6 @@ of a norm's squares is taken in another order). Elsewhere the operations of the 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import torch
@@ -28,7 +27,6 @@ def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], 
 
     if not _is_for_kernels(weight):
         return plain
-    (bits,) = struct.unpack("<q", struct.pack("<d", epsilon))
     width, place, run = len(weight), weight.data_ptr(), kernels.rms_norm
 
     def norm(hidden: torch.Tensor) -> torch.Tensor:
@@ -37,10 +35,9 @@ def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], 
         hidden = hidden.contiguous()
         output = torch.empty_like(hidden)
         rows = hidden.numel() // width
-        run(hidden.data_ptr(), place, output.data_ptr(), rows, width, width, bits, is_offset)
+        run(hidden.data_ptr(), place, output.data_ptr(), rows, width, is_offset, epsilon)
         return output
 
-    norm.weight = weight  # type: ignore[attr-defined]  # the kernel is told its address alone
     return norm
 
 

@@ -94,9 +94,9 @@ class KernelAttention:
                 query, key = rotary(query, cosine, sine), rotary(key, cosine, sine)
         output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         places: list[int] = []
-        for heads in (query, key, value):
-            if heads.stride(3) != 1:
-                heads = heads.contiguous()
+        # What is copied here must live until the kernel has read it.
+        laid_out = [heads if heads.stride(3) == 1 else heads.contiguous() for heads in (query, key, value)]
+        for heads in laid_out:
             _, head_stride, token_stride, _ = heads.stride()
             places += (heads.data_ptr(), head_stride, token_stride)
         _, token_stride, head_stride, _ = output.stride()

@@ -1,0 +1,23 @@
+"""What is written in C is there where it can be: a compilation that failed would only be slow, and skip tests."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ts_parallel.native import HAS_KERNELS
+from ts_parallel.shared_memory import native
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None or not CPU_INFO.exists(), reason="no compiler, or no Linux")
+
+
+def test_ranks_of_one_host_can_share_memory() -> None:
+    assert native is not None
+
+
+def test_kernels_are_compiled_for_the_processors_that_they_are_written_for() -> None:
+    assert HAS_KERNELS == (" avx512_bf16 " in CPU_INFO.read_text().replace("\n", " "))
