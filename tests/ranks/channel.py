@@ -194,7 +194,8 @@ def check_wrong_length(channel: StepChannel, topology: Topology) -> None:
 
 def check_patience(topology: Topology) -> None:
     """Last of all: a group in which somebody has waited in vain is of no more use."""
-    channel_module.PATIENCE = timedelta(seconds=1)
+    dist.barrier()
+    channel_module.PATIENCE = timedelta(seconds=5)  # the ranks have to find each other within it, on a busy machine too
     channel = StepChannel(topology)
     waits: list[Callable[[], object]] = [channel.receive_plan, lambda: channel.receive_inward([((1,), torch.float32)])]
     if 0 < topology.rank <= len(waits):
@@ -202,7 +203,7 @@ def check_patience(topology: Topology) -> None:
         try:
             waits[topology.rank - 1]()
         except RuntimeError:
-            assert 0.9 < time.monotonic() - started < 20
+            assert 4.9 < time.monotonic() - started < 30
         else:
             raise AssertionError("something came from nobody")
     dist.barrier()
