@@ -36,6 +36,7 @@ DEFAULTS = {
     "max_request_seconds": None,
     "enable_prefix_caching": True,
     "max_prefill_slowdown": 1.6,
+    "stream_interval": 0.02,
     "eager": False,
 }
 BATCH_DEFAULTS = {
@@ -77,6 +78,7 @@ def test_every_key_reaches_its_field() -> None:
         "max_request_seconds": 1.5,
         "enable_prefix_caching": False,
         "max_prefill_slowdown": 2.5,
+        "stream_interval": 0.5,
     }
     assert section.keys() | {"eager", "gpu_memory_utilization"} == DEFAULTS.keys()
     assert parse_config(section).model_dump() == {**section, "eager": False, "gpu_memory_utilization": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,56 @@ def test_one_who_waits_is_woken(event: str, monkeypatch: pytest.MonkeyPatch) -> 
         router.fail_all("broken")
     waiting.join(30)
     assert answers == [True]
+
+
+def test_tokens_that_continue_answers_gather_for_the_interval(clock: SimpleNamespace) -> None:
+    router = TokenRouter(stream_interval=5)
+    router.open("a")
+    router.deliver([TokenOutput("a", 1, None)])
+    assert router.wait(0)
+    router.take("a")
+    router.deliver([TokenOutput("a", 2, None)])
+    clock.now += 4
+    assert not router.wait(0)
+    clock.now += 1
+    router.deliver([TokenOutput("a", 3, None)])
+    assert router.wait(0)
+    assert router.take("a") == Delivery([2, 3])
+
+
+@pytest.mark.parametrize("pressing", ["first", "last", "error", "time"])
+def test_beginning_and_end_of_an_answer_wait_for_no_interval(pressing: str, clock: SimpleNamespace) -> None:
+    router = TokenRouter(stream_interval=5)
+    router.open("a")
+    router.open("b", 1.0)
+    router.deliver([TokenOutput("b", 1, None)])
+    assert router.wait(0)
+    router.take("b")
+    assert not router.wait(0)
+    if pressing == "first":
+        router.deliver([TokenOutput("a", 1, None)])
+    elif pressing == "last":
+        router.deliver([TokenOutput("b", 1, "length")])
+    elif pressing == "error":
+        router.fail_all("broken")
+    else:
+        clock.now += 1
+        router.expire()
+    assert router.wait(0)
+    router.take("a"), router.take("b")
+    assert not router.wait(0)
+
+
+def test_one_who_waits_out_the_interval_is_told_of_what_gathered() -> None:
+    router = TokenRouter(stream_interval=0.2)
+    router.open("a")
+    router.deliver([TokenOutput("a", 1, None)])
+    assert router.wait(0)
+    began = time.monotonic()
+    router.take("a")
+    router.deliver([TokenOutput("a", 2, None)])
+    assert router.wait(30)
+    assert 0.1 < time.monotonic() - began < 20
 
 
 def test_mailbox_is_full_from_its_limit_on() -> None:

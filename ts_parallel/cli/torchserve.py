@@ -24,6 +24,7 @@ from ts_parallel.serving.worker import CANNOT_START
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 15
 _LINES_OF_A_FAILURE = 20
+_CORES_A_THREAD = 8  # of those that pass bytes on
 
 
 def find_java() -> str | None:
@@ -204,6 +205,9 @@ class TorchServe:
             "grpc_management_port": grpc_management,
             "initial_distribution_port": ranks,
             "job_queue_size": 1000,
+            # Its own default, two a core, has a few bytes each to write, and each wakes for them.
+            "number_of_netty_threads": max(1, (os.cpu_count() or 1) // _CORES_A_THREAD),
+            "netty_client_threads": max(1, (os.cpu_count() or 1) // _CORES_A_THREAD),
             # It passes pieces on: to compile that again and better takes a core from the model for minutes.
             "vmargs": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         }

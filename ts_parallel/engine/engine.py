@@ -111,8 +111,12 @@ class Engine:
 class EngineThread:
     """Runs an engine freely in a thread of its own. Owns the queue in and the router out."""
 
-    def __init__(self, engine: Engine, on_failure: Callable[[], None]) -> None:
-        self.router = TokenRouter()
+    def __init__(self, engine: Engine, on_failure: Callable[[], None], stream_interval: float = 0.0) -> None:
+        """
+        Args:
+            stream_interval: as of `TokenRouter`.
+        """
+        self.router = TokenRouter(stream_interval)
         self._engine = engine
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[Request | tuple[str, str]] = queue.SimpleQueue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -32,8 +33,19 @@ class Delivery:
 class TokenRouter:
     """Owns the mailboxes. The engine's thread fills them, any other thread empties them."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
+    def __init__(self, stream_interval: float = 0.0) -> None:
+        """
+        Args:
+            stream_interval: seconds between two times at which `wait` tells of tokens that continue answers. It tells
+                at once of a request's first token and of its end.
+        """
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._is_pressing = threading.Condition(lock)
+        self._stream_interval = stream_interval
+        self._told_at = -math.inf
+        self._has_pressing = False
+        self._begun: set[str] = set()
         self._mailboxes: dict[str, Delivery] = {}
         self._emptied_at: dict[str, float] = {}
         self._limits: dict[str, tuple[float, float]] = {}  # when a request's time is over, and how long it was
@@ -53,6 +65,7 @@ class TokenRouter:
     def close(self, request_id: str) -> None:
         with self._changed:
             self._mailboxes.pop(request_id, None)
+            self._begun.discard(request_id)
             self._emptied_at.pop(request_id, None)
             self._limits.pop(request_id, None)
 
@@ -70,7 +83,10 @@ class TokenRouter:
                         mailbox.error, mailbox.fault = output.error, "form"
                     if mailbox.is_last:
                         self._limits.pop(output.request_id, None)
-            self._changed.notify_all()
+                    if mailbox.is_last or output.request_id not in self._begun:
+                        self._begun.add(output.request_id)
+                        self._has_pressing = True
+            self._tell()
 
     def expire(self) -> list[str]:
         """Fail the requests whose time is over, each once; which those are."""
@@ -81,8 +97,8 @@ class TokenRouter:
                 _, seconds = self._limits.pop(name)
                 mailbox = self._mailboxes[name]
                 mailbox.error, mailbox.fault = f"the request took longer than its {seconds:g} s", "time"
-            if expired:
-                self._changed.notify_all()
+            self._has_pressing |= bool(expired)
+            self._tell()
             return expired
 
     def fail_all(self, error: str) -> None:
@@ -90,7 +106,8 @@ class TokenRouter:
             for mailbox in self._mailboxes.values():
                 if not mailbox.is_last:
                     mailbox.error = error
-            self._changed.notify_all()
+            self._has_pressing = True
+            self._tell()
 
     def take(self, request_id: str) -> Delivery:
         """Empty a mailbox."""
@@ -101,9 +118,18 @@ class TokenRouter:
             return mailbox
 
     def wait(self, seconds: float) -> bool:
-        """Whether any mailbox holds something, at the latest after `seconds`."""
+        """Whether it is time to empty the mailboxes, at the latest after `seconds`: one holds something, and the tokens
+        in it begin or end an answer, or nothing was told of for `stream_interval`."""
         with self._changed:
-            return self._changed.wait_for(self._has_mail, seconds)
+            quiet = self._told_at + self._stream_interval - time.monotonic()
+            if quiet > 0 and not self._is_pressing.wait_for(lambda: self._has_pressing, min(quiet, seconds)):
+                if quiet >= seconds:
+                    return False
+                seconds -= quiet
+            has_mail = self._changed.wait_for(self._has_mail, seconds)
+            if has_mail:
+                self._told_at, self._has_pressing = time.monotonic(), False
+            return has_mail
 
     def full(self, num_tokens: int) -> set[str]:
         """The requests with at least `num_tokens` tokens waiting to be taken."""
@@ -124,9 +150,15 @@ class TokenRouter:
                 mailbox = self._mailboxes[name]
                 if not mailbox.is_last:
                     mailbox.error, mailbox.fault = f"nobody has read the answer for {seconds:g} s", "time"
-            if forgotten:
-                self._changed.notify_all()
+            self._has_pressing |= bool(forgotten)
+            self._tell()
             return forgotten
+
+    def _tell(self) -> None:
+        """Wake who waits for what has changed, and nobody else: each waking takes the interpreter from the engine."""
+        if self._has_pressing:
+            self._is_pressing.notify_all()
+        self._changed.notify_all()
 
     def _has_mail(self) -> bool:
         return any(mailbox.token_ids or mailbox.is_last for mailbox in self._mailboxes.values())

@@ -22,8 +22,8 @@ from ts_parallel.serving.keep_open import ROUTE as KEEP_OPEN
 
 logger = logging.getLogger(__name__)
 
-# New requests join between two calls, so this bounds how long one of them waits while no token comes.
-SECONDS_PER_DRAIN = 0.02
+# New requests join between two calls, so this bounds how long one of them waits while no token goes out.
+SECONDS_PER_DRAIN = 0.04
 # A job that has ended may be named once more in the next call.
 _NUM_ENDED_REMEMBERED = 4096
 
@@ -71,7 +71,7 @@ class OpenJob(Protocol[News]):
 
 class Mailboxes(Protocol[MoreNews]):
     def wait(self, seconds: float, /) -> bool:
-        """Whether there is news for any job, at the latest after `seconds`."""
+        """Whether there is news that is to go out, at the latest after `seconds`."""
         ...
 
     def take(self, request_id: str, /) -> MoreNews:
@@ -175,10 +175,11 @@ class ContinuousBatchingDrain(OpenJobs[D]):
                 if is_grpc(context, index):
                     self._gathered[request_id] = []
                 self._register(request_id, raw_request(data[index], context, index))
-        if (self._jobs or self._kept_open) and not self._ready:
-            self._door.router.wait(SECONDS_PER_DRAIN)
         context.stopping_criteria = {}
         bodies = [""] * len(data)
+        if not self._ready and not self._has_news():
+            context.request_ids.clear()
+            return bodies
         for index, request_id in names.items():
             reply = self._collect(request_id)
             if reply is None:
@@ -188,6 +189,9 @@ class ContinuousBatchingDrain(OpenJobs[D]):
             announce(reply, context, index)
             context.stopping_criteria[index] = lambda _, ends=reply.stream_ends: ends
         return bodies
+
+    def _has_news(self) -> bool:
+        return bool(self._jobs or self._kept_open) and self._door.router.wait(SECONDS_PER_DRAIN)
 
     def _register(self, request_id: str, request: RawRequest) -> None:
         if self._has_replicas and request.route == KEEP_OPEN:

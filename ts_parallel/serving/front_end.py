@@ -46,6 +46,7 @@ class FrontEnd:
 
     def __init__(self) -> None:
         self._received = bytearray()
+        self._last_message = b""
         self._jobs: dict[bytes, _Job] = {}  # by the bytes of their names
 
     def exchange(self, bodies: Sequence[str], context: Any) -> list[dict[str, Any]]:
@@ -78,6 +79,9 @@ class FrontEnd:
             _Incomplete: it has not come to its end.
         """
         received, at = self._received, len(_PREDICT)
+        if received and received == self._last_message:  # nobody has come or gone
+            received.clear()
+            return list(self._jobs.values())
         assert received.startswith(_PREDICT) or not received, received[:1]
         jobs = {}
         while (own := _text(received, at)) is not None:
@@ -90,8 +94,8 @@ class FrontEnd:
             jobs[name] = job
             at += len(job.message)
         assert len(received) == at + len(_END_OF_LIST), "the front end waits for an answer before it asks again"
+        self._last_message, self._jobs = bytes(received), jobs
         received.clear()
-        self._jobs = jobs
         return list(jobs.values())
 
 

@@ -52,7 +52,7 @@ class TextGenerationService:
                 return runner, None  # and without transformers, which the service needs for its tokenizer
             from ts_parallel.serving.generation_service import GenerationService
 
-            engine = EngineThread(make_engine(runner, config), on_failure=exit_soon)
+            engine = EngineThread(make_engine(runner, config), exit_soon, config.stream_interval)
             settings = settings_folder(folder, config.config_folder)
             return runner, GenerationService(settings, context.model_name, engine, config)
 
