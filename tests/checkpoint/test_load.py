@@ -453,6 +453,8 @@ def test_thread_goes_ahead_of_what_is_read_and_not_too_far(
     window = 4 * STEP
     monkeypatch.setattr(load, "READ_AHEAD_BYTES", window)
     monkeypatch.setattr(load, "STAGING_BYTES", STEP)
+    monkeypatch.setattr(load, "_BYTES_A_LOOK", STEP)
+    monkeypatch.setattr(load, "_is_cached", lambda descriptor, offset: False)
     touched: list[int] = []
     has_read: list[int] = []
     furthest: list[int] = []
@@ -476,6 +478,30 @@ def test_thread_goes_ahead_of_what_is_read_and_not_too_far(
     spans = [next(iter(byte_ranges(tensor, kept))) for tensor in sorted(index.values(), key=lambda own: own.offset)]
     assert touched == [start for offset, length in spans for start in range(offset, offset + length, STEP)]
     assert max(furthest) <= window + STEP
+
+
+def test_thread_reads_nothing_that_is_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"x": torch.zeros(64, STEP, dtype=torch.uint8)}, tmp_path / SINGLE_FILE)
+    (tensor,) = read_index(tmp_path).values()
+    is_cached, looks = load._is_cached, list[int]()
+    with tensor.file.open("rb") as file:
+        if not is_cached(file.fileno(), 0):
+            pytest.skip("this file system does not say what is in the page cache")
+
+    def noted(descriptor: int, offset: int) -> bool:
+        looks.append(offset)
+        return is_cached(descriptor, offset)
+
+    def put(first: int, rows: torch.Tensor) -> None:
+        deadline = time.monotonic() + 20
+        while len(looks) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    monkeypatch.setattr(load, "_is_cached", noted)
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it is there"))
+    load_tensors([RowItem(put, tensor, None, 64)], SILENT)
+    assert looks == [tensor.offset + start for start in range(0, tensor.num_bytes, 2**20)]
 
 
 def test_thread_ends_with_a_load_that_fails(tmp_path: Path) -> None:

@@ -56,6 +56,19 @@ def test_rows_are_packed_a_few_panels_at_a_time_and_from_a_part_of_each() -> Non
 
 
 @needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("place", [(0, 0), (63, 33), (64, 69), (99, 31), (99, 69)])
+def test_who_packs_rows_hears_of_nan_and_not_of_infinity(place: tuple[int, int], quantization: str | None) -> None:
+    rows = normal(100, 70)
+    packed = PackedWeight.allocate((100, 70), quantization)
+    for number, is_nan in ((0.0, False), (float("inf"), False), (-float("inf"), False), (float("nan"), True)):
+        rows[place] = number
+        assert packed.put(0, rows) is is_nan
+    rows[place] = 1.0
+    assert not packed.put(0, rows)
+
+
+@needs_kernels
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 5, 6, 7, 8, 13, 130, 300])
 @pytest.mark.parametrize("shape", [(100, 70), (768, 64), (1, 2)])

@@ -33,6 +33,7 @@ MOST_BYTES_READ_IN_VAIN = 2**16
 READ_AHEAD_BYTES = 256 * 2**20
 _SHORTEST_READ_AHEAD = 2**20  # less than so much in all comes as fast without
 _READ_AHEAD_STEP = 2**16
+_BYTES_A_LOOK = 2**20  # where the first of them are in the page cache, so are the others
 _MOST_BYTES_AT_ONCE = 2**23
 
 Box = tuple[tuple[int, int], ...]
@@ -189,10 +190,12 @@ class _ReadAhead:
             except OSError:
                 return  # whoever needs the file will say so
             try:
-                for start in range(0, length, _READ_AHEAD_STEP):
+                for start in range(0, length, _BYTES_A_LOOK):
                     if not self._may_go_to(begin + start):
                         return
-                    os.pread(descriptor, 1, offset + start)
+                    if not _is_cached(descriptor, offset + start):
+                        for step in range(start, min(start + _BYTES_A_LOOK, length), _READ_AHEAD_STEP):
+                            os.pread(descriptor, 1, offset + step)
             except OSError:
                 return
             finally:
@@ -204,6 +207,14 @@ class _ReadAhead:
             with self._changed:
                 self._changed.wait_for(lambda: not self._is_wanted or position - self._position <= READ_AHEAD_BYTES)
         return self._is_wanted
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    """Whether a byte is in the page cache; False where the system, or the file's, does not say."""
+    try:
+        return bool(os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT))
+    except (OSError, AttributeError):
+        return False
 
 
 def refuse_nan(item: LoadItem) -> None:

@@ -289,9 +289,10 @@ INLINE void pack_tile(const struct site *site, const bf16 *const keys[TILE], con
 {
     for (int64_t part = 0; part < 4; part++)
         for (int64_t column = 0; column < site->head_dim; column += 32)
-            transpose_pairs(keys + part * 16, count - part * 16, column, first32(site->head_dim - column),
-                            key_panel + column * PANEL + part * 32,
-                            site->head_dim - column < 32 ? (site->head_dim - column) / 2 : 16);
+            (void)transpose_pairs(keys + part * 16, count - part * 16, column, first32(site->head_dim - column),
+                                  key_panel + column * PANEL + part * 32,
+                                  site->head_dim - column < 32 ? (site->head_dim - column) / 2 : 16,
+                                  _mm512_setzero_si512());
     for (int64_t column = 0; column < site->value_dim; column += 32) {
         bf16 *to = value_panels + column / PANEL * PANEL * TILE + column % PANEL * 2;
         __mmask32 mask = first32(site->value_dim - column);

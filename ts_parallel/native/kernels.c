@@ -43,12 +43,13 @@ static PyObject *pack(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 {
     (void)self;
     int64_t number[5];
+    int has_nan;
     if (!integers(arguments, count, 5, number))
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    pack_rows((bf16 *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
+    has_nan = pack_rows((bf16 *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
     Py_END_ALLOW_THREADS;
-    Py_RETURN_NONE;
+    return PyBool_FromLong(has_nan);
 }
 
 /* kind, panels, scales, inputs_a_group, rows, num_rows, num_inputs, stride */

@@ -264,13 +264,16 @@ static inline void linear_run(struct linear_call *call, int num_threads)
     pool_run(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
 }
 
-/* 32 numbers of each of 16 rows, of which `num_rows` are there, to 16 pairs of 16 rows, a panel's width apart. */
-INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_t column, __mmask32 columns, bf16 *to,
-                            int64_t num_pairs)
+/* 32 numbers of each of 16 rows, of which `num_rows` are there, to 16 pairs of 16 rows, a panel's width apart.
+ * Returns `most`, or the numbers' bits without their signs where those are more. */
+INLINE __m512i transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_t column, __mmask32 columns,
+                               bf16 *to, int64_t num_pairs, __m512i most)
 {
     __m512i row[16], half[16];
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < 16; i++) {
         row[i] = i < num_rows ? _mm512_maskz_loadu_epi16(columns, rows[i] + column) : _mm512_setzero_si512();
+        most = _mm512_max_epu16(most, _mm512_and_si512(row[i], _mm512_set1_epi16(0x7fff)));
+    }
     for (int i = 0; i < 8; i++) {
         half[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
         half[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
@@ -295,11 +298,13 @@ INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_
     }
     for (int64_t i = 0; i < num_pairs; i++)
         _mm512_storeu_si512(to + i * 2 * PANEL, row[i]);
+    return most;
 }
 
-/* The panels of `num_rows` rows of a weight, which begin with a whole panel. */
-AVX512_BF16 static void pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+/* The panels of `num_rows` rows of a weight, which begin with a whole panel. Returns whether a number is NaN. */
+AVX512_BF16 static int pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
 {
+    __m512i most = _mm512_setzero_si512();
     for (int64_t first = 0; first < num_rows; first += PANEL, to += num_inputs * PANEL)
         for (int64_t part = 0; part < 4; part++) {
             const bf16 *rows[16];
@@ -307,9 +312,11 @@ AVX512_BF16 static void pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, 
             for (int i = 0; i < 16; i++)
                 rows[i] = from + (first + part * 16 + i) * stride;
             for (int64_t column = 0; column < num_inputs; column += 32)
-                transpose_pairs(rows, left, column, first32(num_inputs - column), to + column * PANEL + part * 32,
-                                num_inputs - column < 32 ? (num_inputs - column) / 2 : 16);
+                most = transpose_pairs(rows, left, column, first32(num_inputs - column),
+                                       to + column * PANEL + part * 32,
+                                       num_inputs - column < 32 ? (num_inputs - column) / 2 : 16, most);
         }
+    return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(0x7f80)) != 0; /* beyond the bits of infinity */
 }
 
 /* Rows of a packed weight, as an embedding looks them up. */

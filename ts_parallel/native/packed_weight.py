@@ -92,20 +92,22 @@ class PackedWeight:
     def _inputs_a_group(self) -> int:
         return INT4_GROUP if self.quantization == "int4" else self.shape[1]
 
-    def put(self, first: int, rows: torch.Tensor) -> None:
+    def put(self, first: int, rows: torch.Tensor) -> bool:
         """Lay the `rows` `[N, I]` down, of which `first`, a multiple of 64, is the first; the last panel may be open.
 
         Their numbers may be strided by row, not within one.
+
+        Returns: whether there is NaN among them.
         """
         assert first % PANEL == 0 and (len(rows) % PANEL == 0 or first + len(rows) == self.shape[0])
         assert rows.dtype == torch.bfloat16 and rows.stride(1) == 1
         panel, source = self.panels[first // PANEL], (rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
         if self.scales is None:
-            kernels.pack(panel.data_ptr(), *source)
-            return
-        scales = self.scales[first // PANEL]
+            return kernels.pack(panel.data_ptr(), *source)
+        scales = self.scales[first // PANEL : -(-(first + len(rows)) // PANEL)]
         kind = _KINDS[self.quantization]
         kernels.quantize(kind, panel.data_ptr(), scales.data_ptr(), self._inputs_a_group, *source)
+        return bool(scales.isnan().any())  # where a number is, its scale is too
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """The `rows` int64 `[...]` of it: bfloat16 `[..., I]`, integers times scales where it has those."""

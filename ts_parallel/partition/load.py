@@ -138,8 +138,8 @@ def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedWeight) -> RowI
     start, source, dtype = _first_row(item, weight), item.source, weight.dtype
 
     def put(first: int, rows: torch.Tensor) -> None:
-        refuse_nan_in(rows, source)
-        packed.put(start + first, rows.to(dtype))
+        if packed.put(start + first, rows.to(dtype)):
+            refuse_nan_in(rows, source)
 
     return RowItem(put, source, item.kept, PANEL)
 
