@@ -36,7 +36,7 @@ DEFAULTS = {
     "max_request_seconds": None,
     "enable_prefix_caching": True,
     "max_prefill_slowdown": 1.6,
-    "stream_interval": 0.02,
+    "stream_interval": 0.03,
     "eager": False,
 }
 BATCH_DEFAULTS = {

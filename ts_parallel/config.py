@@ -128,7 +128,7 @@ class HandlerConfig(ModelConfig):
     """Whether prompts that begin alike share what was computed for one of them."""
     max_prefill_slowdown: float = Field(default=1.6, gt=1)
     """How many times as long a step of decoding requests may take while one prompt is prefilled beside them."""
-    stream_interval: float = Field(default=0.02, ge=0, le=1)
+    stream_interval: float = Field(default=0.03, ge=0, le=1)
     """Seconds for which tokens that continue answers gather before they are sent; the first token of an answer and its
     end wait for nothing. 0: all leave as soon as TorchServe takes them."""
     eager: bool = False

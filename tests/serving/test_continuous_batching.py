@@ -205,6 +205,25 @@ def test_job_without_news_is_left_out_of_the_reply(front_end: FrontEnd) -> None:
     assert front_end.num_opened == 1
 
 
+def test_round_trip_after_an_end_waits_less_for_news(front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    wait = front_end.engine.router.wait
+
+    def noted(seconds: float) -> bool:
+        waits.append(seconds)
+        return wait(seconds)
+
+    monkeypatch.setattr(front_end.engine.router, "wait", noted)
+    front_end.jobs |= {"short": ("text", 1), "long": ("text", 9)}
+    front_end.let_through(2)
+    front_end.trips_until("short")
+    assert len(set(waits)) == 1
+    front_end.round_trip()
+    front_end.round_trip()
+    *_, before, soon, later = waits
+    assert soon < before / 2 and later == before
+
+
 def test_stream_is_sent_in_pieces_of_which_only_the_last_ends_it(front_end: FrontEnd) -> None:
     front_end.jobs["a"] = ("text", 2)
     front_end.let_through(1)

@@ -14,6 +14,7 @@ from ts_parallel.errors import RequestError
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 EVENTS = "text/event-stream"
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at every call
 _DONE = "data: [DONE]\n\n"  # the end of every stream of OpenAI's, also of one that failed
 _NEVER = -9999.0  # the log-probability of what cannot be
 
@@ -300,4 +301,4 @@ def _completion_choice(
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {_to_json(body)}\n\n"

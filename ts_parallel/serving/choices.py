@@ -146,7 +146,10 @@ class Choice:
         return self._echo.text
 
     def _read_tokens(self, delivery: Delivery) -> str:
-        """The text of new tokens, one by one, for none after a stop string counts."""
+        """The text of new tokens: one by one where that matters, for none after a stop string counts."""
+        if self._log is None and not self._stops.is_watching:
+            self.num_tokens += len(delivery.token_ids)
+            return self._detokenizer.add(delivery.token_ids, delivery.is_last)
         pieces = []
         for at, token_id in enumerate(delivery.token_ids):
             is_last = delivery.is_last and at == len(delivery.token_ids) - 1

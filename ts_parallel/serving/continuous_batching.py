@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # New requests join between two calls, so this bounds how long one of them waits while no token goes out.
 SECONDS_PER_DRAIN = 0.04
+# Who was answered often asks again. The front end tells of that in the next round trip, so one is made soon.
+_SECONDS_TO_ASK_AGAIN = 0.004
 # A job that has ended may be named once more in the next call.
 _NUM_ENDED_REMEMBERED = 4096
 
@@ -151,6 +153,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         self._kept_open: str | None = None
         self._gathered: dict[str, list[str]] = {}  # what a job that came by gRPC has been answered so far
         self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
+        self._has_ended = False  # since the last wait for news
         self._front_end = FrontEnd()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> NoReturn:
@@ -191,7 +194,11 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         return bodies
 
     def _has_news(self) -> bool:
-        return bool(self._jobs or self._kept_open) and self._door.router.wait(SECONDS_PER_DRAIN)
+        if not self._jobs and not self._kept_open:
+            return False
+        seconds = _SECONDS_TO_ASK_AGAIN if self._has_ended else SECONDS_PER_DRAIN
+        self._has_ended = False
+        return self._door.router.wait(seconds)
 
     def _register(self, request_id: str, request: RawRequest) -> None:
         if self._has_replicas and request.route == KEEP_OPEN:
@@ -212,6 +219,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
             reply = replace(reply, body="".join(self._gathered.pop(request_id)), is_first=False)
         if reply is not None and reply.is_last:
             self._ended.append(request_id)
+            self._has_ended = True
         return reply
 
 

@@ -14,6 +14,11 @@ class StopStrings:
         self._held = ""
         self.has_stopped = False
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether there is anything to stop at."""
+        return bool(self._stops)
+
     def add(self, text: str, is_last: bool) -> str:
         """The text that may go out now; nothing more after a stop string. With `is_last`, nothing is held back."""
         text = self._held + text
