@@ -218,6 +218,29 @@ class RmsNorm:
 
 
 @dataclass(frozen=True)
+class GatedBlock:
+    """`last(gated(norm(x)))`, and what is added to it where there is something."""
+
+    norm: RmsNorm
+    gated: GatedLinear
+    last: LinearLayer
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """`last(attention(...))` of the queries, keys and values that `linears` make of `norm(x)`, the first two turned by
+    `rotary`; and what is added to it where there is something."""
+
+    norm: RmsNorm
+    linears: LinearLayers
+    last: LinearLayer
+    site: int
+    """The attention call's number among the stage's."""
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class Operation:
     """A callable by its full dotted name. `module` must be imported for it to be there."""
 
@@ -255,7 +278,17 @@ class Supplied:
 
 
 StageGlobal: TypeAlias = (
-    Weight | Embedding | LinearLayer | LinearLayers | GatedLinear | RmsNorm | Operation | Constant | Supplied
+    Weight
+    | Embedding
+    | LinearLayer
+    | LinearLayers
+    | GatedLinear
+    | RmsNorm
+    | GatedBlock
+    | AttentionBlock
+    | Operation
+    | Constant
+    | Supplied
 )
 Linears: TypeAlias = LinearLayer | LinearLayers | GatedLinear
 
@@ -269,6 +302,10 @@ def linears_of(entry: StageGlobal) -> tuple[LinearLayer, ...]:
             return layers
         case GatedLinear(gate, up, _):
             return (gate, up)
+        case GatedBlock(_, gated, last):
+            return (gated.gate, gated.up, last)
+        case AttentionBlock(_, linears, last):
+            return (*linears.layers, last)
         case _:
             return ()
 

@@ -16,8 +16,18 @@ from torch._library.custom_ops import OPDEFS
 from torch.fx import Node
 
 from ts_parallel.errors import PlanError
+from ts_parallel.partition.blocks import find_blocks
 from ts_parallel.partition.fuse import Group, find_groups
-from ts_parallel.partition.program import Constant, Embedding, Operation, StageCode, StageGlobal, Supplied, Weight
+from ts_parallel.partition.program import (
+    AttentionBlock,
+    Constant,
+    Embedding,
+    Operation,
+    StageCode,
+    StageGlobal,
+    Supplied,
+    Weight,
+)
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.trace import (
     all_gather_marker,
@@ -92,7 +102,7 @@ class _Writer:
 
     def __init__(self, graph: StageGraph) -> None:
         self._graph = graph
-        self._groups = find_groups(graph)
+        self._groups = find_blocks(graph, find_groups(graph))
         self.globals: dict[str, StageGlobal] = {}
         self.lines = ["def run(step, inputs, received):"]
         self._names: dict[Node, str] = {}
@@ -127,6 +137,8 @@ class _Writer:
         if group.call == Supplied("attention"):
             query, key, value, cosine, sine, *sinks = arguments
             arguments = ["step", query, key, value, self._site(first), *(sinks or ["None"]), cosine, sine]
+        elif isinstance(group.call, AttentionBlock):
+            arguments = ["step", *arguments]
         call = f"{self._global(name, group.call)}({', '.join(arguments)})"
         for node in group.results:
             self._names[node] = node.name

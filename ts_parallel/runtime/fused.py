@@ -25,7 +25,7 @@ def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], 
             return (scaled * (1.0 + weight.to(torch.float32))).to(hidden.dtype)
         return weight * scaled.to(hidden.dtype)
 
-    if not _is_for_kernels(weight):
+    if not is_for_kernels(weight):
         return plain
     width, place, run = len(weight), weight.data_ptr(), kernels.rms_norm
 
@@ -64,7 +64,7 @@ def rotary(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> to
     return output.transpose(1, 2)
 
 
-def _is_for_kernels(tensor: torch.Tensor) -> bool:
+def is_for_kernels(tensor: torch.Tensor) -> bool:
     return HAS_KERNELS and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
@@ -72,12 +72,20 @@ def is_turned_by_kernels(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch
     """Whether `rotary` of these is a kernel's work."""
     return (
         HAS_KERNELS
-        and hidden.dtype == cosine.dtype == sine.dtype == torch.bfloat16
+        and hidden.dtype == torch.bfloat16
         and hidden.device.type == "cpu"
         and hidden.stride(-1) == 1
         and hidden.ndim == 4
         and hidden.shape[0] == 1
-        and cosine.shape == sine.shape == (1, 1, *hidden.shape[-2:])
+        and are_angles_for_kernels(cosine, sine, *hidden.shape[-2:])
+    )
+
+
+def are_angles_for_kernels(cosine: torch.Tensor, sine: torch.Tensor, num_tokens: int, head_dim: int) -> bool:
+    """Whether the kernels turn `num_tokens` heads by these."""
+    return (
+        cosine.dtype == sine.dtype == torch.bfloat16
+        and cosine.shape == sine.shape == (1, 1, num_tokens, head_dim)
         and cosine.is_contiguous()
         and sine.is_contiguous()
     )

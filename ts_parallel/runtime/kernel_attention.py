@@ -101,11 +101,12 @@ class KernelAttention:
             places += (heads.data_ptr(), head_stride, token_stride)
         _, token_stride, head_stride, _ = output.stride()
         kernels.attention(
-            self._site(site, sinks), layout.step, *turns, *places, output.data_ptr(), head_stride, token_stride
+            self.site(site, sinks), layout.step, *turns, *places, output.data_ptr(), head_stride, token_stride
         )
         return output
 
-    def _site(self, number: int, sinks: torch.Tensor | None) -> Any:
+    def site(self, number: int, sinks: torch.Tensor | None = None) -> Any:
+        """The kernels' own description of attention call `number`."""
         place = 0 if sinks is None else sinks.data_ptr()
         made = self._made.get((number, place))
         if made is None:

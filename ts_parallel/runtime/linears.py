@@ -96,7 +96,7 @@ def _linear(part: _Part) -> Callable[..., torch.Tensor]:
         run(layer, hidden.data_ptr(), width, hidden.numel() // width, added, output.data_ptr())
         return output
 
-    return _keeping(linear, part)
+    return _keeping(linear, layer, part)
 
 
 def _side_by_side(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
@@ -110,7 +110,7 @@ def _side_by_side(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch
         run(layer, hidden.data_ptr(), width, hidden.numel() // width, 0, *places)
         return outputs
 
-    return _keeping(linears, *parts)
+    return _keeping(linears, layer, *parts)
 
 
 def _one_by_one(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
@@ -128,7 +128,7 @@ def _gated_at_once(gate: _Part, up: _Part, activation: str) -> Callable[[torch.T
         run(layer, hidden.data_ptr(), width, hidden.numel() // width, 0, output.data_ptr())
         return output
 
-    return _keeping(gated, gate, up)
+    return _keeping(gated, layer, gate, up)
 
 
 def _gated(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -143,6 +143,11 @@ def _make_layer(parts: Sequence[_Part], activation: int = 0) -> Any:
     return kernels.make_linear(int(parts[0].weight.shape[1]), activation, *numbers)
 
 
-def _keeping(function: Callable[..., Any], *parts: _Part) -> Callable[..., Any]:
-    function.parts = parts  # type: ignore[attr-defined]
+def layer_of(function: Callable[..., Any]) -> Any:
+    """The kernels' own description of what `make_linears` made; None where they do not compute it."""
+    return getattr(function, "layer", None)
+
+
+def _keeping(function: Callable[..., Any], layer: Any, *parts: _Part) -> Callable[..., Any]:
+    function.layer, function.parts = layer, parts  # type: ignore[attr-defined]
     return function

@@ -1,0 +1,80 @@
+"""Halves of decoder layers are found where their parts are, and left apart where others read what lies between."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES
+from test_fuse import graph_of
+from torch import nn
+from whole_model import stage_model
+
+from ts_parallel.partition.blocks import find_blocks
+from ts_parallel.partition.fuse import find_groups
+from ts_parallel.partition.stages import StageGraph
+
+
+def kinds(graph: StageGraph) -> Counter[str]:
+    groups = dict.fromkeys(find_blocks(graph, find_groups(graph)).values())
+    return Counter(type(group.call).__name__ for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", {"AttentionBlock": 2, "GatedBlock": 2, "LinearLayer": 1, "RmsNorm": 1}),
+        ("gemma2", {"AttentionBlock": 2, "GatedBlock": 2, "LinearLayer": 1, "RmsNorm": 5}),
+        ("qwen3", {"LinearLayers": 2, "LinearLayer": 3, "GatedBlock": 2, "RmsNorm": 7, "Supplied": 2}),
+    ],
+)
+def test_layer_of_a_family_is_as_few_calls_as_can_be(family: str, expected: dict[str, int]) -> None:
+    (graph,) = stage_model(FAMILIES[family](num_hidden_layers=2), dtype=torch.bfloat16).stages
+    assert kinds(graph) == expected
+
+
+class Half(nn.Module):
+    """The gated half of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        self.gate, self.up, self.down = (nn.Linear(8, 8, dtype=torch.bfloat16) for _ in range(3))
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        exact = hidden.to(torch.float32)
+        return self.scale * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden)
+        return hidden + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+
+
+class NormSeenTwice(Half):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden)
+        return normed + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+
+
+class ProductSeenTwice(Half):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden)
+        product = nn.functional.silu(self.gate(normed)) * self.up(normed)
+        return product + self.down(product)
+
+
+class WithoutNorm(Half):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+@pytest.mark.parametrize(
+    ("module", "num_blocks"), [(Half, 1), (NormSeenTwice, 0), (ProductSeenTwice, 0), (WithoutNorm, 0)]
+)
+def test_half_of_which_others_read_the_inside_stays_in_parts(module: type[Half], num_blocks: int) -> None:
+    graph = graph_of(module(), torch.zeros(3, 8, dtype=torch.bfloat16))
+    found = kinds(replace(graph, nodes=tuple(node for node in graph.nodes if node.users)))  # without assertions
+    assert found["GatedBlock"] == num_blocks
+    assert found["GatedLinear"] == 1 - num_blocks

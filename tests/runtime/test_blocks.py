@@ -1,0 +1,82 @@
+"""Half a layer as one call gives the numbers of its parts, bit by bit, and its parts where it cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from families import TINY_FAMILIES, save_random_model
+from whole_model import build_rank_model
+
+from ts_parallel.native import HAS_KERNELS, kernels
+from ts_parallel.partition import stage_code
+from ts_parallel.partition.program import AttentionBlock, GatedBlock
+from ts_parallel.runtime import blocks
+from ts_parallel.runtime.runner import Runner
+from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.topology import Topology, open_topology
+
+BLOCKS = (5, 2, 9, 0, 7, 1)
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    topology = open_topology(1, "cpu", environment={}, num_threads=2)
+    yield topology
+    topology.close()
+
+
+@pytest.fixture(autouse=True)
+def torch_threads() -> Iterator[None]:
+    """A runner over kernels leaves torch one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def logits_of(folder: Path, topology: Topology) -> tuple[torch.Tensor, set[type]]:
+    """A prefill in two chunks, two sequences a step after it; and what kinds of calls the stage has."""
+    part = build_rank_model(folder, "bfloat16", topology.tensor_parallel, topology.device, packs=True)
+    runner = Runner(part, topology, block_size=16, kv_cache_bytes=2**22, max_model_len=90)
+    token_ids = torch.randint(part.program.head_sizes[0], (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    steps = [[(0, 33)], [(33, 50)], *([(at, at + 1)] for at in range(50, 54)), [(54, 55), (0, 21)]]
+    found = []
+    for step in steps:
+        chunks = [
+            Chunk(str(number), tuple(token_ids[start:end]), start, BLOCKS[3 * number :], is_sampled=True)
+            for number, (start, end) in enumerate(step)
+        ]
+        found.append(runner.logits(StepPlan(tuple(chunks))))
+    return torch.cat(found), {type(entry) for entry in part.program.stages[0].globals.values()}
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma", "llama (one key/value head)"])
+def test_halves_of_a_layer_are_their_parts(
+    family: str, is_whole: bool, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernels cannot do a half as a whole."""
+    config = TINY_FAMILIES[family](max_position_embeddings=256)
+    save_random_model(tmp_path, config, dtype=torch.bfloat16)
+    calls = 0
+    run_block = kernels.run_block if HAS_KERNELS else None
+
+    def counted(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        assert run_block is not None
+        run_block(*arguments)
+
+    if HAS_KERNELS:
+        monkeypatch.setattr(kernels, "run_block", counted)
+    if not is_whole:
+        monkeypatch.setattr(blocks, "layer_of", lambda function: None)
+    as_halves, kinds = logits_of(tmp_path, topology)
+    assert kinds >= {AttentionBlock, GatedBlock}
+    assert bool(calls) == (HAS_KERNELS and is_whole)
+    monkeypatch.setattr(stage_code, "find_blocks", lambda graph, groups: dict(groups))
+    as_parts, kinds = logits_of(tmp_path, topology)
+    assert not kinds & {AttentionBlock, GatedBlock}
+    assert torch.equal(as_halves, as_parts)

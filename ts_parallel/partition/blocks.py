@@ -1,0 +1,135 @@
+"""Groups that follow each other in a decoder layer and become one call: its attention half, and its gated half.
+
+A norm, the linears that read it, what is made of those, and the linear behind that. Between two of these calls only the
+residual stream is left, so a layer is two of them. Where one of the parts is missing, or others read what lies between,
+the groups of `fuse` stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+
+from ts_parallel.partition.fuse import Group
+from ts_parallel.partition.program import (
+    AttentionBlock,
+    GatedBlock,
+    GatedLinear,
+    LinearLayer,
+    LinearLayers,
+    RmsNorm,
+    Supplied,
+)
+from ts_parallel.partition.stages import StageGraph
+
+aten = torch.ops.aten
+
+_RESHAPES = {aten.view.default, aten.reshape.default, aten.contiguous.default}
+
+
+def find_blocks(graph: StageGraph, groups: Mapping[Node, Group]) -> dict[Node, Group]:
+    """`groups` by node, those that are parts of a block replaced by it."""
+    finder = _Finder(graph, groups)
+    found = dict(groups)
+    for group in dict.fromkeys(groups.values()):
+        block = finder.gated(group) or finder.attention(group)
+        if block is not None:
+            found |= dict.fromkeys(block.absorbed, block)
+    return found
+
+
+class _Finder:
+    def __init__(self, graph: StageGraph, groups: Mapping[Node, Group]) -> None:
+        self._groups = groups
+        self._own = set(graph.nodes)
+        self._kept = set(graph.sent)
+        self._site_numbers = graph.site_numbers
+
+    def gated(self, group: Group) -> Group | None:
+        if not isinstance(group.call, GatedLinear):
+            return None
+        norm, last = self._norm(group), self._last(group.results[0])
+        if norm is None or last is None:
+            return None
+        assert isinstance(norm.call, RmsNorm) and isinstance(last.call, LinearLayer)
+        call = GatedBlock(norm.call, group.call, last.call)
+        absorbed = norm.absorbed | group.absorbed | last.absorbed
+        return Group(call, (*norm.inputs, *last.inputs[1:]), last.results, absorbed)
+
+    def attention(self, group: Group) -> Group | None:
+        if group.call != Supplied("attention") or len(group.inputs) != 5:  # the sixth is sinks
+            return None
+        *heads, cosine, sine = group.inputs
+        (result,) = group.results
+        paths = [self._path_of_heads(each, group) for each in heads]
+        linears = self._groups.get(paths[0][-1]) if all(paths) else None
+        if linears is None or not isinstance(linears.call, LinearLayers):
+            return None
+        if linears.results != tuple(path[-1] for path in paths):
+            return None
+        outward = self._path_outward(result)
+        norm, last = self._norm(linears), self._last(outward[-1]) if outward else None
+        if norm is None or last is None:
+            return None
+        assert isinstance(norm.call, RmsNorm) and isinstance(last.call, LinearLayer)
+        call = AttentionBlock(
+            norm.call,
+            linears.call,
+            last.call,
+            self._site_numbers[int(result.args[-1])],  # type: ignore[arg-type]
+            head_dim=heads[0].meta["val"].shape[-1],
+            value_dim=heads[2].meta["val"].shape[-1],
+        )
+        between = {node for path in (*paths, outward) for node in path}
+        absorbed = norm.absorbed | linears.absorbed | group.absorbed | between | last.absorbed
+        return Group(call, (*norm.inputs, cosine, sine, *last.inputs[1:]), last.results, absorbed)
+
+    def _norm(self, group: Group) -> Group | None:
+        """The norm whose result `group`, which has one input, reads and nobody else."""
+        (hidden,) = group.inputs
+        norm = self._groups.get(hidden)
+        if norm is None or not isinstance(norm.call, RmsNorm) or hidden in self._kept:
+            return None
+        return norm if self._readers(hidden) <= group.absorbed else None
+
+    def _last(self, result: Node) -> Group | None:
+        """The linear that reads `result`, and nobody else does."""
+        readers = self._readers(result)
+        last = self._groups.get(next(iter(readers))) if readers else None
+        if last is None or not isinstance(last.call, LinearLayer) or result in self._kept:
+            return None
+        return last if readers <= last.absorbed and result is last.inputs[0] and result not in last.inputs[1:] else None
+
+    def _path_of_heads(self, heads: Node, attention: Group) -> list[Node]:
+        """From heads `[1, H, T, D]`, which `attention` reads, back to the linear's outputs `[1, T, H D]` of which they
+        are a view; nothing where they are none."""
+        view = heads.args[0]
+        if heads.target is not aten.transpose.int or heads.args[1:] != (1, 2) or not isinstance(view, Node):
+            return []
+        source = view.args[0]
+        if view.target not in _RESHAPES or not isinstance(source, Node) or not self._are_inner(view, source):
+            return []
+        if heads in self._kept or not self._readers(heads) <= attention.absorbed:
+            return []
+        shape, whole = view.meta["val"].shape, source.meta["val"].shape
+        return [heads, view, source] if len(shape) == 4 and whole[-1] == shape[2] * shape[3] else []
+
+    def _path_outward(self, result: Node) -> list[Node]:
+        """From what attention gives, `[1, T, H, E]`, to the same as `[1, T, H E]`; nothing where it does not."""
+        path = [result]
+        while self._are_inner(path[-1]):
+            (reader,) = self._readers(path[-1])
+            if reader.target not in _RESHAPES:
+                break
+            path.append(reader)
+        shape, whole = path[-1].meta["val"].shape, result.meta["val"].shape
+        return path if len(shape) == 3 and shape[-1] == whole[-1] * whole[-2] else []
+
+    def _are_inner(self, *nodes: Node) -> bool:
+        """Whether each has one reader, in this stage."""
+        return all(node in self._own and node not in self._kept and len(self._readers(node)) == 1 for node in nodes)
+
+    def _readers(self, node: Node) -> set[Node]:
+        return {user for user in node.users if user in self._own}
