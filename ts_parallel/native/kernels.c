@@ -3,7 +3,7 @@
 #include <Python.h>
 
 #include "attention.h"
-#include "block.h"
+#include "sublayer.h"
 #include "elementwise.h"
 #include "linear.h"
 
@@ -300,64 +300,69 @@ static PyObject *attention(PyObject *self, PyObject *const *arguments, Py_ssize_
     Py_RETURN_NONE;
 }
 
-/* What the addresses in a block belong to. */
-struct owned_block {
-    struct block block;
+/* What the addresses in a sublayer belong to. */
+struct owned_sublayer {
+    struct sublayer sublayer;
     PyObject *owners[3]; /* first, last, site */
 };
 
-static void drop_block(PyObject *capsule)
+static void drop_sublayer(PyObject *capsule)
 {
-    struct owned_block *own = PyCapsule_GetPointer(capsule, "block");
+    struct owned_sublayer *own = PyCapsule_GetPointer(capsule, "sublayer");
     for (int i = 0; i < 3; i++)
         Py_DECREF(own->owners[i]);
     free(own);
 }
 
 /* weight, is_offset, epsilon, first, last, site or None */
-static PyObject *make_block(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+static PyObject *make_sublayer(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
     int64_t number[2];
     if (count != 6)
         return PyErr_Format(PyExc_TypeError, "6 arguments are wanted, not %zd", count);
     double epsilon = PyFloat_AsDouble(arguments[2]);
-    struct block block = {.epsilon = (float)epsilon,
-                          .first = PyCapsule_GetPointer(arguments[3], "linear"),
-                          .last = PyCapsule_GetPointer(arguments[4], "linear")};
-    if (!block.first || !block.last || !integers(arguments, 2, 2, number))
+    struct sublayer sublayer = {.epsilon = (float)epsilon,
+                                .first = PyCapsule_GetPointer(arguments[3], "linear"),
+                                .last = PyCapsule_GetPointer(arguments[4], "linear")};
+    if (!sublayer.first || !sublayer.last || !integers(arguments, 2, 2, number))
         return NULL;
-    if (arguments[5] != Py_None && !(block.site = PyCapsule_GetPointer(arguments[5], "site")))
+    if (arguments[5] != Py_None && !(sublayer.site = PyCapsule_GetPointer(arguments[5], "site")))
         return NULL;
-    block.weight = (const bf16 *)number[0];
-    block.is_offset = (int)number[1];
-    struct owned_block *own = malloc(sizeof *own);
+    sublayer.weight = (const bf16 *)number[0];
+    sublayer.is_offset = (int)number[1];
+    struct owned_sublayer *own = malloc(sizeof *own);
     if (!own)
         return PyErr_NoMemory();
-    *own = (struct owned_block){block, {arguments[3], arguments[4], arguments[5]}};
+    *own = (struct owned_sublayer){sublayer, {arguments[3], arguments[4], arguments[5]}};
     for (int i = 0; i < 3; i++)
         Py_INCREF(own->owners[i]);
-    return PyCapsule_New(own, "block", drop_block);
+    return PyCapsule_New(own, "sublayer", drop_sublayer);
 }
 
-/* block, step or None, cosine, sine, input, num_tokens, residual, output */
-static PyObject *run_block(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+/* sublayer, step or None, cosine, sine, input, num_tokens, residual, output */
+static PyObject *run_sublayer(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
     int64_t number[6];
     if (count != 8)
         return PyErr_Format(PyExc_TypeError, "8 arguments are wanted, not %zd", count);
-    const struct owned_block *own = PyCapsule_GetPointer(arguments[0], "block");
+    const struct owned_sublayer *own = PyCapsule_GetPointer(arguments[0], "sublayer");
     if (!own || !integers(arguments + 2, 6, 6, number))
         return NULL;
-    struct block_call call = {&own->block,   NULL,      (const bf16 *)number[0], (const bf16 *)number[1],
-                              (const bf16 *)number[2], number[3], (const bf16 *)number[4], (bf16 *)number[5]};
-    if (own->block.site && !(call.step = PyCapsule_GetPointer(arguments[1], "step")))
+    struct sublayer_call call = {.sublayer = &own->sublayer,
+                                 .cosine = (const bf16 *)number[0],
+                                 .sine = (const bf16 *)number[1],
+                                 .input = (const bf16 *)number[2],
+                                 .num_tokens = number[3],
+                                 .residual = (const bf16 *)number[4],
+                                 .output = (bf16 *)number[5]};
+    if (own->sublayer.site && !(call.step = PyCapsule_GetPointer(arguments[1], "step")))
         return NULL;
     int done = 1;
     if (call.num_tokens) {
         Py_BEGIN_ALLOW_THREADS;
-        done = block_run(&call, num_threads);
+        done = sublayer_run(&call, num_threads);
         Py_END_ALLOW_THREADS;
     }
     if (!done)
@@ -379,8 +384,8 @@ static PyMethodDef methods[] = {
     {"make_site", (PyCFunction)(void (*)(void))make_site, METH_FASTCALL, NULL},
     {"make_step", (PyCFunction)(void (*)(void))make_step, METH_FASTCALL, NULL},
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, NULL},
-    {"make_block", (PyCFunction)(void (*)(void))make_block, METH_FASTCALL, NULL},
-    {"run_block", (PyCFunction)(void (*)(void))run_block, METH_FASTCALL, NULL},
+    {"make_sublayer", (PyCFunction)(void (*)(void))make_sublayer, METH_FASTCALL, NULL},
+    {"run_sublayer", (PyCFunction)(void (*)(void))run_sublayer, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -218,7 +218,7 @@ class RmsNorm:
 
 
 @dataclass(frozen=True)
-class GatedBlock:
+class GatedSublayer:
     """`last(gated(norm(x)))`, and what is added to it where there is something."""
 
     norm: RmsNorm
@@ -227,7 +227,7 @@ class GatedBlock:
 
 
 @dataclass(frozen=True)
-class AttentionBlock:
+class AttentionSublayer:
     """`last(attention(...))` of the queries, keys and values that `linears` make of `norm(x)`, the first two turned by
     `rotary`; and what is added to it where there is something."""
 
@@ -284,8 +284,8 @@ StageGlobal: TypeAlias = (
     | LinearLayers
     | GatedLinear
     | RmsNorm
-    | GatedBlock
-    | AttentionBlock
+    | GatedSublayer
+    | AttentionSublayer
     | Operation
     | Constant
     | Supplied
@@ -302,9 +302,9 @@ def linears_of(entry: StageGlobal) -> tuple[LinearLayer, ...]:
             return layers
         case GatedLinear(gate, up, _):
             return (gate, up)
-        case GatedBlock(_, gated, last):
+        case GatedSublayer(_, gated, last):
             return (gated.gate, gated.up, last)
-        case AttentionBlock(_, linears, last):
+        case AttentionSublayer(_, linears, last):
             return (*linears.layers, last)
         case _:
             return ()

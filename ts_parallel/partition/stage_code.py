@@ -16,10 +16,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.fx import Node
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.blocks import find_blocks
 from ts_parallel.partition.fuse import Group, find_groups
 from ts_parallel.partition.program import (
-    AttentionBlock,
+    AttentionSublayer,
     Constant,
     Embedding,
     Operation,
@@ -29,6 +28,7 @@ from ts_parallel.partition.program import (
     Weight,
 )
 from ts_parallel.partition.stages import StageGraph
+from ts_parallel.partition.sublayers import find_sublayers
 from ts_parallel.partition.trace import (
     all_gather_marker,
     all_reduce_marker,
@@ -102,7 +102,7 @@ class _Writer:
 
     def __init__(self, graph: StageGraph) -> None:
         self._graph = graph
-        self._groups = find_blocks(graph, find_groups(graph))
+        self._groups = find_sublayers(graph, find_groups(graph))
         self.globals: dict[str, StageGlobal] = {}
         self.lines = ["def run(step, inputs, received):"]
         self._names: dict[Node, str] = {}
@@ -137,7 +137,7 @@ class _Writer:
         if group.call == Supplied("attention"):
             query, key, value, cosine, sine, *sinks = arguments
             arguments = ["step", query, key, value, self._site(first), *(sinks or ["None"]), cosine, sine]
-        elif isinstance(group.call, AttentionBlock):
+        elif isinstance(group.call, AttentionSublayer):
             arguments = ["step", *arguments]
         call = f"{self._global(name, group.call)}({', '.join(arguments)})"
         for node in group.results:

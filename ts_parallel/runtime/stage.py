@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 
 from ts_parallel.partition.program import (
-    AttentionBlock,
+    AttentionSublayer,
     Constant,
     Embedding,
-    GatedBlock,
     GatedLinear,
+    GatedSublayer,
     LinearLayer,
     LinearLayers,
     Operation,
@@ -23,9 +23,9 @@ from ts_parallel.partition.program import (
     Weight,
     linears_of,
 )
-from ts_parallel.runtime.blocks import make_attention_block, make_gated_block
 from ts_parallel.runtime.fused import make_norm, rotary
 from ts_parallel.runtime.linears import Tensors, make_embedding, make_linears
+from ts_parallel.runtime.sublayers import make_attention_sublayer, make_gated_sublayer
 from ts_parallel.topology import TensorParallelGroup
 
 
@@ -103,10 +103,10 @@ def _value_of(entry: StageGlobal, tensors: Tensors, supplied: Mapping[str, Any])
             return make_embedding(tensors[weight])
         case LinearLayer() | LinearLayers() | GatedLinear():
             return make_linears(entry, tensors)
-        case GatedBlock():
-            return make_gated_block(entry, tensors)
-        case AttentionBlock():
-            return make_attention_block(entry, tensors, supplied["attention"])
+        case GatedSublayer():
+            return make_gated_sublayer(entry, tensors)
+        case AttentionSublayer():
+            return make_attention_sublayer(entry, tensors, supplied["attention"])
         case RmsNorm(weight):
             return make_norm(entry, tensors[weight])
         case Operation():

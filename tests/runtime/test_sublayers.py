@@ -1,4 +1,4 @@
-"""Half a layer as one call gives the numbers of its parts, bit by bit, and its parts where it cannot be one."""
+"""A sublayer as one call gives the numbers of its parts, bit by bit, and its parts where it cannot be one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from whole_model import build_rank_model
 
 from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.partition import stage_code
-from ts_parallel.partition.program import AttentionBlock, GatedBlock
-from ts_parallel.runtime import blocks
+from ts_parallel.partition.program import AttentionSublayer, GatedSublayer
+from ts_parallel.runtime import sublayers
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology
@@ -54,29 +54,29 @@ def logits_of(folder: Path, topology: Topology) -> tuple[torch.Tensor, set[type]
 
 @pytest.mark.parametrize("is_whole", [True, False])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma", "llama (one key/value head)"])
-def test_halves_of_a_layer_are_their_parts(
+def test_sublayers_give_the_numbers_of_their_parts(
     family: str, is_whole: bool, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the kernels cannot do a half as a whole."""
+    """Also where the kernels cannot do one as a whole."""
     config = TINY_FAMILIES[family](max_position_embeddings=256)
     save_random_model(tmp_path, config, dtype=torch.bfloat16)
     calls = 0
-    run_block = kernels.run_block if HAS_KERNELS else None
+    run_sublayer = kernels.run_sublayer if HAS_KERNELS else None
 
     def counted(*arguments: object) -> None:
         nonlocal calls
         calls += 1
-        assert run_block is not None
-        run_block(*arguments)
+        assert run_sublayer is not None
+        run_sublayer(*arguments)
 
     if HAS_KERNELS:
-        monkeypatch.setattr(kernels, "run_block", counted)
+        monkeypatch.setattr(kernels, "run_sublayer", counted)
     if not is_whole:
-        monkeypatch.setattr(blocks, "layer_of", lambda function: None)
-    as_halves, kinds = logits_of(tmp_path, topology)
-    assert kinds >= {AttentionBlock, GatedBlock}
+        monkeypatch.setattr(sublayers, "layer_of", lambda function: None)
+    as_sublayers, kinds = logits_of(tmp_path, topology)
+    assert kinds >= {AttentionSublayer, GatedSublayer}
     assert bool(calls) == (HAS_KERNELS and is_whole)
-    monkeypatch.setattr(stage_code, "find_blocks", lambda graph, groups: dict(groups))
+    monkeypatch.setattr(stage_code, "find_sublayers", lambda graph, groups: dict(groups))
     as_parts, kinds = logits_of(tmp_path, topology)
-    assert not kinds & {AttentionBlock, GatedBlock}
-    assert torch.equal(as_halves, as_parts)
+    assert not kinds & {AttentionSublayer, GatedSublayer}
+    assert torch.equal(as_sublayers, as_parts)

@@ -1,4 +1,4 @@
-"""Groups that follow each other in a decoder layer and become one call: its attention half, and its gated half.
+"""Groups that follow each other in a decoder layer and become one call: its attention, and its gated feed-forward.
 
 A norm, the linears that read it, what is made of those, and the linear behind that. Between two of these calls only the
 residual stream is left, so a layer is two of them. Where one of the parts is missing, or others read what lies between,
@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from ts_parallel.partition.fuse import Group
 from ts_parallel.partition.program import (
-    AttentionBlock,
-    GatedBlock,
+    AttentionSublayer,
     GatedLinear,
+    GatedSublayer,
     LinearLayer,
     LinearLayers,
     RmsNorm,
@@ -29,14 +29,14 @@ aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten.reshape.default, aten.contiguous.default}
 
 
-def find_blocks(graph: StageGraph, groups: Mapping[Node, Group]) -> dict[Node, Group]:
-    """`groups` by node, those that are parts of a block replaced by it."""
+def find_sublayers(graph: StageGraph, groups: Mapping[Node, Group]) -> dict[Node, Group]:
+    """`groups` by node, those that are parts of a sublayer replaced by it."""
     finder = _Finder(graph, groups)
     found = dict(groups)
     for group in dict.fromkeys(groups.values()):
-        block = finder.gated(group) or finder.attention(group)
-        if block is not None:
-            found |= dict.fromkeys(block.absorbed, block)
+        sublayer = finder.gated(group) or finder.attention(group)
+        if sublayer is not None:
+            found |= dict.fromkeys(sublayer.absorbed, sublayer)
     return found
 
 
@@ -54,7 +54,7 @@ class _Finder:
         if norm is None or last is None:
             return None
         assert isinstance(norm.call, RmsNorm) and isinstance(last.call, LinearLayer)
-        call = GatedBlock(norm.call, group.call, last.call)
+        call = GatedSublayer(norm.call, group.call, last.call)
         absorbed = norm.absorbed | group.absorbed | last.absorbed
         return Group(call, (*norm.inputs, *last.inputs[1:]), last.results, absorbed)
 
@@ -74,7 +74,7 @@ class _Finder:
         if norm is None or last is None:
             return None
         assert isinstance(norm.call, RmsNorm) and isinstance(last.call, LinearLayer)
-        call = AttentionBlock(
+        call = AttentionSublayer(
             norm.call,
             linears.call,
             last.call,

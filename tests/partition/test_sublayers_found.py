@@ -1,4 +1,4 @@
-"""Halves of decoder layers are found where their parts are, and left apart where others read what lies between."""
+"""Sublayers of a decoder are found where their parts are, and left apart where others read what lies between."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from test_fuse import graph_of
 from torch import nn
 from whole_model import stage_model
 
-from ts_parallel.partition.blocks import find_blocks
 from ts_parallel.partition.fuse import find_groups
 from ts_parallel.partition.stages import StageGraph
+from ts_parallel.partition.sublayers import find_sublayers
 
 
 def kinds(graph: StageGraph) -> Counter[str]:
-    groups = dict.fromkeys(find_blocks(graph, find_groups(graph)).values())
+    groups = dict.fromkeys(find_sublayers(graph, find_groups(graph)).values())
     return Counter(type(group.call).__name__ for group in groups)
 
 
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("llama", {"AttentionBlock": 2, "GatedBlock": 2, "LinearLayer": 1, "RmsNorm": 1}),
-        ("gemma2", {"AttentionBlock": 2, "GatedBlock": 2, "LinearLayer": 1, "RmsNorm": 5}),
-        ("qwen3", {"LinearLayers": 2, "LinearLayer": 3, "GatedBlock": 2, "RmsNorm": 7, "Supplied": 2}),
+        ("llama", {"AttentionSublayer": 2, "GatedSublayer": 2, "LinearLayer": 1, "RmsNorm": 1}),
+        ("gemma2", {"AttentionSublayer": 2, "GatedSublayer": 2, "LinearLayer": 1, "RmsNorm": 5}),
+        ("qwen3", {"LinearLayers": 2, "LinearLayer": 3, "GatedSublayer": 2, "RmsNorm": 7, "Supplied": 2}),
     ],
 )
 def test_layer_of_a_family_is_as_few_calls_as_can_be(family: str, expected: dict[str, int]) -> None:
@@ -35,8 +35,8 @@ def test_layer_of_a_family_is_as_few_calls_as_can_be(family: str, expected: dict
     assert kinds(graph) == expected
 
 
-class Half(nn.Module):
-    """The gated half of a layer."""
+class FeedForward(nn.Module):
+    """A layer's feed-forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,29 +52,29 @@ class Half(nn.Module):
         return hidden + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
 
 
-class NormSeenTwice(Half):
+class NormSeenTwice(FeedForward):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden)
         return normed + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
 
 
-class ProductSeenTwice(Half):
+class ProductSeenTwice(FeedForward):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self.norm(hidden)
         product = nn.functional.silu(self.gate(normed)) * self.up(normed)
         return product + self.down(product)
 
 
-class WithoutNorm(Half):
+class WithoutNorm(FeedForward):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
 
 
 @pytest.mark.parametrize(
-    ("module", "num_blocks"), [(Half, 1), (NormSeenTwice, 0), (ProductSeenTwice, 0), (WithoutNorm, 0)]
+    ("module", "num_sublayers"), [(FeedForward, 1), (NormSeenTwice, 0), (ProductSeenTwice, 0), (WithoutNorm, 0)]
 )
-def test_half_of_which_others_read_the_inside_stays_in_parts(module: type[Half], num_blocks: int) -> None:
+def test_sublayer_of_which_others_read_the_inside_stays_in_parts(module: type[FeedForward], num_sublayers: int) -> None:
     graph = graph_of(module(), torch.zeros(3, 8, dtype=torch.bfloat16))
     found = kinds(replace(graph, nodes=tuple(node for node in graph.nodes if node.users)))  # without assertions
-    assert found["GatedBlock"] == num_blocks
-    assert found["GatedLinear"] == 1 - num_blocks
+    assert found["GatedSublayer"] == num_sublayers
+    assert found["GatedLinear"] == 1 - num_sublayers

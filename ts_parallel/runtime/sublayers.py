@@ -1,4 +1,4 @@
-"""Half a decoder layer as one call: see `partition.blocks`.
+"""A decoder layer's attention and its feed-forward as one call each: see `partition.sublayers`.
 
 The kernels do all of it without coming back in between, and give each number the same roundings as its parts alone.
 Where they cannot, the parts are called one after another.
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ts_parallel.native import kernels
-from ts_parallel.partition.program import AttentionBlock, GatedBlock, RmsNorm
+from ts_parallel.partition.program import AttentionSublayer, GatedSublayer, RmsNorm
 from ts_parallel.runtime.fused import are_angles_for_kernels, is_for_kernels, make_norm
 from ts_parallel.runtime.kernel_attention import KernelAttention
 from ts_parallel.runtime.linears import Tensors, layer_of, make_linears
 
-Half = Callable[..., torch.Tensor]
+Sublayer = Callable[..., torch.Tensor]
 
 
-def make_gated_block(entry: GatedBlock, tensors: Tensors) -> Half:
+def make_gated_sublayer(entry: GatedSublayer, tensors: Tensors) -> Sublayer:
     """hidden `[..., I]`, and a residual `[..., O]` to be added if there is one → `[..., O]`."""
     weight = tensors[entry.norm.weight]
     norm, gated, last = (
@@ -33,20 +33,20 @@ def make_gated_block(entry: GatedBlock, tensors: Tensors) -> Half:
         product: torch.Tensor = last(gated(norm(hidden)), residual)
         return product
 
-    block = _make_block(entry.norm, weight, gated, last)
-    if block is None:
+    sublayer = _make_sublayer(entry.norm, weight, gated, last)
+    if sublayer is None:
         return plain
     num_outputs = int(tensors[entry.last.weight].shape[0])
 
     def run(hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if hidden.dtype != torch.bfloat16:  # some families keep their residual stream in float32
             return plain(hidden, residual)
-        return _run(block, None, (0, 0), hidden, residual, num_outputs)
+        return _run(sublayer, None, (0, 0), hidden, residual, num_outputs)
 
     return run
 
 
-def make_attention_block(entry: AttentionBlock, tensors: Tensors, attention: Any) -> Half:
+def make_attention_sublayer(entry: AttentionSublayer, tensors: Tensors, attention: Any) -> Sublayer:
     """The step, hidden `[1, T, I]`, the angles' cosine and sine `[1, 1, T, D]`, and a residual `[1, T, O]` to be added
     if there is one → `[1, T, O]`. `attention` is the stage's."""
     weight = tensors[entry.norm.weight]
@@ -64,8 +64,8 @@ def make_attention_block(entry: AttentionBlock, tensors: Tensors, attention: Any
         return product
 
     site = attention.site(entry.site) if isinstance(attention, KernelAttention) else None
-    block = None if site is None else _make_block(entry.norm, weight, linears, last, site)
-    if block is None:
+    sublayer = None if site is None else _make_sublayer(entry.norm, weight, linears, last, site)
+    if sublayer is None:
         return plain
     num_outputs, head_dim = int(tensors[entry.last.weight].shape[0]), entry.head_dim
 
@@ -74,20 +74,22 @@ def make_attention_block(entry: AttentionBlock, tensors: Tensors, attention: Any
     ) -> torch.Tensor:
         if hidden.dtype != torch.bfloat16 or not are_angles_for_kernels(cosine, sine, hidden.shape[1], head_dim):
             return plain(step, hidden, cosine, sine, residual)
-        return _run(block, step.step, (cosine.data_ptr(), sine.data_ptr()), hidden, residual, num_outputs)
+        return _run(sublayer, step.step, (cosine.data_ptr(), sine.data_ptr()), hidden, residual, num_outputs)
 
     return run
 
 
-def _make_block(norm: RmsNorm, weight: torch.Tensor, first: Half, last: Half, site: Any = None) -> Any:
+def _make_sublayer(
+    norm: RmsNorm, weight: torch.Tensor, first: Callable[..., Any], last: Callable[..., Any], site: Any = None
+) -> Any:
     """The kernels' own description, which holds addresses: whoever has it keeps the parts. None where it cannot be."""
     if layer_of(first) is None or layer_of(last) is None or not is_for_kernels(weight):
         return None
-    return kernels.make_block(weight.data_ptr(), norm.is_offset, norm.epsilon, layer_of(first), layer_of(last), site)
+    return kernels.make_sublayer(weight.data_ptr(), norm.is_offset, norm.epsilon, layer_of(first), layer_of(last), site)
 
 
 def _run(
-    block: Any,
+    sublayer: Any,
     step: Any,
     angles: tuple[int, int],
     hidden: torch.Tensor,
@@ -101,5 +103,5 @@ def _run(
     if residual is not None:
         residual = residual.contiguous()
         added = residual.data_ptr()
-    kernels.run_block(block, step, *angles, hidden.data_ptr(), hidden.numel() // width, added, output.data_ptr())
+    kernels.run_sublayer(sublayer, step, *angles, hidden.data_ptr(), hidden.numel() // width, added, output.data_ptr())
     return output

@@ -1,16 +1,16 @@
-/* Half a decoder layer as one call: norm, linears, attention or a gate, and the linear behind it.
+/* A sublayer of a decoder (Vaswani et al. 2017) as one call: norm, linears, attention or a gate, the linear behind it.
  *
  * What lies between is nobody else's, so it has no tensors; and from one product to the next the interpreter, which
  * other threads use too, need not be waited for.
  */
-#ifndef TS_PARALLEL_BLOCK_H
-#define TS_PARALLEL_BLOCK_H
+#ifndef TS_PARALLEL_SUBLAYER_H
+#define TS_PARALLEL_SUBLAYER_H
 
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
 
-struct block {
+struct sublayer {
     const bf16 *weight; /* of the norm, [K] */
     int is_offset;
     float epsilon;
@@ -19,8 +19,8 @@ struct block {
     const struct site *site; /* NULL where there is a gate */
 };
 
-struct block_call {
-    const struct block *block;
+struct sublayer_call {
+    const struct sublayer *sublayer;
     const struct step *step;
     const bf16 *cosine, *sine; /* [T, D] */
     const bf16 *input;         /* [T, K] */
@@ -31,10 +31,10 @@ struct block_call {
 
 /* `between` is what lies between the first linear and the last, [T, inputs of the last]; `heads` are queries, keys and
  * values, each [T, its outputs]. */
-static inline int attend_block(const struct block_call *call, bf16 *const heads[3], bf16 *between, int num_threads)
+static inline int attend_sublayer(const struct sublayer_call *call, bf16 *const heads[3], bf16 *between, int num_threads)
 {
-    const struct site *site = call->block->site;
-    const struct linear_part *parts = call->block->first->parts;
+    const struct site *site = call->sublayer->site;
+    const struct linear_part *parts = call->sublayer->first->parts;
     struct attention_call attention = {
         .site = site,
         .step = call->step,
@@ -49,20 +49,20 @@ static inline int attend_block(const struct block_call *call, bf16 *const heads[
 }
 
 /* Returns 0 where there is no memory. */
-static inline int block_run(const struct block_call *call, int num_threads)
+static inline int sublayer_run(const struct sublayer_call *call, int num_threads)
 {
-    const struct block *block = call->block;
-    int64_t num_tokens = call->num_tokens, width = block->first->num_inputs, inner = block->last->num_inputs;
+    const struct sublayer *sublayer = call->sublayer;
+    int64_t num_tokens = call->num_tokens, width = sublayer->first->num_inputs, inner = sublayer->last->num_inputs;
     int64_t size = width + inner;
-    for (int i = 0; block->site && i < block->first->num_parts; i++)
-        size += block->first->parts[i].num_outputs;
+    for (int i = 0; sublayer->site && i < sublayer->first->num_parts; i++)
+        size += sublayer->first->parts[i].num_outputs;
     bf16 *room = malloc((size_t)(num_tokens * size) * sizeof *room);
     if (!room)
         return 0;
     bf16 *normed = room, *between = normed + num_tokens * width, *heads[3] = {between + num_tokens * inner};
-    struct norm_call norm = {call->input, block->weight, normed, num_tokens, width, block->is_offset, block->epsilon};
-    struct linear_call first = {.layer = block->first, .input = normed, .stride = width, .num_tokens = num_tokens};
-    struct linear_call last = {.layer = block->last,
+    struct norm_call norm = {call->input, sublayer->weight, normed, num_tokens, width, sublayer->is_offset, sublayer->epsilon};
+    struct linear_call first = {.layer = sublayer->first, .input = normed, .stride = width, .num_tokens = num_tokens};
+    struct linear_call last = {.layer = sublayer->last,
                                .input = between,
                                .stride = inner,
                                .num_tokens = num_tokens,
@@ -70,18 +70,18 @@ static inline int block_run(const struct block_call *call, int num_threads)
                                .outputs = {call->output}};
     int done = 1;
     pool_run(norm_task, &norm, (num_tokens + ROWS_A_TASK - 1) / ROWS_A_TASK, num_threads);
-    if (block->site) {
+    if (sublayer->site) {
         for (int i = 0; i < 3; i++) {
             if (i)
-                heads[i] = heads[i - 1] + num_tokens * block->first->parts[i - 1].num_outputs;
+                heads[i] = heads[i - 1] + num_tokens * sublayer->first->parts[i - 1].num_outputs;
             first.outputs[i] = heads[i];
         }
     } else {
         first.outputs[0] = between;
     }
     linear_run(&first, num_threads);
-    if (block->site)
-        done = attend_block(call, heads, between, num_threads);
+    if (sublayer->site)
+        done = attend_sublayer(call, heads, between, num_threads);
     if (done)
         linear_run(&last, num_threads);
     free(room);
