@@ -72,6 +72,7 @@ class TokenRouter:
     def deliver(self, outputs: list[TokenOutput]) -> None:
         """Tokens for a mailbox that was closed are dropped."""
         with self._changed:
+            is_pressing = False
             for output in outputs:
                 if (mailbox := self._mailboxes.get(output.request_id)) is not None:
                     mailbox.token_ids.append(output.token_id)
@@ -85,8 +86,11 @@ class TokenRouter:
                         self._limits.pop(output.request_id, None)
                     if mailbox.is_last or output.request_id not in self._begun:
                         self._begun.add(output.request_id)
-                        self._has_pressing = True
-            self._tell()
+                        is_pressing = True
+            if is_pressing:
+                self._press()
+            else:
+                self._changed.notify_all()
 
     def expire(self) -> list[str]:
         """Fail the requests whose time is over, each once; which those are."""
@@ -97,8 +101,8 @@ class TokenRouter:
                 _, seconds = self._limits.pop(name)
                 mailbox = self._mailboxes[name]
                 mailbox.error, mailbox.fault = f"the request took longer than its {seconds:g} s", "time"
-            self._has_pressing |= bool(expired)
-            self._tell()
+            if expired:
+                self._press()
             return expired
 
     def fail_all(self, error: str) -> None:
@@ -106,8 +110,7 @@ class TokenRouter:
             for mailbox in self._mailboxes.values():
                 if not mailbox.is_last:
                     mailbox.error = error
-            self._has_pressing = True
-            self._tell()
+            self._press()
 
     def take(self, request_id: str) -> Delivery:
         """Empty a mailbox."""
@@ -150,14 +153,14 @@ class TokenRouter:
                 mailbox = self._mailboxes[name]
                 if not mailbox.is_last:
                     mailbox.error, mailbox.fault = f"nobody has read the answer for {seconds:g} s", "time"
-            self._has_pressing |= bool(forgotten)
-            self._tell()
+            if forgotten:
+                self._press()
             return forgotten
 
-    def _tell(self) -> None:
-        """Wake who waits for what has changed, and nobody else: each waking takes the interpreter from the engine."""
-        if self._has_pressing:
-            self._is_pressing.notify_all()
+    def _press(self) -> None:
+        """Wake also who waits out the interval, which nothing else does: it takes the interpreter from the engine."""
+        self._has_pressing = True
+        self._is_pressing.notify_all()
         self._changed.notify_all()
 
     def _has_mail(self) -> bool:

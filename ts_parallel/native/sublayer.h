@@ -31,7 +31,8 @@ struct sublayer_call {
 
 /* `between` is what lies between the first linear and the last, [T, inputs of the last]; `heads` are queries, keys and
  * values, each [T, its outputs]. */
-static inline int attend_sublayer(const struct sublayer_call *call, bf16 *const heads[3], bf16 *between, int num_threads)
+static inline int attend_sublayer(const struct sublayer_call *call, bf16 *const heads[3], bf16 *between,
+                                  int num_threads)
 {
     const struct site *site = call->sublayer->site;
     const struct linear_part *parts = call->sublayer->first->parts;
@@ -60,7 +61,8 @@ static inline int sublayer_run(const struct sublayer_call *call, int num_threads
     if (!room)
         return 0;
     bf16 *normed = room, *between = normed + num_tokens * width, *heads[3] = {between + num_tokens * inner};
-    struct norm_call norm = {call->input, sublayer->weight, normed, num_tokens, width, sublayer->is_offset, sublayer->epsilon};
+    struct norm_call norm = {call->input, sublayer->weight,    normed,           num_tokens,
+                             width,       sublayer->is_offset, sublayer->epsilon};
     struct linear_call first = {.layer = sublayer->first, .input = normed, .stride = width, .num_tokens = num_tokens};
     struct linear_call last = {.layer = sublayer->last,
                                .input = between,

@@ -41,6 +41,8 @@ def find_sublayers(graph: StageGraph, groups: Mapping[Node, Group]) -> dict[Node
 
 
 class _Finder:
+    """Looks for sublayers among the groups, which it leaves as they are."""
+
     def __init__(self, graph: StageGraph, groups: Mapping[Node, Group]) -> None:
         self._groups = groups
         self._own = set(graph.nodes)
