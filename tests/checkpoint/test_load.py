@@ -458,12 +458,14 @@ def test_thread_goes_ahead_of_what_is_read_and_not_too_far(
     touched: list[int] = []
     has_read: list[int] = []
     furthest: list[int] = []
-    pread = os.pread
+    preadv = os.preadv
 
-    def noted(descriptor: int, length: int, offset: int) -> bytes:
-        furthest.append(len(touched) * STEP - len(has_read) * STEP)
-        touched.append(offset)
-        return pread(descriptor, length, offset)
+    def noted(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if threading.current_thread().name == "read-ahead":
+            furthest.append(len(touched) * STEP - len(has_read) * STEP)
+            touched.append(offset)
+            assert len(buffers[0]) == STEP
+        return preadv(descriptor, buffers, offset, flags)
 
     def put(first: int, rows: torch.Tensor) -> None:
         deadline = time.monotonic() + 20
@@ -473,7 +475,7 @@ def test_thread_goes_ahead_of_what_is_read_and_not_too_far(
             time.sleep(0.001)
         has_read.append(first)
 
-    monkeypatch.setattr(os, "pread", noted)
+    monkeypatch.setattr(os, "preadv", noted)
     load_tensors([RowItem(put, tensor, kept, 1) for tensor in index.values()], SILENT)
     spans = [next(iter(byte_ranges(tensor, kept))) for tensor in sorted(index.values(), key=lambda own: own.offset)]
     assert touched == [start for offset, length in spans for start in range(offset, offset + length, STEP)]
@@ -483,7 +485,7 @@ def test_thread_goes_ahead_of_what_is_read_and_not_too_far(
 def test_thread_reads_nothing_that_is_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"x": torch.zeros(64, STEP, dtype=torch.uint8)}, tmp_path / SINGLE_FILE)
     (tensor,) = read_index(tmp_path).values()
-    is_cached, looks = load._is_cached, list[int]()
+    is_cached, looks, preadv = load._is_cached, list[int](), os.preadv
     with tensor.file.open("rb") as file:
         if not is_cached(file.fileno(), 0):
             pytest.skip("this file system does not say what is in the page cache")
@@ -498,8 +500,12 @@ def test_thread_reads_nothing_that_is_in_the_page_cache(tmp_path: Path, monkeypa
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
+    def one_byte_at_most_ahead(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        assert len(buffers[0]) == 1 or threading.current_thread().name != "read-ahead", "it is there"
+        return preadv(descriptor, buffers, offset, flags)
+
     monkeypatch.setattr(load, "_is_cached", noted)
-    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr(os, "preadv", one_byte_at_most_ahead)
     load_tensors([RowItem(put, tensor, None, 64)], SILENT)
     assert looks == [tensor.offset + start for start in range(0, tensor.num_bytes, 2**20)]
 

@@ -32,7 +32,6 @@ MOST_BYTES_READ_IN_VAIN = 2**16
 # So far ahead of what is being read files come into the page cache.
 READ_AHEAD_BYTES = 256 * 2**20
 _SHORTEST_READ_AHEAD = 2**20  # less than so much in all comes as fast without
-_READ_AHEAD_STEP = 2**16
 _BYTES_A_LOOK = 2**20  # where the first of them are in the page cache, so are the others
 _MOST_BYTES_AT_ONCE = 2**23
 
@@ -160,10 +159,11 @@ def _span(reading: _Reading) -> tuple[int, int]:
 
 
 class _ReadAhead:
-    """Reads a byte here and there of what comes next. Owns how far it and those behind it have come.
+    """Reads what comes next, once more. Owns how far it and those behind it have come.
 
     So the kernel reads ahead as it does for whoever reads a file from front to back: far, and in large pages. What
-    `posix_fadvise` announces comes in small ones, and no more of it than the device's read-ahead at a call.
+    `posix_fadvise` announces comes in small ones, and no more of it than the device's read-ahead at a call; to read a
+    byte here and there takes the processor three times as long as to copy all of them.
     """
 
     def __init__(self, spans: Sequence[tuple[Path, int, int]]) -> None:
@@ -184,6 +184,7 @@ class _ReadAhead:
             self._changed.notify()
 
     def run(self) -> None:
+        bytes_read = bytearray(_BYTES_A_LOOK)  # nobody needs them here
         for begin, (file, offset, length) in zip(self._starts, self._spans, strict=False):
             try:
                 descriptor = os.open(file, os.O_RDONLY)
@@ -194,8 +195,7 @@ class _ReadAhead:
                     if not self._may_go_to(begin + start):
                         return
                     if not _is_cached(descriptor, offset + start):
-                        for step in range(start, min(start + _BYTES_A_LOOK, length), _READ_AHEAD_STEP):
-                            os.pread(descriptor, 1, offset + step)
+                        os.preadv(descriptor, [memoryview(bytes_read)[: length - start]], offset + start)
             except OSError:
                 return
             finally:
