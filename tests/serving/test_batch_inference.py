@@ -208,7 +208,7 @@ def test_ranks_that_are_out_of_step_end_without_an_answer(embedder: Worker, monk
         raise Ended
 
     monkeypatch.setattr("ts_parallel.serving.batch_inference.exit_now", end)
-    monkeypatch.setattr(embedder.handler._runner, "is_broken", True)
+    monkeypatch.setattr(embedder.handler._runner._leader, "is_broken", True)
     with pytest.raises(Ended):
         embedder.ask({"text": "a"})
 

@@ -279,7 +279,7 @@ def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> R
         bytes_of_ranks=tuple(
             _most_bytes(staged.plan_of(staged.stages[rank :: place.num_ranks])) for rank in range(place.num_ranks)
         ),
-        head_sizes=_head_sizes(model, whole_plan),
+        head=_head(model, whole_plan),
         max_positions=max_positions_of(model.config),
         changing_rope=_changing_rope(model.config),
         sources={name: sources[name] for name in plan.parameters if name in sources},
@@ -295,13 +295,11 @@ def _most_bytes(plan: TensorParallelPlan) -> int:
     return max(plan.local_bytes(rank) for rank in range(plan.size))
 
 
-def _head_sizes(model: PreTrainedModel, plan: TensorParallelPlan) -> tuple[int, ...]:
-    head = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if head is not None and module is head), "") + ".weight"
-    entry = next((entry for entry in plan.parameters.values() if name in (entry.name, *entry.aliases)), None)
-    if entry is None:
-        return ()
-    return tuple(kept.length for kept in entry.slices) if entry.slices else (entry.shape[0],)
+def _head(model: PreTrainedModel, plan: TensorParallelPlan) -> str | None:
+    output = model.get_output_embeddings()
+    modules = (name for name, module in model.named_modules() if output is not None and module is output)
+    weight = f"{next(modules, '')}.weight"
+    return next((name for name, entry in plan.parameters.items() if weight in (name, *entry.aliases)), None)
 
 
 def _changing_rope(config: PretrainedConfig) -> tuple[str, int] | None:
@@ -373,7 +371,7 @@ def eager_program(sharded: ShardedModel) -> RankProgram:
         outputs=(),
         sites_of_ranks=(find_attention_sites(model),),
         bytes_of_ranks=(_most_bytes(plan),),
-        head_sizes=_head_sizes(model, plan),
+        head=_head(model, plan),
         max_positions=max_positions_of(model.config),
         changing_rope=_changing_rope(model.config),
     )

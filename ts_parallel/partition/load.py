@@ -180,8 +180,7 @@ def _packed(
     found = {}
     for name in program.packable():
         if can_pack(weights[name]) and weights[name].numel():
-            is_head = program.plan.parameters[name].shape[0] == sum(program.head_sizes)
-            found[name] = "int8" if quantization == "int4" and is_head else quantization
+            found[name] = "int8" if quantization == "int4" and name == program.head else quantization
     return found
 
 

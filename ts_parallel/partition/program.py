@@ -347,8 +347,8 @@ class RankProgram:
     """The attention calls of each pipeline rank, with the heads that one tensor-parallel rank has."""
     bytes_of_ranks: tuple[int, ...] = ()
     """Bytes of parameters of each pipeline rank, on the tensor-parallel rank that has most."""
-    head_sizes: tuple[int, ...] = ()
-    """How many of the vocabulary's logits each rank of the last stage computes; one number where each computes all."""
+    head: str | None = None
+    """The parameter of `whole_plan` that logits are computed by."""
     max_positions: int | None = None
     """The longest sequence that the model was trained for, where its config names it."""
     changing_rope: tuple[str, int] | None = None
@@ -357,6 +357,15 @@ class RankProgram:
     sources: Sources = field(default_factory=dict, repr=False)
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     """What its stages read that is in no checkpoint: rotary frequencies, say."""
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """How many of the vocabulary's logits each rank of the last stage computes; one number where each computes all,
+        none where the model has no head."""
+        if self.head is None:
+            return ()
+        entry = self.whole_plan.parameters[self.head]
+        return tuple(kept.length for kept in entry.slices) if entry.slices else (entry.shape[0],)
 
     def packable(self) -> frozenset[str]:
         """The parameters that linears read, and embeddings at most beside them: they may be laid out otherwise."""

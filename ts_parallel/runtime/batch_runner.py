@@ -8,17 +8,15 @@ times, a lap each. Up to p micro-batches make a group, whose laps follow one ano
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from ts_parallel.errors import EngineError
 from ts_parallel.partition.program import Crossing
+from ts_parallel.runtime.leader import Leader
 from ts_parallel.topology import Topology
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -139,11 +137,9 @@ class BatchRunner:
         ]
         size = topology.tensor_parallel.size
         self._inputs_by_rank = [by_place[rank // size] for rank in range(topology.world_size)]
-        self._lock = threading.Lock()  # of the leader's end of the channel
+        self._leader = Leader(channel, topology.world_size, self._forget_all)
         self._group: list[_MicroBatch] = []  # those that have begun, but not their later laps
         self._in_flight: deque[_MicroBatch] = deque()
-        self.is_broken = False
-        """Whether an error has left the ranks out of step, so that nothing can be run any more."""
 
     def run(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Generator[torch.Tensor, None, None]:
         """The leader: each micro-batch's output, on the CPU and in order. A micro-batch is taken once there is room.
@@ -155,8 +151,7 @@ class BatchRunner:
             EngineError: an earlier run was broken off by an error, and other ranks wait for what will not come.
             ValueError: a micro-batch lacks an input that the model reads.
         """
-        if self.is_broken:
-            raise EngineError("the ranks are out of step since an earlier error")
+        self._leader.refuse_if_broken()
         try:
             for inputs in batches:
                 self._admit(inputs)
@@ -186,24 +181,24 @@ class BatchRunner:
                 self._channel.flush()
         self._channel.flush()
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether an error has left the ranks out of step, so that nothing can be run any more."""
+        return self._leader.is_broken
+
     def stop_followers(self) -> None:
-        with self._lock:
-            self._tell([_STOP])
-            self._channel.flush()
+        self._leader.stop([_STOP])
 
     def sign_of_life(self) -> None:
         """The leader, from any thread: keep the other ranks patient, who take it for dead after 120 s of silence."""
-        with self._in_step():
-            if not self.is_broken:
-                self._tell([])
-                self._channel.flush()
+        self._leader.sign_of_life()
 
     def _admit(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Start a micro-batch: its first lap."""
         wanted = set().union(*self._inputs_by_rank)
         if missing := wanted - inputs.keys():
             raise ValueError(f"the model reads {sorted(wanted)}; {sorted(missing)} is missing, got {sorted(inputs)}")
-        with self._in_step():
+        with self._leader.in_step():
             specs = {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in sorted(wanted)}
             for rank in range(1, self._topology.world_size):
                 self._channel.send_numbers([_ADMIT, *encode_specs(specs)], rank)
@@ -214,13 +209,13 @@ class BatchRunner:
 
     def _run_later_laps(self) -> None:
         if self._group:
-            with self._in_step():
-                self._tell([_LATER_LAPS])
+            with self._leader.in_step():
+                self._leader.tell([_LATER_LAPS])
                 self._go_on()
 
     def _collect(self) -> torch.Tensor:
         """The output of the micro-batch that is longest in flight."""
-        with self._in_step():
+        with self._leader.in_step():
             micro_batch = self._in_flight.popleft()
             if self._topology.num_stages == 1:
                 # A copy is no inference tensor, which whoever gets it could not write to.
@@ -234,25 +229,11 @@ class BatchRunner:
         self._run_later_laps()
         while self._in_flight:
             self._collect()
-        with self._in_step():
-            self._tell([_PAUSE])
-            self._channel.flush()
+        self._leader.tell_at_once([_PAUSE])
 
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """The channel for oneself. An error inside leaves other ranks waiting for what will not come."""
-        with self._lock:
-            try:
-                yield
-            except BaseException:
-                self.is_broken = self._topology.world_size > 1
-                self._group.clear()
-                self._in_flight.clear()
-                raise
-
-    def _tell(self, numbers: list[int]) -> None:
-        for rank in range(1, self._topology.world_size):
-            self._channel.send_numbers(numbers, rank)
+    def _forget_all(self) -> None:
+        self._group.clear()
+        self._in_flight.clear()
 
     def _begin(self, specs: Specs, inputs: Mapping[str, torch.Tensor]) -> _MicroBatch:
         """A micro-batch's first lap on this rank."""

@@ -8,17 +8,15 @@ forget it. Knows tensors and shapes, not what they mean.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ts_parallel.errors import EngineError
 from ts_parallel.partition.program import KEPT, Crossing
 from ts_parallel.runtime.batch_runner import Channel, Stage, decode_specs, encode_specs
+from ts_parallel.runtime.leader import Leader
 from ts_parallel.topology import Topology
 
 # What the leader says to the other ranks; with `_RUN` come a part, a micro-batch's number and the specs of its inputs,
@@ -54,11 +52,9 @@ class PartRunner:
         self._parts = parts
         self._channel = channel
         self._topology = topology
-        self._lock = threading.Lock()  # of the leader's end of the channel
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._in_flight: deque[tuple[int, Sizes, list[torch.Tensor]]] = deque()
-        self.is_broken = False
-        """Whether an error has left the ranks out of step, so that nothing can be run any more."""
+        self._leader = Leader(channel, topology.world_size, self._in_flight.clear)
 
     def run(self, part: int, batches: Iterable[tuple[int, Inputs]]) -> Iterator[torch.Tensor]:
         """The leader: the part's output for each micro-batch, by its number and inputs, on the CPU and in order. A
@@ -68,8 +64,7 @@ class PartRunner:
             EngineError: an earlier run was broken off by an error, and other ranks wait for what will not come.
             ValueError: a micro-batch lacks an input that the part reads.
         """
-        if self.is_broken:
-            raise EngineError("the ranks are out of step since an earlier error")
+        self._leader.refuse_if_broken()
         try:
             for number, inputs in batches:
                 self._admit(part, number, inputs)
@@ -82,11 +77,8 @@ class PartRunner:
 
     def forget(self, numbers: Sequence[int]) -> None:
         """The leader: let all ranks drop what was left behind of these micro-batches."""
-        with self._in_step():
-            if not self.is_broken:
-                self._tell([_FORGET, *numbers])
-                self._channel.flush()
-            self._drop(numbers)
+        self._leader.tell_at_once([_FORGET, *numbers])
+        self._drop(numbers)
 
     def follow(self) -> None:
         """Other ranks: take part in what the leader runs until `stop_followers`."""
@@ -106,17 +98,17 @@ class PartRunner:
                 self._channel.flush()
         self._channel.flush()
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether an error has left the ranks out of step, so that nothing can be run any more."""
+        return self._leader.is_broken
+
     def stop_followers(self) -> None:
-        with self._lock:
-            self._tell([_STOP])
-            self._channel.flush()
+        self._leader.stop([_STOP])
 
     def sign_of_life(self) -> None:
         """The leader, from any thread: keep the other ranks patient, who take it for dead after 120 s of silence."""
-        with self._in_step():
-            if not self.is_broken:
-                self._tell([])
-                self._channel.flush()
+        self._leader.sign_of_life()
 
     def _admit(self, part: int, number: int, inputs: Inputs) -> None:
         """Start a micro-batch on its way through the stages."""
@@ -124,7 +116,7 @@ class PartRunner:
         given = [self._parts[part].given(stage) for stage in range(self._topology.num_stages)]
         if missing := {name for names in given for name in names} - inputs.keys():
             raise ValueError(f"part {part} reads {sorted(missing)} too, got {sorted(inputs)}")
-        with self._in_step():
+        with self._leader.in_step():
             specs = {name: (tuple(inputs[name].shape), inputs[name].dtype) for name in sorted(inputs)}
             for rank in range(1, self._topology.world_size):
                 self._channel.send_numbers([_RUN, part, number, *encode_specs(specs)], rank)
@@ -136,7 +128,7 @@ class PartRunner:
 
     def _collect(self) -> torch.Tensor:
         """The output of the micro-batch that is longest in flight."""
-        with self._in_step():
+        with self._leader.in_step():
             part, sizes, sent = self._in_flight.popleft()
             if self._topology.num_stages == 1:
                 # A copy is no inference tensor, which whoever gets it could not write to.
@@ -150,24 +142,7 @@ class PartRunner:
             return
         while self._in_flight:
             self._collect()
-        with self._in_step():
-            self._tell([_PAUSE])
-            self._channel.flush()
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """The channel for oneself. An error inside leaves other ranks waiting for what will not come."""
-        with self._lock:
-            try:
-                yield
-            except BaseException:
-                self.is_broken = self._topology.world_size > 1
-                self._in_flight.clear()
-                raise
-
-    def _tell(self, numbers: list[int]) -> None:
-        for rank in range(1, self._topology.world_size):
-            self._channel.send_numbers(numbers, rank)
+        self._leader.tell_at_once([_PAUSE])
 
     def _drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:

@@ -185,7 +185,8 @@ class _Item:
 class Ranks(Protocol):
     """What the handler needs of the runner of its rank: `runtime.batch_runner.BatchRunner`, or that of parts."""
 
-    is_broken: bool
+    @property
+    def is_broken(self) -> bool: ...
 
     def follow(self) -> None: ...
 
