@@ -21,6 +21,7 @@ from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler
 from ts_parallel.errors import NotFoundError, RequestError
 from ts_parallel.runtime.step import StepPlan
+from ts_parallel.serving import continuous_batching
 from ts_parallel.serving.answers import EVENTS, JSON, TEXT, Answer, CompletionStream, TextStream, WholeText
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.choices import Choice, GenerationJob
@@ -425,6 +426,22 @@ def test_job_that_was_forgotten_ends_with_an_error_when_it_is_asked_for(
     wait_until(lambda: not front_end.engine.router._emptied_at)
     (sent,) = front_end.round_trip().values()
     assert events(sent.body)[-2]["error"]["code"] == 504 and sent.ts_stream_next is False
+
+
+def test_round_trip_that_fails_ends_the_worker_without_an_answer(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end() -> None:
+        raise Ended
+
+    monkeypatch.setattr(continuous_batching, "exit_now", end)
+    monkeypatch.setattr(front_end._drain._front_end, "exchange", lambda *_: pytest.fail("it was answered"))
+    with pytest.raises(Ended):
+        front_end._drain.handle([], Context({0: "a job whose data is missing"}, {}))
+    assert "a round trip failed" in caplog.text
 
 
 def test_raw_request_takes_body_or_data_and_headers_of_any_case() -> None:
