@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": set(),
     "partition": {"checkpoint", "topology", "native", "errors"},
     "checkpoint": {"native", "errors"},
-    "topology": {"shared_memory", "errors"},
+    "topology": {"shared_memory", "native", "errors"},
     "shared_memory": {"native"},
     "config": {"errors"},
     "errors": set(),

@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 
 from ts_parallel.errors import TopologyError
+from ts_parallel.native import HAS_KERNELS, kernels
+from ts_parallel.native.packed_weight import PackedWeight
+from ts_parallel.partition.program import LinearLayer
+from ts_parallel.runtime.linears import make_linears
 from ts_parallel.shared_memory import native
 from ts_parallel.topology import TensorParallelGroup, open_topology
 
@@ -39,6 +43,17 @@ def no_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "all_reduce", refuse)
     monkeypatch.setattr(dist, "all_gather", refuse)
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
+def test_kernels_have_the_threads_of_the_rank_whatever_torch_is_told_later() -> None:
+    before = kernels.get_num_threads()
+    open_topology(1, "cpu", {}, num_threads=3)
+    torch.set_num_threads(1)
+    weight = PackedWeight.allocate((64, 64))
+    make_linears(LinearLayer("w", None), {"w": weight})
+    assert kernels.get_num_threads() == 3
+    kernels.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ts_parallel.errors import TopologyError
+from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.shared_memory import Team, open_team
 
 # Ranks wait for each other while the slowest of them loads; a rank that dies is noticed by torchrun, not by this.
@@ -146,7 +147,10 @@ def open_topology(
     chosen = _choose_device(device, int(environment.get("LOCAL_RANK", "0")))
     if chosen.type == "cpu":
         local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+        torch.set_num_threads(num_threads)
+        if HAS_KERNELS:
+            kernels.set_num_threads(num_threads)
     if not dist.is_initialized():
         _join(world_size, chosen)
     shape = (pipeline_parallel_size, tensor_parallel_size)

@@ -75,4 +75,5 @@ def test_rank_peaks_at_its_own_part_of_the_checkpoint(tp: int, pp: int, folder: 
     assert sorted(rank["rank"] for rank in ranks) == [0, 1]
     for rank in ranks:
         assert rank["own_mb"] == pytest.approx(num_bytes / 2e6, rel=0.02 if tp == 2 else 0.2), rank
-        assert rank["start_mb"] + rank["own_mb"] < rank["peak_mb"] <= rank["own_mb"] * 1.15 + PYTHON_AND_TORCH, rank
+        assert rank["peak_mb"] <= rank["own_mb"] * 1.15 + PYTHON_AND_TORCH, rank
+        assert rank["peak_mb"] > rank["start_mb"] + rank["own_mb"] * 0.75, rank  # with 12 of a packed number's 16 bits

@@ -11,6 +11,7 @@
 
 #include "elementwise.h"
 #include "linear.h"
+#include "packing.h"
 
 #define TILE 64 /* keys at a time: as many as a panel is wide */
 #define LOWEST -1e30f

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2")))
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma,avx2")))
 #define INLINE AVX512_BF16 static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;

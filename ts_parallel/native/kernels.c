@@ -6,6 +6,7 @@
 #include "sublayer.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "packing.h"
 
 static int num_threads = 1;
 
@@ -27,7 +28,7 @@ static PyObject *is_supported(PyObject *self, PyObject *none)
     __builtin_cpu_init();
     return PyBool_FromLong(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512bf16"));
+                           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"));
 }
 
 static PyObject *set_num_threads(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -38,6 +39,12 @@ static PyObject *set_num_threads(PyObject *self, PyObject *const *arguments, Py_
         return NULL;
     num_threads = number < 1 ? 1 : (int)number;
     Py_RETURN_NONE;
+}
+
+static PyObject *get_num_threads(PyObject *self, PyObject *none)
+{
+    (void)self, (void)none;
+    return PyLong_FromLong(num_threads);
 }
 
 static PyObject *pack(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -51,6 +58,40 @@ static PyObject *pack(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
     has_nan = pack_rows((bf16 *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
     Py_END_ALLOW_THREADS;
     return PyBool_FromLong(has_nan);
+}
+
+/* coded panels, rows, num_rows, num_inputs, stride */
+static PyObject *code(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[5], num_coded;
+    if (!integers(arguments, count, 5, number))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    num_coded = code_rows((uint8_t *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
+    Py_END_ALLOW_THREADS;
+    return PyLong_FromLongLong(num_coded);
+}
+
+/* num_pairs */
+static PyObject *coded_panel_bytes(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number;
+    if (!integers(arguments, count, 1, &number))
+        return NULL;
+    return PyLong_FromLongLong(bytes_of_coded_panel(number));
+}
+
+/* coded panel, where it lies as it is */
+static PyObject *keep_plain(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[2];
+    if (!integers(arguments, count, 2, number))
+        return NULL;
+    ((struct coded_panel *)number[0])->plain = (const uint8_t *)number[1];
+    Py_RETURN_NONE;
 }
 
 /* kind, panels, scales, inputs_a_group, rows, num_rows, num_inputs, stride */
@@ -373,7 +414,11 @@ static PyObject *run_sublayer(PyObject *self, PyObject *const *arguments, Py_ssi
 static PyMethodDef methods[] = {
     {"is_supported", is_supported, METH_NOARGS, NULL},
     {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_FASTCALL, NULL},
+    {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, NULL},
+    {"code", (PyCFunction)(void (*)(void))code, METH_FASTCALL, NULL},
+    {"coded_panel_bytes", (PyCFunction)(void (*)(void))coded_panel_bytes, METH_FASTCALL, NULL},
+    {"keep_plain", (PyCFunction)(void (*)(void))keep_plain, METH_FASTCALL, NULL},
     {"quantize", (PyCFunction)(void (*)(void))quantize, METH_FASTCALL, NULL},
     {"embedding", (PyCFunction)(void (*)(void))embedding, METH_FASTCALL, NULL},
     {"make_linear", (PyCFunction)(void (*)(void))make_linear, METH_FASTCALL, NULL},

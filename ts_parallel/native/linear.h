@@ -2,9 +2,9 @@
  *
  * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel
  * two input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
- * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache. Where the
- * numbers are small integers (numbers.h), few tokens read them as they are, and of many the first ones
- * leave the panel in bfloat16 for the others.
+ * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache. Few tokens
+ * read its numbers as they are stored (numbers.h); of many, the first ones leave the panel in bfloat16 for the others,
+ * which meanwhile fetch the next one.
  */
 #ifndef TS_PARALLEL_LINEAR_H
 #define TS_PARALLEL_LINEAR_H
@@ -13,9 +13,11 @@
 #include "pool.h"
 
 #define MOST_ROWS 6 /* 6 tokens x 4 vectors of outputs, 4 of weights and 1 of inputs are 29 of 32 registers */
+#define KEEPING_ROWS 4 /* with more, what makes the numbers bfloat16 finds no registers */
 #define MOST_PARTS 8
-/* More have the first of them leave a panel of integers in bfloat16; for fewer, that takes longer. */
-#define FEW_TOKENS 24
+/* So many read numbers as they are stored, for it takes longer to keep them. */
+#define FEW_TOKENS 10
+#define BYTES_AHEAD 2048 /* of one or two tokens, which wait for memory alone */
 
 enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
 
@@ -48,13 +50,16 @@ struct linear_call {
     bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
 };
 
-/* `rows` tokens times `num_pairs` pairs of inputs of one panel, which go to `kept` in bfloat16 if `keeps`. */
+/* `rows` tokens times `num_pairs` pairs of inputs from `first` on, which are left in bfloat16 if it `keeps`. */
 INLINE void multiply(const enum number_kind kind, const int keeps, const int rows, const bf16 *input, int64_t stride,
-                     const uint8_t *numbers, int64_t num_pairs, bf16 *kept, __m512 sums[][4])
+                     const struct panel *panel, int64_t first, int64_t num_pairs, __m512 sums[][4])
 {
-    const __m512i table = kind == INT4 ? nibble_table() : _mm512_setzero_si512();
-    const int64_t size = bytes_of_pair(kind);
+    const int64_t size = bytes_of_pair(kind), bytes_ahead = panel->bytes_ahead;
+    const uint8_t *numbers = panel->numbers + first * size, *ahead = panel->ahead + first * bytes_ahead;
+    bf16 *kept = keeps ? panel->kept + first * 2 * PANEL : NULL;
+    struct decoder decoder = make_decoder(kind, panel->head);
     __m512 sum[MOST_ROWS][4];
+    input += 2 * first;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
@@ -63,7 +68,7 @@ INLINE void multiply(const enum number_kind kind, const int keeps, const int row
     for (int64_t pair = 0; pair < num_pairs; pair++) {
         const uint8_t *from = numbers + pair * size;
         __m512bh weight[4];
-        load_pair(kind, from, table, weight);
+        load_pair(kind, from, first + pair, &decoder, weight);
         if (keeps)
 #pragma GCC unroll 4
             for (int part = 0; part < 4; part++)
@@ -71,7 +76,10 @@ INLINE void multiply(const enum number_kind kind, const int keeps, const int row
         if (rows < 3)
 #pragma GCC unroll 4
             for (int line = 0; line < size; line += 64)
-                _mm_prefetch((const char *)from + line + 2048, _MM_HINT_T0);
+                _mm_prefetch((const char *)from + line + BYTES_AHEAD, _MM_HINT_T0);
+        else if (kind == BFLOAT16)
+            for (int64_t byte = 0; byte < bytes_ahead; byte += 64)
+                _mm_prefetch((const char *)ahead + pair * bytes_ahead + byte, _MM_HINT_T1);
 #pragma GCC unroll 6
         for (int row = 0; row < rows; row++) {
             int32_t both;
@@ -89,33 +97,37 @@ INLINE void multiply(const enum number_kind kind, const int keeps, const int row
             sums[row][part] = sum[row][part];
 }
 
-AVX512_BF16 static void multiply_rows(int rows, const bf16 *input, int64_t stride, const bf16 *panel, int64_t num_pairs,
-                                      __m512 sums[][4])
+INLINE void multiply_block(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
+                           const struct panel *panel, int64_t first, int64_t num_pairs, __m512 sums[][4])
 {
-    const uint8_t *numbers = (const uint8_t *)panel;
-    switch (rows) {
-    case 1: multiply(BFLOAT16, 0, 1, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 2: multiply(BFLOAT16, 0, 2, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 3: multiply(BFLOAT16, 0, 3, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 4: multiply(BFLOAT16, 0, 4, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 5: multiply(BFLOAT16, 0, 5, input, stride, numbers, num_pairs, NULL, sums); break;
-    default: multiply(BFLOAT16, 0, 6, input, stride, numbers, num_pairs, NULL, sums); break;
+    switch (kind == BFLOAT16 || !panel->kept ? rows : 0) {
+    case 0: multiply(kind, 1, KEEPING_ROWS, input, stride, panel, first, num_pairs, sums); break;
+    case 1: multiply(kind, 0, 1, input, stride, panel, first, num_pairs, sums); break;
+    case 2: multiply(kind, 0, 2, input, stride, panel, first, num_pairs, sums); break;
+    case 3: multiply(kind, 0, 3, input, stride, panel, first, num_pairs, sums); break;
+    case 4: multiply(kind, 0, 4, input, stride, panel, first, num_pairs, sums); break;
+    case 5: multiply(kind, 0, 5, input, stride, panel, first, num_pairs, sums); break;
+    default: multiply(kind, 0, 6, input, stride, panel, first, num_pairs, sums); break;
     }
 }
 
-/* Integers; `kept` is NULL where nobody wants them, and else the block is a whole one. */
-INLINE void multiply_integers(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
-                              const uint8_t *numbers, int64_t num_pairs, bf16 *kept, __m512 sums[][4])
+AVX512_BF16 static void multiply_pairs(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
+                                       int64_t first, int64_t num_pairs, __m512 sums[][4])
 {
-    switch (kept ? 0 : rows) {
-    case 0: multiply(kind, 1, MOST_ROWS, input, stride, numbers, num_pairs, kept, sums); break;
-    case 1: multiply(kind, 0, 1, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 2: multiply(kind, 0, 2, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 3: multiply(kind, 0, 3, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 4: multiply(kind, 0, 4, input, stride, numbers, num_pairs, NULL, sums); break;
-    case 5: multiply(kind, 0, 5, input, stride, numbers, num_pairs, NULL, sums); break;
-    default: multiply(kind, 0, 6, input, stride, numbers, num_pairs, NULL, sums); break;
+    switch (panel->kind) {
+    case BFLOAT16: multiply_block(BFLOAT16, rows, input, stride, panel, first, num_pairs, sums); break;
+    case CODED: multiply_block(CODED, rows, input, stride, panel, first, num_pairs, sums); break;
+    case INT8: multiply_block(INT8, rows, input, stride, panel, first, num_pairs, sums); break;
+    case INT4: multiply_block(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
     }
+}
+
+/* Numbers that are no weight's, in the order of one. */
+static inline void multiply_rows(int rows, const bf16 *input, int64_t stride, const bf16 *numbers, int64_t num_pairs,
+                                 __m512 sums[][4])
+{
+    struct panel panel = {.kind = BFLOAT16, .num_pairs = num_pairs, .numbers = (const uint8_t *)numbers};
+    multiply_pairs(rows, input, stride, &panel, 0, num_pairs, sums);
 }
 
 /* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
@@ -124,20 +136,13 @@ AVX512_BF16 static void multiply_panel(int rows, const bf16 *input, int64_t stri
 {
     const bf16 *scales = panel->scales;
     if (!scales) {
-        multiply_rows(rows, input, stride, (const bf16 *)panel->numbers, panel->num_pairs, sums);
+        multiply_pairs(rows, input, stride, panel, 0, panel->num_pairs, sums);
         return;
     }
     for (int64_t first = 0, count; first < panel->num_pairs; first += count, scales += PANEL) {
-        const uint8_t *numbers = panel->numbers + first * bytes_of_pair(panel->kind);
-        const bf16 *from = input + 2 * first;
-        bf16 *kept = panel->kept ? panel->kept + first * 2 * PANEL : NULL;
         __m512 sum[MOST_ROWS][4];
         count = panel->num_pairs - first < panel->pairs_a_group ? panel->num_pairs - first : panel->pairs_a_group;
-        switch (panel->kind) {
-        case BFLOAT16: multiply_rows(rows, from, stride, (const bf16 *)numbers, count, sum); break;
-        case INT8: multiply_integers(INT8, rows, from, stride, numbers, count, kept, sum); break;
-        case INT4: multiply_integers(INT4, rows, from, stride, numbers, count, kept, sum); break;
-        }
+        multiply_pairs(rows, input, stride, panel, first, count, sum);
         for (int part = 0; part < 4; part++) {
             __m512 scale = load16(scales + 16 * part, 0xffff);
             for (int row = 0; row < rows; row++)
@@ -182,18 +187,32 @@ INLINE __m512 with_bias(__m512 sum, const bf16 *bias, int64_t first, __mmask16 m
 
 static inline struct panel panel_of(const struct linear_part *part, int64_t index, int64_t num_pairs)
 {
-    struct panel panel = {part->panels + index * num_pairs * bytes_of_pair(part->kind), part->scales, num_pairs,
-                          part->pairs_a_group, part->kind, NULL};
-    if (panel.scales)
-        panel.scales += index * ((num_pairs + part->pairs_a_group - 1) / part->pairs_a_group) * PANEL;
+    struct panel panel = {.kind = part->kind, .num_pairs = num_pairs, .pairs_a_group = part->pairs_a_group};
+    if (panel.kind == CODED) {
+        panel.head = (const struct coded_panel *)(part->panels + index * bytes_of_coded_panel(num_pairs));
+        panel.numbers = panel.head->plain;
+        if (panel.numbers)
+            panel.kind = BFLOAT16;
+        else
+            panel.numbers = (const uint8_t *)panel.head + bytes_of_head(num_pairs);
+    } else {
+        panel.numbers = part->panels + index * num_pairs * bytes_of_pair(panel.kind);
+        panel.scales = part->scales + index * ((num_pairs + part->pairs_a_group - 1) / part->pairs_a_group) * PANEL;
+    }
     return panel;
 }
 
-/* The panel with the numbers that were kept of it. */
-static inline struct panel unpacked(const struct panel *panel)
+/* The panel with the numbers that were kept of it. The `num_blocks` that read those fetch what lies behind it. */
+static inline struct panel unpacked(const struct panel *panel, int64_t num_blocks)
 {
-    return (struct panel){(const uint8_t *)panel->kept, panel->scales, panel->num_pairs, panel->pairs_a_group, BFLOAT16,
-                          NULL};
+    const int64_t size = bytes_of_pair(panel->kind);
+    struct panel kept = *panel;
+    kept.kind = BFLOAT16;
+    kept.kept = NULL;
+    kept.numbers = (const uint8_t *)panel->kept;
+    kept.ahead = panel->numbers + panel->num_pairs * size;
+    kept.bytes_ahead = (size + num_blocks - 1) / num_blocks;
+    return kept;
 }
 
 AVX512_BF16 static void linear_task(const void *argument, int64_t index)
@@ -208,22 +227,27 @@ AVX512_BF16 static void linear_task(const void *argument, int64_t index)
             place -= own;
     const struct linear_part *part = &layer->parts[number], *gated = &layer->parts[1];
     struct panel panels[2];
+    int is_keeping = 0;
     for (int i = 0; i < num_factors; i++) {
         panels[i] = panel_of(part + i, place, layer->num_inputs / 2);
         if (panels[i].kind != BFLOAT16 && end - begin > FEW_TOKENS)
             panels[i].kept = scratch_of(panels[i].num_pairs, i);
+        is_keeping |= panels[i].kept != NULL;
     }
     int64_t first = place * PANEL, width = part->num_outputs;
     __m512 sums[MOST_ROWS][4], others[MOST_ROWS][4];
     for (int64_t token = begin, rows; token < end; token += rows) {
-        rows = rows_of_block(end - token);
+        rows = is_keeping ? KEEPING_ROWS : rows_of_block(end - token);
         const bf16 *input = call->input + token * call->stride;
         multiply_panel((int)rows, input, call->stride, &panels[0], sums);
         if (layer->activation)
             multiply_panel((int)rows, input, call->stride, &panels[1], others);
         for (int i = 0; i < num_factors; i++)
             if (panels[i].kept)
-                panels[i] = unpacked(&panels[i]);
+                panels[i] = unpacked(&panels[i], (end - token - rows + MOST_ROWS - 1) / MOST_ROWS);
+            else
+                panels[i].ahead += panels[i].num_pairs * panels[i].bytes_ahead;
+        is_keeping = 0;
         for (int64_t row = 0; row < rows; row++)
             for (int i = 0; i < 4; i++) {
                 int64_t at = first + 16 * i;
@@ -261,62 +285,7 @@ static inline void linear_run(struct linear_call *call, int num_threads)
     if (next) /* the panels that two threads will begin with */
         pool_look_ahead(next->parts[0].panels, next->num_inputs * bytes_of_pair(next->parts[0].kind));
     int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
-    pool_run(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
-}
-
-/* 32 numbers of each of 16 rows, of which `num_rows` are there, to 16 pairs of 16 rows, a panel's width apart.
- * Returns `most`, or the numbers' bits without their signs where those are more. */
-INLINE __m512i transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_t column, __mmask32 columns,
-                               bf16 *to, int64_t num_pairs, __m512i most)
-{
-    __m512i row[16], half[16];
-    for (int i = 0; i < 16; i++) {
-        row[i] = i < num_rows ? _mm512_maskz_loadu_epi16(columns, rows[i] + column) : _mm512_setzero_si512();
-        most = _mm512_max_epu16(most, _mm512_and_si512(row[i], _mm512_set1_epi16(0x7fff)));
-    }
-    for (int i = 0; i < 8; i++) {
-        half[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
-        half[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        row[4 * i] = _mm512_unpacklo_epi64(half[4 * i], half[4 * i + 2]);
-        row[4 * i + 1] = _mm512_unpackhi_epi64(half[4 * i], half[4 * i + 2]);
-        row[4 * i + 2] = _mm512_unpacklo_epi64(half[4 * i + 1], half[4 * i + 3]);
-        row[4 * i + 3] = _mm512_unpackhi_epi64(half[4 * i + 1], half[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        half[i] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0x88);
-        half[i + 4] = _mm512_shuffle_i32x4(row[i], row[i + 4], 0xdd);
-        half[i + 8] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0x88);
-        half[i + 12] = _mm512_shuffle_i32x4(row[i + 8], row[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        row[i] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
-        row[i + 8] = _mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
-        row[i + 4] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
-        row[i + 12] = _mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
-    }
-    for (int64_t i = 0; i < num_pairs; i++)
-        _mm512_storeu_si512(to + i * 2 * PANEL, row[i]);
-    return most;
-}
-
-/* The panels of `num_rows` rows of a weight, which begin with a whole panel. Returns whether a number is NaN. */
-AVX512_BF16 static int pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
-{
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t first = 0; first < num_rows; first += PANEL, to += num_inputs * PANEL)
-        for (int64_t part = 0; part < 4; part++) {
-            const bf16 *rows[16];
-            int64_t left = num_rows - first - part * 16;
-            for (int i = 0; i < 16; i++)
-                rows[i] = from + (first + part * 16 + i) * stride;
-            for (int64_t column = 0; column < num_inputs; column += 32)
-                most = transpose_pairs(rows, left, column, first32(num_inputs - column),
-                                       to + column * PANEL + part * 32,
-                                       num_inputs - column < 32 ? (num_inputs - column) / 2 : 16, most);
-        }
-    return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(0x7f80)) != 0; /* beyond the bits of infinity */
+    pool_run_in_order(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
 }
 
 /* Rows of a packed weight, as an embedding looks them up. */
@@ -327,19 +296,30 @@ AVX512_BF16 static void look_up(const struct linear_part *part, int64_t num_inpu
         struct panel panel = panel_of(part, rows[i] / PANEL, num_inputs / 2);
         int64_t row = rows[i] % PANEL, vector = row / 16, lane = row % 16;
         for (int64_t pair = 0; pair < panel.num_pairs; pair++) {
-            const uint8_t *from = panel.numbers + pair * bytes_of_pair(part->kind);
-            if (part->kind == BFLOAT16) {
+            const uint8_t *from = panel.numbers + pair * bytes_of_pair(panel.kind);
+            if (panel.kind == BFLOAT16) {
                 memcpy(to + 2 * pair, from + row * 2 * sizeof *to, 2 * sizeof *to);
                 continue;
             }
+            if (panel.kind == CODED) {
+                decode_two(panel.head, from, 2 * row, to + 2 * pair);
+                continue;
+            }
             int both[2];
-            for (int j = 0; j < 2; j++)
-                both[j] = part->kind == INT8 ? (int8_t)from[vector * 32 + j * 16 + lane]
-                                             : (from[4 * lane + 2 * j + vector / 2] >> vector % 2 * 4 & 15) - 8;
+            for (int j = 0; j < 2; j++) {
+                int64_t place = 2 * row + j;
+                int byte = panel.kind == INT8 ? from[place / 64 * 64 + byte_of(place)] : from[4 * lane + 2 * j + vector / 2];
+                if (panel.kind == INT8)
+                    both[j] = byte & 0x80 ? 0x80 - byte : byte;
+                else
+                    both[j] = (byte >> vector % 2 * 4 & 15) - 8;
+            }
             __m512 scale = load16(panel.scales + pair / panel.pairs_a_group * PANEL + row, 1);
             __m512 numbers = _mm512_castps128_ps512(_mm_setr_ps((float)both[0], (float)both[1], 0, 0));
             store16(to + 2 * pair, 3, _mm512_mul_ps(numbers, _mm512_broadcastss_ps(_mm512_castps512_ps128(scale))));
         }
+        if (panel.kind == CODED)
+            decode_exceptions(panel.head, 2 * row, to);
     }
 }
 #endif

@@ -1,35 +1,37 @@
 /* How the numbers of a weight's panels are stored, and read as bfloat16.
  *
  * A pair is two input features of a panel's 64 outputs, four vectors of 16 outputs with both of an output side by side.
- * BFLOAT16 stores the vectors as they are multiplied. INT8 stores 32 bytes of each vector: the first feature of its 16
- * outputs, then the second. INT4 stores 32 times 16 bits: number i of all four vectors from the lowest bits up, each 8
- * more than it means. Small integers are exact in bfloat16. The scales of one or more pairs, one of each output, are
- * bfloat16, chosen before the integers, and multiplied by what the integers sum to.
+ * BFLOAT16 stores the vectors as they are multiplied, CODED the same bits in fewer (coded.h). INT8 stores a byte of each
+ * number, its sign and its magnitude, in the order of coded.h. INT4 stores 32 times 16 bits: number i of all four
+ * vectors from the lowest bits up, each 8 more than it means. Small integers are exact in bfloat16. The scales of one or
+ * more pairs, one of each output, are bfloat16, chosen before the integers, and multiplied by what the integers sum to.
  */
 #ifndef TS_PARALLEL_NUMBERS_H
 #define TS_PARALLEL_NUMBERS_H
 
 #include <stdlib.h>
 
-#include "bf16.h"
+#include "coded.h"
 
-#define PANEL 64
-
-enum number_kind { BFLOAT16, INT8, INT4 };
+enum number_kind { BFLOAT16, INT8, INT4, CODED };
 
 static inline int64_t bytes_of_pair(enum number_kind kind)
 {
-    return 2 * PANEL * (int64_t)sizeof(bf16) >> kind;
+    return kind == CODED ? CODED_PAIR : 2 * PANEL * (int64_t)sizeof(bf16) >> kind;
 }
 
 /* The numbers of one panel. */
 struct panel {
-    const uint8_t *numbers;
-    const bf16 *scales; /* [num_pairs / pairs_a_group, 64], or NULL */
-    int64_t num_pairs;
-    int64_t pairs_a_group;
     enum number_kind kind;
-    bf16 *kept; /* where whoever reads integers shall leave them in bfloat16, or NULL */
+    int64_t num_pairs;
+    const uint8_t *numbers;
+    const struct coded_panel *head; /* where they are codes */
+    const bf16 *scales;             /* [groups of inputs, 64] of integers */
+    int64_t pairs_a_group;
+    bf16 *kept; /* where whoever reads codes or integers shall leave them in bfloat16, or NULL */
+    /* What comes into the cache while the numbers are multiplied, so much with each pair. */
+    const uint8_t *ahead;
+    int64_t bytes_ahead;
 };
 
 /* What 16 bits with these 5 lowest mean in bfloat16: the fifth belongs to the next number. */
@@ -40,31 +42,75 @@ INLINE __m512i nibble_table(void)
     return _mm512_broadcast_i64x4(values);
 }
 
-/* The bfloat16 of 16 bytes. */
-INLINE __m512i floats_of_bytes(const uint8_t *from)
+/* The bytes of the bfloat16 of all magnitudes, 0 to 127: first the lower ones, then the upper ones. */
+INLINE void magnitude_tables(__m512i tables[4])
 {
-    __m128i bytes = _mm_loadu_si128((const __m128i *)from);
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+    __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m128i bytes[2][8];
+    for (int i = 0; i < 8; i++) {
+        __m256i bits = narrow(_mm512_cvtepi32_ps(_mm512_add_epi32(number, _mm512_set1_epi32(16 * i))));
+        bytes[0][i] = _mm256_cvtepi16_epi8(bits);
+        bytes[1][i] = _mm256_cvtepi16_epi8(_mm256_srli_epi16(bits, 8));
+    }
+    memcpy(tables, bytes, sizeof bytes);
 }
 
-/* Four vectors of one pair. */
-INLINE void load_pair(const enum number_kind kind, const uint8_t *from, __m512i table, __m512bh weight[4])
+/* What is known while a panel's pairs are read one after another. */
+struct decoder {
+    __m512i table[4];          /* what a code, a nibble or a byte means */
+    const uint32_t *exception; /* the next one of a coded panel */
+};
+
+INLINE struct decoder make_decoder(const enum number_kind kind, const struct coded_panel *head)
 {
-    __m512i nibbles = kind == INT4 ? _mm512_loadu_si512(from) : table;
+    struct decoder decoder = {.exception = kind == CODED ? head->exceptions : NULL};
+    switch (kind) {
+    case BFLOAT16: break;
+    case CODED: decoder.table[0] = upper_bytes(head); break;
+    case INT8: magnitude_tables(decoder.table); break;
+    case INT4: decoder.table[0] = nibble_table(); break;
+    }
+    return decoder;
+}
+
+/* Four vectors of pair number `pair`. */
+INLINE void load_pair(const enum number_kind kind, const uint8_t *from, int64_t pair, struct decoder *decoder,
+                      __m512bh weight[4])
+{
+    const __m512i *table = decoder->table;
+    switch (kind) {
+    case BFLOAT16:
 #pragma GCC unroll 4
-    for (int part = 0; part < 4; part++)
-        switch (kind) {
-        case BFLOAT16: weight[part] = (__m512bh)_mm512_loadu_si512(from + 64 * part); break;
-        case INT8: {
-            /* A float of 8 bits is zero in its lower half, and its upper half is the bfloat16. */
-            __m512i first = floats_of_bytes(from + 32 * part), second = floats_of_bytes(from + 32 * part + 16);
-            weight[part] = (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(first, 16), second);
-            break;
+        for (int part = 0; part < 4; part++)
+            weight[part] = (__m512bh)_mm512_loadu_si512(from + 64 * part);
+        break;
+    case CODED:
+        load_coded(from, table[0], weight);
+        if (__builtin_expect(*decoder->exception >> 15 == pair, 0)) {
+            __m512bh mended[4] = {weight[0], weight[1], weight[2], weight[3]}; /* so these stay in registers */
+            decoder->exception = put_exceptions(decoder->exception, (uint8_t *)mended);
+            memcpy(weight, mended, sizeof mended);
         }
-        case INT4:
-            weight[part] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4 * part), table);
-            break;
+        break;
+    case INT8:
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512i bytes = _mm512_loadu_si512(from + 64 * half);
+            __m512i low = _mm512_permutex2var_epi8(table[0], bytes, table[1]);
+            __m512i high = _mm512_permutex2var_epi8(table[2], bytes, table[3]);
+            /* high | bytes & 0x80 */
+            high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8((char)0x80), 0xf8);
+            weight[2 * half] = (__m512bh)_mm512_unpacklo_epi8(low, high);
+            weight[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
         }
+        break;
+    case INT4: {
+        __m512i nibbles = _mm512_loadu_si512(from);
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            weight[part] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4 * part), table[0]);
+    }
+    }
 }
 
 /* Memory of the calling thread for a panel's numbers in bfloat16, until its next call with this `number` (0 or 1); NULL
@@ -117,10 +163,10 @@ static inline void place_integers(enum number_kind kind, const int8_t integers[P
         for (int vector = 0; vector < 4; vector++)
             for (int j = 0; j < 2; j++)
                 for (int lane = 0; lane < 16; lane++) {
-                    int integer = integers[16 * vector + lane][2 * pair + j];
+                    int integer = integers[16 * vector + lane][2 * pair + j], place = 32 * vector + 2 * lane + j;
                     uint8_t *both = &to[4 * lane + 2 * j + vector / 2];
                     if (kind == INT8)
-                        to[32 * vector + 16 * j + lane] = (uint8_t)integer;
+                        to[place / 64 * 64 + byte_of(place)] = (uint8_t)(integer < 0 ? 0x80 - integer : integer);
                     else
                         *both = (uint8_t)(vector % 2 ? *both | (integer + 8) << 4 : integer + 8);
                 }

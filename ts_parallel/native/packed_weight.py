@@ -1,9 +1,9 @@
 """A linear's weight as the kernels read it. Knows the layout, not who reads it.
 
 O output features, I input features. Panels of 64 outputs follow each other; in a panel, two input features of all 64
-outputs do: `panels[o // 64, i // 2, o % 64, i % 2]`, zero where there is no output. The numbers are bfloat16, or small
-integers with scales, by which the largest number of a scale is 127 or 7: zero stays zero, and no number is off by more
-than half a scale. How those lie in a panel is what numbers.h says.
+outputs do: `[o // 64, i // 2, o % 64, i % 2]`, zero where there is no output. The numbers are those of bfloat16 in 12
+bits each, of which none is lost (coded.h), or small integers with scales (numbers.h), by which the largest number of a
+scale is 127 or 7: zero stays zero, and no number is off by more than half a scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ts_parallel.native.huge_pages import map_pages
 
 PANEL = 64
 INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
-_KINDS = {None: 0, "int8": 1, "int4": 2}  # `enum number_kind` of numbers.h
+_KINDS = {"int8": 1, "int4": 2, None: 3}  # `enum number_kind` of numbers.h
+_MOST_INPUTS = 2**18 - 2  # of a coded panel
 
 
 class _HugePages:
@@ -54,13 +55,15 @@ class PackedWeight:
     """A weight `[O, I]` in panels."""
 
     panels: torch.Tensor = field(repr=False)
-    """bfloat16 `[⌈O / 64⌉, I / 2, 64, 2]`, or uint8 `[⌈O / 64⌉, I / 2, bytes]`."""
+    """uint8 `[⌈O / 64⌉, bytes]`."""
     shape: tuple[int, int]
     """(O, I)."""
     quantization: str | None = None
-    """`int8` or `int4`; None where the numbers are bfloat16."""
+    """`int8` or `int4`; None where the numbers are bfloat16, coded."""
     scales: torch.Tensor | None = field(default=None, repr=False)
     """bfloat16 `[⌈O / 64⌉, groups of inputs, 64]` of the integers."""
+    plain: list[torch.Tensor] = field(default_factory=list, repr=False)
+    """bfloat16 `[I / 2, 64, 2]` each: panels whose numbers are too far from each other for codes."""
 
     @staticmethod
     def allocate(shape: tuple[int, int], quantization: str | None = None) -> PackedWeight:
@@ -68,16 +71,17 @@ class PackedWeight:
         num_outputs, num_inputs = shape
         num_panels, num_pairs = -(-num_outputs // PANEL), num_inputs // 2
         if quantization is None:
-            return PackedWeight(_memory.take((num_panels, num_pairs, PANEL, 2), torch.bfloat16), shape)
+            return PackedWeight(_memory.take((num_panels, kernels.coded_panel_bytes(num_pairs)), torch.uint8), shape)
         num_bytes = {"int8": PANEL * 2, "int4": PANEL}[quantization]
         num_groups = 1 if quantization == "int8" else -(-num_inputs // INT4_GROUP)
-        panels = _memory.take((num_panels, num_pairs, num_bytes), torch.uint8)
+        panels = _memory.take((num_panels, num_pairs * num_bytes), torch.uint8)
         scales = _memory.take((num_panels, num_groups, PANEL), torch.bfloat16)
         return PackedWeight(panels, shape, quantization, scales)
 
     @property
     def num_bytes(self) -> int:
-        return self.panels.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        others = self.plain if self.scales is None else [self.scales]
+        return self.panels.nbytes + sum(other.nbytes for other in others)
 
     @property
     def part(self) -> tuple[int, ...]:
@@ -101,13 +105,29 @@ class PackedWeight:
         """
         assert first % PANEL == 0 and (len(rows) % PANEL == 0 or first + len(rows) == self.shape[0])
         assert rows.dtype == torch.bfloat16 and rows.stride(1) == 1
-        panel, source = self.panels[first // PANEL], (rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
         if self.scales is None:
-            return kernels.pack(panel.data_ptr(), *source)
+            return self._put_coded(first, rows)
+        panel, source = self.panels[first // PANEL], (rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
         scales = self.scales[first // PANEL : -(-(first + len(rows)) // PANEL)]
         kind = _KINDS[self.quantization]
         kernels.quantize(kind, panel.data_ptr(), scales.data_ptr(), self._inputs_a_group, *source)
         return bool(scales.isnan().any())  # where a number is, its scale is too
+
+    def _put_coded(self, first: int, rows: torch.Tensor) -> bool:
+        has_nan = False
+        while len(rows):
+            panels = self.panels[first // PANEL :]
+            done = kernels.code(panels.data_ptr(), rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
+            first, rows = first + done * PANEL, rows[done * PANEL :]
+            if len(rows):
+                plain = _memory.take((self.shape[1] // 2, PANEL, 2), torch.bfloat16)
+                has_nan |= kernels.pack(
+                    plain.data_ptr(), rows.data_ptr(), min(PANEL, len(rows)), self.shape[1], rows.stride(0)
+                )
+                kernels.keep_plain(panels[done].data_ptr(), plain.data_ptr())
+                self.plain.append(plain)
+                first, rows = first + PANEL, rows[PANEL:]
+        return has_nan
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """The `rows` int64 `[...]` of it: bfloat16 `[..., I]`, integers times scales where it has those."""
@@ -129,4 +149,5 @@ def can_pack(weight: torch.Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.shape[1] % 2 == 0
+        and weight.shape[1] <= _MOST_INPUTS
     )

@@ -34,6 +34,7 @@ static struct {
     pool_task task;
     const void *argument;
     int64_t num_tasks;
+    int64_t share; /* of the tasks that are left, one in so many is taken at once */
     /* What is read soon after: who has nothing to do fetches it into the cache. A hint, so nobody waits for it. */
     const char *_Atomic ahead;
     _Atomic int64_t bytes_ahead;
@@ -59,11 +60,15 @@ static inline void pool_take(uint32_t region)
         const void *argument = pool.argument;
         if (index == POOL_OVER || index >= pool.num_tasks)
             return;
+        int64_t taken = (pool.num_tasks - index) / pool.share;
+        if (taken < 1)
+            taken = 1;
         /* Succeeds only if the region has not ended since the fields above were read. */
-        if (atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket + 1, memory_order_acq_rel,
+        if (atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket + (uint64_t)taken, memory_order_acq_rel,
                                                   memory_order_acquire)) {
-            task(argument, index);
-            atomic_fetch_add_explicit(&pool.num_done, 1, memory_order_release);
+            for (int64_t i = 0; i < taken; i++)
+                task(argument, index + i);
+            atomic_fetch_add_explicit(&pool.num_done, taken, memory_order_release);
             ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
         }
     }
@@ -128,9 +133,9 @@ static inline void pool_look_ahead(const void *memory, int64_t num_bytes)
     atomic_store_explicit(&pool.bytes_ahead, num_bytes, memory_order_relaxed);
 }
 
-/* Run `task` for all indices below `num_tasks`, in `num_threads` threads with this one. A caller that finds the
- * workers busy with another's tasks runs its own alone. */
-static inline void pool_run(pool_task task, const void *argument, int64_t num_tasks, int num_threads)
+/* Run `task` for all indices below `num_tasks`, in `num_threads` threads with this one, which take one in `share` of
+ * those left at once. A caller that finds the workers busy with another's tasks runs its own alone. */
+static inline void pool_share(pool_task task, const void *argument, int64_t num_tasks, int num_threads, int64_t share)
 {
     if (num_threads > num_tasks)
         num_threads = (int)num_tasks;
@@ -144,6 +149,7 @@ static inline void pool_run(pool_task task, const void *argument, int64_t num_ta
     pool.task = task;
     pool.argument = argument;
     pool.num_tasks = num_tasks;
+    pool.share = share;
     atomic_store(&pool.num_done, 0);
     atomic_store(&pool.num_wanted, num_threads - 1);
     atomic_store(&pool.ticket, (uint64_t)region << 32);
@@ -158,5 +164,18 @@ static inline void pool_run(pool_task task, const void *argument, int64_t num_ta
             sched_yield(); /* its core was given to somebody else */
     atomic_store(&pool.ticket, ((uint64_t)region << 32) | POOL_OVER);
     pthread_mutex_unlock(&pool.owner);
+}
+
+/* Tasks one by one, for they take a different time. */
+static inline void pool_run(pool_task task, const void *argument, int64_t num_tasks, int num_threads)
+{
+    pool_share(task, argument, num_tasks, num_threads, INT64_MAX);
+}
+
+/* Tasks that read memory one behind the other, in runs as long as can be: memory gives those faster. First half of
+ * them, if there are two threads, at last a single one (guided self-scheduling, Polychronopoulos and Kuck 1987). */
+static inline void pool_run_in_order(pool_task task, const void *argument, int64_t num_tasks, int num_threads)
+{
+    pool_share(task, argument, num_tasks, num_threads, num_threads);
 }
 #endif

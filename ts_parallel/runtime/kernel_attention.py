@@ -50,7 +50,6 @@ class KernelAttention:
         self._memory = memory
         self._block_size = block_size
         self._made: dict[tuple[int, int], Any] = {}  # the kernels' own description of a site with its sinks
-        kernels.set_num_threads(torch.get_num_threads())
 
     def lay_out(self, plan: StepPlan) -> KernelLayout:
         """What every attention site of a step shares."""

@@ -138,7 +138,6 @@ def _gated(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], 
 
 def _make_layer(parts: Sequence[_Part], activation: int = 0) -> Any:
     """The kernels' own description, which holds addresses: whoever has it keeps the parts."""
-    kernels.set_num_threads(torch.get_num_threads())
     numbers = [number for part in parts for number in part.numbers]
     return kernels.make_linear(int(parts[0].weight.shape[1]), activation, *numbers)
 
