@@ -28,10 +28,12 @@ RANKS = Path(__file__).parent / "ranks"
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """The process is left as it was: in no group, with its own number of threads."""
-    num_threads = torch.get_num_threads()
+    num_threads, in_kernels = torch.get_num_threads(), kernels.get_num_threads() if HAS_KERNELS else 0
     assert not dist.is_initialized()
     yield
     torch.set_num_threads(num_threads)
+    if HAS_KERNELS:
+        kernels.set_num_threads(in_kernels)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -47,13 +49,11 @@ def no_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
 def test_kernels_have_the_threads_of_the_rank_whatever_torch_is_told_later() -> None:
-    before = kernels.get_num_threads()
     open_topology(1, "cpu", {}, num_threads=3)
     torch.set_num_threads(1)
     weight = PackedWeight.allocate((64, 64))
     make_linears(LinearLayer("w", None), {"w": weight})
     assert kernels.get_num_threads() == 3
-    kernels.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,17 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def any_bits() -> torch.Tensor:
-    """Every finite number there is, infinity, and both zeros; more different ones than codes."""
-    bits = torch.randint(-(2**15), 2**15, SHAPE, dtype=torch.int16)
+    """Every number there is, infinity, and both zeros: more upper bytes than codes, in every panel."""
+    bits = torch.arange(SHAPE[0] * SHAPE[1]).to(torch.int16)[torch.randperm(SHAPE[0] * SHAPE[1])].view(SHAPE)
     return bits.view(torch.bfloat16).nan_to_num(0, float("inf"), -float("inf"))
+
+
+def any_lower_bytes() -> torch.Tensor:
+    """Every number that has a code, with either sign, and a few exceptions."""
+    bits = torch.arange(7 * 2**8) + (0x3F << 8) + torch.tensor([[0], [2**15]])
+    weight = bits.flatten().to(torch.int16)[torch.randint(bits.numel(), SHAPE)].view(torch.bfloat16)
+    weight[:, 50] = (torch.arange(SHAPE[0]) * 70).to(torch.int16).view(torch.bfloat16)
+    return weight
 
 
 def with_zeros() -> torch.Tensor:
@@ -59,6 +67,7 @@ WEIGHTS = {
     "tiny": with_tiny_numbers,
     "outlier": with_an_outlier,
     "any bits": any_bits,
+    "any lower bytes": any_lower_bytes,
     "nothing": lambda: torch.zeros(SHAPE, dtype=torch.bfloat16),
     "subnormal": lambda: torch.full(SHAPE, 2.0**-130, dtype=torch.bfloat16),
     "infinite": lambda: torch.full(SHAPE, float("inf"), dtype=torch.bfloat16),
@@ -95,6 +104,15 @@ def test_products_are_those_of_the_numbers(num_tokens: int, kind: str, make: Cal
     assert ((product.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * scale + 1e-38).all()
     for token in range(num_tokens):
         assert torch.equal(linear(hidden[:, token : token + 1])[:, 0], product[:, token])
+
+
+def test_weight_that_is_put_again_is_the_new_one() -> None:
+    torch.manual_seed(0)
+    packed = PackedWeight.allocate(SHAPE)
+    assert torch.equal(packed.unpack(), torch.zeros(SHAPE, dtype=torch.bfloat16))
+    for weight in (with_tiny_numbers(), any_bits(), normal(*SHAPE), with_an_outlier()):
+        packed.put(0, weight)
+        assert torch.equal(packed.unpack().view(torch.int16), weight.view(torch.int16))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 40])

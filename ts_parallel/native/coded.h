@@ -1,14 +1,15 @@
 /* Weights in bfloat16 that take 12 bits each, and lose none.
  *
- * The lower byte of a bfloat16, an exponent's last bit and the mantissa, is as good as random; the upper one, the sign
- * and the rest of the exponent, is not: weights lie close to zero, few near their largest (DFloat11: Zhang et al. 2025).
- * So a code of 4 bits stands for the upper byte: the sign, and one of the seven highest that a panel has, or zero. What
- * is smaller, some 2^13 times than the largest, is an exception: the bytes of those are listed. Codes of one
- * length are read as fast as memory gives them.
+ * The lower byte of a bfloat16, its exponent's last bit and its mantissa, is as good as random. The upper one, its sign
+ * and the rest of its exponent, is not: the exponents of a weight are few (DFloat11, Zhang et al. 2025). So 4 bits stand
+ * for the upper byte: a sign, and one of the seven up to the panel's largest, or zero. Of smaller numbers, some 2^13 times
+ * less than the largest, the upper bytes are listed: exceptions. As all codes have one length, they are read as fast as
+ * memory gives them.
  *
- * A coded panel is its head, the list, and of each pair 64 bytes with two codes each, then the 128 lower bytes; numbers
- * are in the order in which unpacking the bytes of two vectors puts them right: see `byte_of`. A panel whose exceptions
- * are too many has its head alone, and lies elsewhere as it is.
+ * A coded panel is its head with that list, then of each pair 64 bytes of two codes each and the 128 lower bytes, in the
+ * order from which unpacking two vectors of bytes makes two of numbers: see `byte_of`. A panel with too many exceptions
+ * lies elsewhere as it is, and only its head is read here: it takes 28 bits a number. Memory full of zeros is a panel of
+ * zeros.
  */
 #ifndef TS_PARALLEL_CODED_H
 #define TS_PARALLEL_CODED_H
@@ -19,13 +20,11 @@
 
 #define PANEL 64
 #define CODED_PAIR (3 * PANEL) /* bytes of 2 x 64 numbers */
-#define NO_EXCEPTION UINT32_MAX
-#define MOST_CODED_PAIRS (NO_EXCEPTION >> 15)
 
 struct coded_panel {
     _Alignas(64) uint8_t upper[16]; /* what each code stands for */
     const uint8_t *plain;           /* the panel where it is not coded, or NULL */
-    uint32_t exceptions[];          /* by pair: its number << 15 | the number's place in it << 8 | upper byte */
+    uint32_t exceptions[];          /* pair by pair: 1 + its number << 15 | place in it << 8 | upper byte; at last 0 */
 };
 
 /* Room for one exception in 256 numbers, and what ends the list. */
@@ -39,8 +38,8 @@ static inline int64_t bytes_of_coded_panel(int64_t num_pairs)
     return bytes_of_head(num_pairs) + num_pairs * CODED_PAIR;
 }
 
-/* The number at `place` of a pair [64 outputs, 2] belongs to a half of them, 0 or 1. Its code is that half of this
- * byte, and its lower byte 64 * (1 + half) behind it. */
+/* The number at `place` of a pair [64 outputs, 2] is one of its first or second half, 0 or 1. Its code is the lower or
+ * upper half of this byte, and its lower byte lies 64 or 128 behind. */
 static inline int64_t byte_of(int64_t place)
 {
     return place % 32 / 8 * 16 + place / 32 % 2 * 8 + place % 8;
@@ -69,15 +68,15 @@ INLINE void load_coded(const uint8_t *from, __m512i upper, __m512bh weight[4])
     }
 }
 
-/* Put a pair's exceptions, of which `next` is the first, in their places. Returns the one behind. */
+/* Put a pair's exceptions, the first of which is `next`, in their places. Returns the one behind them. */
 __attribute__((noinline, cold)) static const uint32_t *put_exceptions(const uint32_t *next, uint8_t *numbers)
 {
-    for (uint32_t pair = *next >> 15; *next >> 15 == pair; next++)
+    for (uint32_t pair = *next >> 15; *next >> 15 == pair; next++) /* `pair` is not 0 */
         numbers[(*next >> 8 & 127) * 2 + 1] = (uint8_t)*next;
     return next;
 }
 
-/* Two numbers of a pair, of which `place` is the first, but for exceptions. */
+/* Two numbers of a pair, the first at `place`; not so where they are exceptions. */
 static inline void decode_two(const struct coded_panel *panel, const uint8_t *from, int64_t place, bf16 to[2])
 {
     for (int64_t half = place / 64, i = 0; i < 2; i++) {
@@ -86,17 +85,17 @@ static inline void decode_two(const struct coded_panel *panel, const uint8_t *fr
     }
 }
 
-/* Mend the two numbers from `place` on of all pairs. */
+/* Put right the two numbers at `place` of all pairs [num_pairs, 2]. */
 static inline void decode_exceptions(const struct coded_panel *panel, int64_t place, bf16 *to)
 {
-    for (const uint32_t *next = panel->exceptions; *next != NO_EXCEPTION; next++)
+    for (const uint32_t *next = panel->exceptions; *next; next++)
         if ((*next >> 8 & 127) / 2 == place / 2) {
-            bf16 *number = to + (*next >> 15) * 2 + (*next >> 8 & 1);
+            bf16 *number = to + ((*next >> 15) - 1) * 2 + (*next >> 8 & 1);
             *number = (bf16)((*next & 255) << 8 | (*number & 255));
         }
 }
 
-/* One pair, `numbers` [64, 2], behind the codes `to`. Returns the mask of what is an exception, by byte and half. */
+/* The codes and lower bytes of one pair, `numbers` [64, 2]; of each half, which bytes belong to exceptions. */
 INLINE void code_pair(const bf16 *numbers, __m512i base, uint8_t *to, __mmask64 exceptions[2])
 {
     const __m512i lower = _mm512_set1_epi16(0xff), magnitude = _mm512_set1_epi8(0x7f), eight = _mm512_set1_epi8(8);
@@ -114,7 +113,8 @@ INLINE void code_pair(const bf16 *numbers, __m512i base, uint8_t *to, __mmask64 
     _mm512_storeu_si512(to, _mm512_or_si512(codes[0], _mm512_slli_epi16(codes[1], 4)));
 }
 
-/* The upper byte that code 0 stands for is zero, and code i for the one i above what is returned; 8 + i is negative. */
+/* What the codes are to mean, where `largest` is the largest upper byte without a sign: 0 is zero, i is the byte i above
+ * what this returns, and 8 + i the same with a sign. */
 static inline int choose_codes(int largest, struct coded_panel *panel)
 {
     int base = largest > 7 ? largest - 7 : 0;

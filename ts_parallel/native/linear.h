@@ -26,7 +26,7 @@ struct linear_part {
     const bf16 *bias; /* [N] or NULL */
     int64_t num_outputs;
     enum number_kind kind;
-    const bf16 *scales; /* [panels, K / 2 / pairs_a_group, 64], or NULL where numbers are bfloat16 */
+    const bf16 *scales; /* [panels, K / 2 / pairs_a_group, 64], or NULL where the numbers are no integers */
     int64_t pairs_a_group;
 };
 
@@ -188,18 +188,30 @@ INLINE __m512 with_bias(__m512 sum, const bf16 *bias, int64_t first, __mmask16 m
 static inline struct panel panel_of(const struct linear_part *part, int64_t index, int64_t num_pairs)
 {
     struct panel panel = {.kind = part->kind, .num_pairs = num_pairs, .pairs_a_group = part->pairs_a_group};
+    const uint8_t *from = part->panels + index * bytes_of_panel(panel.kind, num_pairs);
     if (panel.kind == CODED) {
-        panel.head = (const struct coded_panel *)(part->panels + index * bytes_of_coded_panel(num_pairs));
+        panel.head = (const struct coded_panel *)from;
         panel.numbers = panel.head->plain;
         if (panel.numbers)
             panel.kind = BFLOAT16;
         else
-            panel.numbers = (const uint8_t *)panel.head + bytes_of_head(num_pairs);
+            panel.numbers = from + bytes_of_head(num_pairs);
     } else {
-        panel.numbers = part->panels + index * num_pairs * bytes_of_pair(panel.kind);
-        panel.scales = part->scales + index * ((num_pairs + part->pairs_a_group - 1) / part->pairs_a_group) * PANEL;
+        panel.numbers = from;
+        if (part->scales)
+            panel.scales = part->scales + index * ((num_pairs + part->pairs_a_group - 1) / part->pairs_a_group) * PANEL;
     }
     return panel;
+}
+
+/* Which part a layer's panel number `place` belongs to; `place` becomes its number there. */
+static inline int find_part(const struct linear *layer, int64_t *place)
+{
+    int number = 0;
+    if (!layer->activation)
+        for (int64_t own; *place >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
+            *place -= own;
+    return number;
 }
 
 /* The panel with the numbers that were kept of it. The `num_blocks` that read those fetch what lies behind it. */
@@ -221,10 +233,7 @@ AVX512_BF16 static void linear_task(const void *argument, int64_t index)
     const struct linear *layer = call->layer;
     int64_t place = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
     int64_t end = begin + call->tokens_a_task < call->num_tokens ? begin + call->tokens_a_task : call->num_tokens;
-    int number = 0, num_factors = layer->activation ? 2 : 1;
-    if (!layer->activation)
-        for (int64_t own; place >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
-            place -= own;
+    int number = find_part(layer, &place), num_factors = layer->activation ? 2 : 1;
     const struct linear_part *part = &layer->parts[number], *gated = &layer->parts[1];
     struct panel panels[2];
     int is_keeping = 0;
@@ -282,8 +291,12 @@ static inline void linear_run(struct linear_call *call, int num_threads)
 {
     call->tokens_a_task = tokens_a_task(call->num_tokens, call->layer->num_inputs);
     const struct linear *next = call->layer->next;
-    if (next) /* the panels that two threads will begin with */
-        pool_look_ahead(next->parts[0].panels, next->num_inputs * bytes_of_pair(next->parts[0].kind));
+    if (next && num_threads > 1) { /* the panel that the second thread will begin with */
+        int64_t place = next->num_panels / num_threads;
+        const struct linear_part *part = &next->parts[find_part(next, &place)];
+        int64_t size = bytes_of_panel(part->kind, next->num_inputs / 2);
+        pool_look_ahead(part->panels + place * size, size);
+    }
     int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
     pool_run_in_order(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
 }
@@ -308,7 +321,7 @@ AVX512_BF16 static void look_up(const struct linear_part *part, int64_t num_inpu
             int both[2];
             for (int j = 0; j < 2; j++) {
                 int64_t place = 2 * row + j;
-                int byte = panel.kind == INT8 ? from[place / 64 * 64 + byte_of(place)] : from[4 * lane + 2 * j + vector / 2];
+                int byte = from[panel.kind == INT8 ? place / 64 * 64 + byte_of(place) : 4 * lane + 2 * j + vector / 2];
                 if (panel.kind == INT8)
                     both[j] = byte & 0x80 ? 0x80 - byte : byte;
                 else

@@ -20,6 +20,11 @@ static inline int64_t bytes_of_pair(enum number_kind kind)
     return kind == CODED ? CODED_PAIR : 2 * PANEL * (int64_t)sizeof(bf16) >> kind;
 }
 
+static inline int64_t bytes_of_panel(enum number_kind kind, int64_t num_pairs)
+{
+    return kind == CODED ? bytes_of_coded_panel(num_pairs) : num_pairs * bytes_of_pair(kind);
+}
+
 /* The numbers of one panel. */
 struct panel {
     enum number_kind kind;
@@ -86,7 +91,7 @@ INLINE void load_pair(const enum number_kind kind, const uint8_t *from, int64_t 
         break;
     case CODED:
         load_coded(from, table[0], weight);
-        if (__builtin_expect(*decoder->exception >> 15 == pair, 0)) {
+        if (__builtin_expect(*decoder->exception >> 15 == pair + 1, 0)) {
             __m512bh mended[4] = {weight[0], weight[1], weight[2], weight[3]}; /* so these stay in registers */
             decoder->exception = put_exceptions(decoder->exception, (uint8_t *)mended);
             memcpy(weight, mended, sizeof mended);

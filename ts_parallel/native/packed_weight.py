@@ -20,7 +20,7 @@ from ts_parallel.native.huge_pages import map_pages
 PANEL = 64
 INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
 _KINDS = {"int8": 1, "int4": 2, None: 3}  # `enum number_kind` of numbers.h
-_MOST_INPUTS = 2**18 - 2  # of a coded panel
+_MOST_INPUTS = 2**18 - 2  # an exception (coded.h) has 17 bits for its pair
 
 
 class _HugePages:
@@ -62,8 +62,8 @@ class PackedWeight:
     """`int8` or `int4`; None where the numbers are bfloat16, coded."""
     scales: torch.Tensor | None = field(default=None, repr=False)
     """bfloat16 `[⌈O / 64⌉, groups of inputs, 64]` of the integers."""
-    plain: list[torch.Tensor] = field(default_factory=list, repr=False)
-    """bfloat16 `[I / 2, 64, 2]` each: panels whose numbers are too far from each other for codes."""
+    plain: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """By their number, bfloat16 `[I / 2, 64, 2]` each: panels whose numbers are too far from each other for codes."""
 
     @staticmethod
     def allocate(shape: tuple[int, int], quantization: str | None = None) -> PackedWeight:
@@ -80,7 +80,7 @@ class PackedWeight:
 
     @property
     def num_bytes(self) -> int:
-        others = self.plain if self.scales is None else [self.scales]
+        others = self.plain.values() if self.scales is None else [self.scales]
         return self.panels.nbytes + sum(other.nbytes for other in others)
 
     @property
@@ -114,19 +114,15 @@ class PackedWeight:
         return bool(scales.isnan().any())  # where a number is, its scale is too
 
     def _put_coded(self, first: int, rows: torch.Tensor) -> bool:
-        has_nan = False
+        has_nan, number, layout = False, first // PANEL, (self.shape[1], rows.stride(0))
         while len(rows):
-            panels = self.panels[first // PANEL :]
-            done = kernels.code(panels.data_ptr(), rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
-            first, rows = first + done * PANEL, rows[done * PANEL :]
-            if len(rows):
-                plain = _memory.take((self.shape[1] // 2, PANEL, 2), torch.bfloat16)
-                has_nan |= kernels.pack(
-                    plain.data_ptr(), rows.data_ptr(), min(PANEL, len(rows)), self.shape[1], rows.stride(0)
-                )
-                kernels.keep_plain(panels[done].data_ptr(), plain.data_ptr())
-                self.plain.append(plain)
-                first, rows = first + PANEL, rows[PANEL:]
+            num_coded = kernels.code(self.panels[number].data_ptr(), rows.data_ptr(), len(rows), *layout)
+            number, rows = number + num_coded, rows[num_coded * PANEL :]
+            if len(rows):  # begins with a panel that cannot be
+                plain = self.plain[number] = _memory.take((self.shape[1] // 2, PANEL, 2), torch.bfloat16)
+                has_nan |= kernels.pack(plain.data_ptr(), rows.data_ptr(), min(PANEL, len(rows)), *layout)
+                kernels.keep_plain(self.panels[number].data_ptr(), plain.data_ptr())
+                number, rows = number + 1, rows[PANEL:]
         return has_nan
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:

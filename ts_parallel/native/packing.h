@@ -79,7 +79,7 @@ AVX512_BF16 static int code_panel(uint8_t *to, const bf16 *from, int64_t num_row
 {
     struct coded_panel *panel = (struct coded_panel *)to;
     uint8_t *pair_to = to + bytes_of_head(num_inputs / 2);
-    uint32_t *next = panel->exceptions, *last = (uint32_t *)pair_to - 1, pair_number = 0;
+    uint32_t *next = panel->exceptions, *last = (uint32_t *)pair_to - 1, pair_number = 1;
     int largest = largest_bits(from, num_rows, num_inputs, stride);
     if (largest > INFINITE)
         return 0;
@@ -91,8 +91,8 @@ AVX512_BF16 static int code_panel(uint8_t *to, const bf16 *from, int64_t num_row
             const bf16 *rows[16];
             for (int i = 0; i < 16; i++)
                 rows[i] = from + (part * 16 + i) * stride;
-            transpose_pairs(rows, num_rows - part * 16, column, first32(num_inputs - column), pairs[0] + part * 32, 16,
-                            base);
+            (void)transpose_pairs(rows, num_rows - part * 16, column, first32(num_inputs - column),
+                                  pairs[0] + part * 32, 16, base);
         }
         for (int64_t pair = 0; pair < 16 && column + 2 * pair < num_inputs; pair++, pair_number++) {
             __mmask64 exceptions[2];
@@ -107,7 +107,7 @@ AVX512_BF16 static int code_panel(uint8_t *to, const bf16 *from, int64_t num_row
                 }
         }
     }
-    *next = NO_EXCEPTION;
+    *next = 0;
     return 1;
 }
 
@@ -116,8 +116,8 @@ static inline int64_t code_rows(uint8_t *to, const bf16 *from, int64_t num_rows,
 {
     int64_t size = bytes_of_coded_panel(num_inputs / 2), num_coded = 0;
     for (int64_t left; (left = num_rows - num_coded * PANEL) > 0; num_coded++)
-        if (!code_panel(to + num_coded * size, from + num_coded * PANEL * stride, left < PANEL ? left : PANEL, num_inputs,
-                        stride))
+        if (!code_panel(to + num_coded * size, from + num_coded * PANEL * stride, left < PANEL ? left : PANEL,
+                        num_inputs, stride))
             break;
     return num_coded;
 }

@@ -163,7 +163,7 @@ def refuse_unquantizable(program: RankProgram, quantization: str | None, device:
     if not HAS_KERNELS:
         raise ConfigError(
             f"quantization {quantization} needs the package's kernels, which were not compiled or want AVX-512 with "
-            "bfloat16: leave quantization out"
+            "BF16 and VBMI: leave quantization out"
         )
     if program.dtype != torch.bfloat16:
         dtype = str(program.dtype).removeprefix("torch.")

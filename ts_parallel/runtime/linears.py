@@ -1,6 +1,6 @@
 """Linears, alone or in groups, over weights that lie in memory as the processor reads them best.
 
-A decode step is bound by reading weights. On a processor with AVX-512 and bfloat16, a bfloat16 weight is laid out in
+A decode step is bound by reading weights. On a processor with AVX-512 for bfloat16, a bfloat16 weight is laid out in
 panels (`native.packed_weight`), as it is or as small integers, that one token reads from beginning to end and many
 tokens find in the cache; linears of the same hidden states are one call, and so are a gated pair with its activation,
 and a linear with the addition that follows it. All other weights stay plain, and torch multiplies: float32 keeps the
