@@ -396,7 +396,10 @@ def test_rank_that_is_lost_ends_in_a_restart(embedding_server: TorchServe) -> No
     """Whoever asks meanwhile is answered, be it with an error, and after the restart all is as before."""
     loaded = num_ready(embedding_server)
     follower(embedding_server).kill()
-    status, _ = post(embedding_server.url, {"text": TEXTS[0]})
+    try:
+        status, _ = post(embedding_server.url, {"text": TEXTS[0]})
+    except TimeoutError:
+        pytest.fail(log_end(embedding_server))
     assert status in (200, 500, 503, 507)
     wait_until(
         lambda: num_ready(embedding_server) > loaded and is_healthy(embedding_server),
