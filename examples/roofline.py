@@ -2,11 +2,10 @@
 
     python examples/roofline.py            both figures as JSON
 
-From them follows a limit of tokens/s that no program can pass while it reads the weights once a step, 16 bits of each: one
-that keeps them in fewer could where memory is the limit. With n streams,
-P prompt tokens and T output tokens each, W bytes of weights that a step reads (every linear and the head; of the
-embedding a token reads one row), F multiply-adds × 2 of one token in the layers and H in the head, bandwidth B and
-rate G:
+From them follows a limit of tokens/s that no program can pass while it reads the weights once a step, 16 bits of each:
+one that keeps them in fewer could, where memory is the limit. With n streams, P prompt tokens and T output tokens each,
+W bytes of weights that a step reads (every linear and the head; of the embedding a token reads one row), F
+multiply-adds × 2 of one token in the layers and H in the head, bandwidth B and rate G:
 
     step(m, r) = max(W / B, (m·F + r·H) / G)          m tokens through the layers, r of them through the head
     seconds(n) = step(n·P, n) + (T - 1) · step(n, n)
