@@ -21,7 +21,7 @@ from ts_parallel.runtime.step import Chunk, StepPlan
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
-NUM_BLOCKS = 120
+NUM_BLOCKS = 160
 LONGEST = 160
 NAMES = "abc"
 
@@ -119,7 +119,7 @@ def dense(shape: Shape, tensors: Tensors, length: int) -> torch.Tensor:
     return output
 
 
-def plans(schedule: Steps) -> list[StepPlan]:
+def plans(schedule: Steps, block_size: int = BLOCK_SIZE) -> list[StepPlan]:
     """The steps over blocks that are given out in no order, as the sequences grow."""
     free = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
     lengths, blocks = dict.fromkeys(NAMES, 0), {name: list[int]() for name in NAMES}
@@ -128,7 +128,7 @@ def plans(schedule: Steps) -> list[StepPlan]:
         chunks = []
         for name, num_tokens in step.items():
             start, end = lengths[name], lengths[name] + num_tokens
-            while len(blocks[name]) * BLOCK_SIZE < end:
+            while len(blocks[name]) * block_size < end:
                 blocks[name].append(free.pop())
             chunks.append(Chunk(name, tuple(range(start, end)), start, tuple(blocks[name]), is_sampled=True))
             lengths[name] = end
@@ -137,16 +137,21 @@ def plans(schedule: Steps) -> list[StepPlan]:
 
 
 def paged(
-    shapes: list[Shape], schedule: Steps, sequences: list[dict[str, Tensors]], dtype: torch.dtype
+    shapes: list[Shape],
+    schedule: Steps,
+    sequences: list[dict[str, Tensors]],
+    dtype: torch.dtype,
+    block_size: int = BLOCK_SIZE,
 ) -> list[dict[str, torch.Tensor]]:
     """Each site's output of each sequence, `[T, H, E]`, with as many tokens as the schedule adds."""
-    memory = KVMemory([shape.site() for shape in shapes], NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
+    memory = KVMemory([shape.site() for shape in shapes], NUM_BLOCKS, block_size, dtype, CPU)
+    attention = make_attention([shape.site() for shape in shapes], memory, block_size)
+    assert isinstance(attention, KernelAttention) == (HAS_KERNELS and dtype == torch.bfloat16 and block_size % 2 == 0)
+    left = torch.inf if isinstance(attention, KernelAttention) else 100.0
     for buffer in (*memory.keys, *memory.values):
-        buffer.fill_(100.0)  # what earlier requests have left; one such slot that is read spoils the answer
-    attention = make_attention([shape.site() for shape in shapes], memory, BLOCK_SIZE)
-    assert isinstance(attention, KernelAttention) == (HAS_KERNELS and dtype == torch.bfloat16)
+        buffer.fill_(left)  # by earlier requests; one such slot that is read spoils the answer
     outputs = [{name: list[torch.Tensor]() for name in NAMES} for _ in shapes]
-    for plan in plans(schedule):
+    for plan in plans(schedule, block_size):
         layout: Any = attention.lay_out(plan)
         for site, shape in enumerate(shapes):
             sinks = next(iter(sequences[site].values())).sinks.to(dtype) if shape.has_sinks else None
@@ -163,11 +168,15 @@ def paged(
     return [{name: torch.cat(parts) for name, parts in of_site.items() if parts} for of_site in outputs]
 
 
-def check(shapes: list[Shape], schedule: Steps, dtype: torch.dtype) -> None:
+def random_sequences(shapes: list[Shape]) -> list[dict[str, Tensors]]:
     generator = torch.Generator().manual_seed(0)
-    sequences = [{name: Tensors.random(shape, generator) for name in NAMES} for shape in shapes]
+    return [{name: Tensors.random(shape, generator) for name in NAMES} for shape in shapes]
+
+
+def check(shapes: list[Shape], schedule: Steps, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> None:
+    sequences = random_sequences(shapes)
     error = 1e-5 if dtype == torch.float32 else 0.02  # the weights of the values are rounded too
-    for site, outputs in enumerate(paged(shapes, schedule, sequences, dtype)):
+    for site, outputs in enumerate(paged(shapes, schedule, sequences, dtype, block_size)):
         assert outputs.keys() == {name for step in schedule for name in step}
         for name, output in outputs.items():
             expected = dense(shapes[site], sequences[site][name], len(output))
@@ -196,6 +205,23 @@ def test_paged_attention_is_dense_attention(shape: str, schedule: str, dtype: to
 )
 def test_long_sequences_are_attended_to_tile_by_tile(shape: Shape, dtype: torch.dtype) -> None:
     check([shape], SCHEDULES["long ones"], dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize("block_size", [2, 5, 6, 8, 16, 24, 48])
+@pytest.mark.parametrize("window", [None, 21])
+def test_blocks_of_any_size_are_attended_to(block_size: int, window: int | None, dtype: torch.dtype) -> None:
+    shape = Shape(num_heads=6, num_kv_heads=2, head_dim=16, value_dim=20, window=window)
+    check([shape], SCHEDULES["long ones"], dtype, block_size)
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="the processor lacks what the kernels need")
+@pytest.mark.parametrize("shape", ["grouped heads", "sinks, window and softcap"])
+def test_kernels_give_the_same_bits_however_a_sequence_is_cut(shape: str) -> None:
+    schedules: list[Steps] = [[{"a": 100}], [{"a": 1}] * 100, [{"a": 7}, {"a": 60, "b": 3}, {"b": 1, "a": 33}]]
+    sequences = random_sequences([SHAPES[shape]])
+    first, *others = (paged([SHAPES[shape]], each, sequences, torch.bfloat16, 16)[0]["a"] for each in schedules)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @both_dtypes

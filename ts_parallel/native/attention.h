@@ -3,6 +3,9 @@
  * A chunk is N new tokens of one sequence, whose length with them is L. H query heads share KV key/value heads, G each;
  * D and E numbers a head in keys and values. Softmax online over tiles of keys (Milakov and Gimelshein 2018; Dao et al.
  * 2022), in float32; the weights of the values are rounded to bfloat16.
+ *
+ * Memory is read as it is multiplied, and a head's part of a block lies together: of a block's tokens, so many as a
+ * vector has lanes are a run, `keys[block][KV][run][D / 2][lane][2]` and `values[block][KV][run][lane / 2][E][2]`.
  */
 #ifndef TS_PARALLEL_ATTENTION_H
 #define TS_PARALLEL_ATTENTION_H
@@ -11,9 +14,10 @@
 
 #include "elementwise.h"
 #include "linear.h"
-#include "packing.h"
 
-#define TILE 64 /* keys at a time: as many as a panel is wide */
+#define MOST_LANES 16
+#define RUNS 4 /* of a tile */
+#define TILE (RUNS * MOST_LANES)
 #define LOWEST -1e30f
 
 struct site {
@@ -21,7 +25,7 @@ struct site {
     int64_t window; /* 0: all earlier tokens are seen */
     float scaling, softcap; /* softcap 0: none */
     const bf16 *sinks;      /* [H] or NULL */
-    bf16 *keys, *values;    /* [slots, KV, D], [slots, KV, E] */
+    bf16 *keys, *values;
 };
 
 struct chunk {
@@ -33,6 +37,7 @@ struct chunk {
 
 struct step {
     int64_t block_size, num_chunks, num_tokens;
+    int64_t num_lanes; /* of a run: a power of two that divides the size of a block */
     const int64_t *blocks;
     const int64_t *slots; /* [T], where each token's key and value are written */
     struct chunk chunks[];
@@ -51,11 +56,21 @@ struct attention_call {
     const bf16 *cosine, *sine; /* [T, D], by which queries and keys are to be turned, or NULL */
     bf16 *turned;              /* [T, H, D], room for the turned queries */
     const struct query_tile *tiles;
+    int64_t num_tasks, num_threads;
 };
 
 struct query_tile {
     int64_t chunk, first, count; /* some of a chunk's tokens */
 };
+
+/* How many tokens of a block are a run. It must be even, for two values lie together. */
+static inline int64_t lanes_of(int64_t block_size)
+{
+    int64_t lanes = MOST_LANES;
+    while (block_size % lanes)
+        lanes /= 2;
+    return lanes;
+}
 
 static inline int64_t slot_of(const struct step *step, const struct chunk *chunk, int64_t position)
 {
@@ -63,28 +78,40 @@ static inline int64_t slot_of(const struct step *step, const struct chunk *chunk
            position % step->block_size;
 }
 
-/* The new keys and values go where the step says, turned like the queries if need be. */
+/* How many tokens of heads lie before a block's token number `offset`, with which a run begins. */
+static inline int64_t place_of_run(const struct attention_call *call, int64_t block, int64_t kv_head, int64_t offset)
+{
+    return (block * call->site->num_kv_heads + kv_head) * call->step->block_size + offset;
+}
+
+/* The new keys and values go where the step says, turned like the queries if need be. Others may write their neighbours
+ * meanwhile, so nothing but their own numbers is. */
 AVX512_BF16 static void write_task(const void *argument, int64_t index)
 {
     const struct attention_call *call = argument;
     const struct site *site = call->site;
     int64_t begin = index * ROWS_A_TASK, end = begin + ROWS_A_TASK, dim = site->head_dim;
+    int64_t size = call->step->block_size, lanes = call->step->num_lanes;
+    uint32_t turned[dim / 2];
     if (end > call->step->num_tokens)
         end = call->step->num_tokens;
     for (int64_t row = begin; row < end; row++) {
-        int64_t slot = call->step->slots[row];
-        bf16 *key = site->keys + slot * site->num_kv_heads * dim;
-        bf16 *value = site->values + slot * site->num_kv_heads * site->value_dim;
-        const bf16 *new_key = call->key.data + row * call->key.token_stride;
-        const bf16 *new_value = call->value.data + row * call->value.token_stride;
         const bf16 *cosine = call->cosine + row * dim, *sine = call->sine + row * dim;
+        int64_t slot = call->step->slots[row], offset = slot % size, lane = offset % lanes;
         for (int64_t head = 0; head < site->num_kv_heads; head++) {
+            int64_t run = place_of_run(call, slot / size, head, offset - lane);
+            bf16 *key = site->keys + run * dim + 2 * lane;
+            bf16 *value = site->values + (run + lane / 2 * 2) * site->value_dim + lane % 2;
+            const bf16 *new_key = call->key.data + row * call->key.token_stride + head * call->key.head_stride;
+            const bf16 *new_value = call->value.data + row * call->value.token_stride + head * call->value.head_stride;
             if (call->cosine)
-                turn(new_key + head * call->key.head_stride, cosine, sine, dim, key + head * dim);
+                turn(new_key, cosine, sine, dim, (bf16 *)turned);
             else
-                memcpy(key + head * dim, new_key + head * call->key.head_stride, (size_t)dim * sizeof *key);
-            memcpy(value + head * site->value_dim, new_value + head * call->value.head_stride,
-                   (size_t)site->value_dim * sizeof *value);
+                memcpy(turned, new_key, sizeof turned);
+            for (int64_t pair = 0; pair < dim / 2; pair++)
+                memcpy(key + pair * 2 * lanes, turned + pair, sizeof *turned);
+            for (int64_t at = 0; at < site->value_dim; at++)
+                value[2 * at] = new_value[at];
         }
         for (int64_t head = 0; call->cosine && head < site->num_heads; head++)
             turn(call->query.data + row * call->query.token_stride + head * call->query.head_stride, cosine, sine, dim,
@@ -92,47 +119,30 @@ AVX512_BF16 static void write_task(const void *argument, int64_t index)
     }
 }
 
-/* Where the keys and values of `count` tokens from `position` on lie. */
-static inline void find_rows(const struct attention_call *call, const struct chunk *chunk, int64_t kv_head,
-                             int64_t position, int64_t count, const bf16 *keys[TILE], const bf16 *values[TILE])
+/* Some keys and values of one sequence. */
+struct tile {
+    int64_t first, count;
+    const bf16 *keys[RUNS], *values[RUNS]; /* what lies behind `count` is of any other run */
+};
+
+/* Those at positions from `first` on, which begins a tile, and below `end`. */
+static inline struct tile find_tile(const struct attention_call *call, const struct chunk *chunk, int64_t kv_head,
+                                    int64_t first, int64_t end)
 {
     const struct site *site = call->site;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t row = slot_of(call->step, chunk, position + i) * site->num_kv_heads + kv_head;
-        keys[i] = site->keys + row * site->head_dim;
-        values[i] = site->values + row * site->value_dim;
+    int64_t lanes = call->step->num_lanes, most = RUNS * lanes, size = call->step->block_size;
+    const int64_t *block = call->step->blocks + chunk->first_block + first / size;
+    struct tile tile = {first, end - first < most ? end - first : most, {NULL}, {NULL}};
+    for (int64_t i = 0, offset = first % size, run = 0; i < RUNS; i++, offset += lanes) {
+        if (i * lanes < tile.count) {
+            if (offset == size)
+                block++, offset = 0;
+            run = place_of_run(call, *block, kv_head, offset);
+        }
+        tile.keys[i] = site->keys + run * site->head_dim;
+        tile.values[i] = site->values + run * site->value_dim;
     }
-}
-
-/* Neighbouring lanes of 4 numbers added: those of `a`, then those of `b`. */
-INLINE __m512 sum_lanes(__m512 a, __m512 b)
-{
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-
-/* Sums of each of 16 vectors. */
-INLINE __m512 sum_each(const __m512 of[16])
-{
-    __m512 pair[8], quad[4];
-    for (int i = 0; i < 8; i++)
-        pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(of[2 * i], of[2 * i + 1]),
-                                _mm512_unpackhi_ps(of[2 * i], of[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
-        quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    __m512 low = sum_lanes(quad[0], quad[1]), high = sum_lanes(quad[2], quad[3]);
-    return sum_lanes(low, high);
-}
-
-/* `both[2e] = a[e]`, `both[2e + 1] = b[e]` of 32 numbers each. */
-INLINE void interleave(__m512i a, __m512i b, __m512i *low, __m512i *high)
-{
-    __m512i first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
-    const __m512i to_low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i to_high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    *low = _mm512_permutex2var_epi64(first, to_low, second);
-    *high = _mm512_permutex2var_epi64(first, to_high, second);
+    return tile;
 }
 
 INLINE __m512 score_of(const struct site *site, __m512 product)
@@ -168,17 +178,18 @@ INLINE struct softmax begin_softmax(const struct site *site, int64_t head)
 }
 
 /* Scores of a tile to weights in bfloat16; returns by what the values summed so far must be multiplied. */
-INLINE float weigh_tile(struct softmax *softmax, const __m512 scores[4], const __mmask16 seen[4], bf16 weights[TILE])
+INLINE float weigh_tile(struct softmax *softmax, const __m512 scores[RUNS], const __mmask16 seen[RUNS],
+                        bf16 weights[TILE])
 {
     __m512 greatest = _mm512_set1_ps(softmax->greatest);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < RUNS; i++)
         greatest = _mm512_mask_max_ps(greatest, seen[i], greatest, scores[i]);
     float top = _mm512_reduce_max_ps(greatest);
     __m512 sum = _mm512_setzero_ps(), tops = _mm512_set1_ps(top);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < RUNS; i++) {
         __m512 weight = _mm512_maskz_mov_ps(seen[i], exp16(_mm512_sub_ps(scores[i], tops)));
         sum = _mm512_add_ps(sum, weight);
-        _mm256_storeu_si256((__m256i *)(weights + 16 * i), narrow(weight));
+        _mm256_storeu_si256((__m256i *)(weights + MOST_LANES * i), narrow(weight));
     }
     float shrink = _mm512_cvtss_f32(exp16(_mm512_set1_ps(softmax->greatest - top)));
     softmax->greatest = top;
@@ -186,207 +197,234 @@ INLINE float weigh_tile(struct softmax *softmax, const __m512 scores[4], const _
     return shrink;
 }
 
-/* The tile's keys and values: which of 64 positions from `first` on lie in `[low, high)`. */
-INLINE void positions_seen(int64_t first, int64_t low, int64_t high, __mmask16 seen[4])
+/* Which of a tile's positions, from `first` on, lie in `[low, high)`. */
+INLINE void positions_seen(int64_t first, int64_t lanes, int64_t low, int64_t high, __mmask16 seen[RUNS])
 {
     uint64_t bits = ~0ULL;
     if (low > first)
-        bits = low - first >= 64 ? 0 : bits << (low - first);
+        bits = low - first >= TILE ? 0 : bits << (low - first);
     if (high < first + TILE)
         bits = high <= first ? 0 : bits & (~0ULL >> (first + TILE - high));
-    for (int i = 0; i < 4; i++)
-        seen[i] = (__mmask16)(bits >> (16 * i));
+    for (int i = 0; i < RUNS; i++)
+        seen[i] = (__mmask16)(bits >> (lanes * i)) & first16(lanes);
 }
 
-INLINE int64_t first_seen(const struct site *site, int64_t position)
+static inline int64_t first_seen(const struct site *site, int64_t position)
 {
     int64_t first = site->window ? position - site->window + 1 : 0;
     return first > 0 ? first : 0;
 }
 
-/* Scores of one query against the tile's keys. */
-INLINE void score_tile(const struct site *site, const int vectors, const bf16 *query, const bf16 *const keys[TILE],
-                       int64_t count, __m512 scores[4])
+/* Products of some queries, `stride` apart, with the tile's keys. The `next` tile's come into the cache meanwhile, for
+ * they lie too far apart for the processor to foresee them. */
+INLINE void multiply_keys(const int rows, const bf16 *query, int64_t stride, const struct tile *tile,
+                          const struct tile *next, int64_t lanes, int64_t num_pairs, __m512 products[][RUNS])
 {
-    for (int part = 0; part < 4 && part * 16 < count; part++) {
-        __m512 sums[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-            sums[i] = _mm512_setzero_ps();
-            const bf16 *key = keys[part * 16 + i];
+    const __mmask16 mask = first16(lanes);
+    __m512 sum[MOST_ROWS][RUNS];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) {
-                __mmask32 mask = first32(site->head_dim - 32 * v);
-                sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_maskz_loadu_epi16(mask, query + 32 * v),
-                                           (__m512bh)_mm512_maskz_loadu_epi16(mask, key + 32 * v));
-            }
+        for (int i = 0; i < RUNS; i++)
+            sum[row][i] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < num_pairs; pair++) {
+        __m512bh key[RUNS];
+#pragma GCC unroll 4
+        for (int i = 0; i < RUNS; i++)
+            key[i] = (__m512bh)_mm512_maskz_loadu_epi32(mask, tile->keys[i] + pair * 2 * lanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < RUNS; i++)
+            _mm_prefetch((const char *)(next->keys[i] + pair * 2 * lanes), _MM_HINT_T1);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            int32_t both;
+            memcpy(&both, query + row * stride + 2 * pair, sizeof both);
+            __m512bh pairs = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+            for (int i = 0; i < RUNS; i++)
+                sum[row][i] = _mm512_dpbf16_ps(sum[row][i], key[i], pairs);
         }
-        scores[part] = score_of(site, sum_each(sums));
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < RUNS; i++)
+            products[row][i] = sum[row][i];
+}
+
+/* Adds two values, weighed, to 64 sums of some queries: 0xffffffff, or 0x55555555 where there is the first alone. */
+INLINE void add_two(const int rows, const bf16 *from, const __mmask16 columns[4], __mmask32 are_there,
+                    const bf16 *weights, __m512 sum[][4])
+{
+    __m512bh value[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512i both = _mm512_maskz_loadu_epi32(columns[i], from + 32 * i);
+        value[i] = (__m512bh)(are_there == 0xffffffff ? both : _mm512_maskz_mov_epi16(are_there, both));
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+        int32_t both;
+        memcpy(&both, weights + row * TILE, sizeof both);
+        __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            sum[row][i] = _mm512_dpbf16_ps(sum[row][i], value[i], weight);
     }
 }
 
-/* One new token of one sequence, for the query heads of one key/value head. */
-AVX512_BF16 static void attend_one(const struct attention_call *call, const struct chunk *chunk, int64_t kv_head)
+/* Adds the tile's values, weighed, to 64 sums of some queries, which are multiplied by `shrink` before. Beside a last
+ * value without another lies one that is somebody else's, and may be infinite. */
+INLINE void add_values(const int rows, const bf16 *weights, const float *shrink, const struct tile *tile,
+                       const struct tile *next, int64_t lanes, int64_t value_dim, int64_t column, float *sums,
+                       int64_t width)
+{
+    __m512 sum[MOST_ROWS][4];
+    __mmask16 columns[4];
+    for (int i = 0; i < 4; i++)
+        columns[i] = value_dim - column > 16 * i ? first16(value_dim - column - 16 * i) : 0;
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            sum[row][i] = _mm512_mul_ps(_mm512_loadu_ps(sums + row * width + 16 * i), _mm512_set1_ps(shrink[row]));
+    for (int64_t run = 0, left = tile->count; left > 0; run++, left -= lanes) {
+        const bf16 *from = tile->values[run] + 2 * column, *ahead = next->values[run] + 2 * column;
+        const bf16 *weight = weights + MOST_LANES * run;
+        int64_t lane = 0, own = left < lanes ? left : lanes;
+        for (; lane + 1 < own; lane += 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                _mm_prefetch((const char *)(ahead + lane * value_dim + 32 * i), _MM_HINT_T1);
+            add_two(rows, from + lane * value_dim, columns, 0xffffffff, weight + lane, sum);
+        }
+        if (lane < own)
+            add_two(rows, from + lane * value_dim, columns, 0x55555555, weight + lane, sum);
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            _mm512_storeu_ps(sums + row * width + 16 * i, sum[row][i]);
+}
+
+/* Queries of one key/value head that are multiplied together: heads of one token, or tokens of one head. */
+struct queries {
+    const bf16 *data;
+    int64_t stride, position; /* of the first one */
+    int64_t tokens_a_row;     /* 0 or 1 */
+    struct softmax *softmax;
+    float *sums; /* [rows, width] */
+    int64_t width;
+};
+
+INLINE void attend_rows(const int rows, const struct attention_call *call, const struct queries *queries,
+                        const struct tile *tile, const struct tile *next)
 {
     const struct site *site = call->site;
-    int64_t group = site->num_heads / site->num_kv_heads, position = chunk->start;
-    int64_t low = first_seen(site, position), vectors = (site->head_dim + 31) / 32;
-    int64_t parts = (site->value_dim + 31) / 32;
-    float sums[group][parts * 32];
-    struct softmax softmax[group];
-    memset(sums, 0, sizeof sums);
-    for (int64_t g = 0; g < group; g++)
-        softmax[g] = begin_softmax(site, kv_head * group + g);
-    for (int64_t first = low / TILE * TILE; first <= position; first += TILE) {
-        const bf16 *keys[TILE], *values[TILE];
-        int64_t count = position + 1 - first < TILE ? position + 1 - first : TILE;
-        find_rows(call, chunk, kv_head, first, count, keys, values);
-        for (int64_t i = count; i < TILE; i++)
-            keys[i] = keys[0], values[i] = values[0];
-        __mmask16 seen[4];
-        positions_seen(first, low, position + 1, seen);
-        for (int64_t g = 0; g < group; g++) {
-            const bf16 *query = call->query.data + chunk->first_row * call->query.token_stride +
-                                (kv_head * group + g) * call->query.head_stride;
-            __m512 scores[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            switch (vectors) {
-            case 2: score_tile(site, 2, query, keys, count, scores); break;
-            case 4: score_tile(site, 4, query, keys, count, scores); break;
-            default: score_tile(site, (int)vectors, query, keys, count, scores); break;
-            }
-            bf16 weights[TILE];
-            float shrink = weigh_tile(&softmax[g], scores, seen, weights);
-            for (int64_t part = 0; part < parts; part++) {
-                __mmask32 mask = first32(site->value_dim - 32 * part);
-                __m512 above = _mm512_mul_ps(_mm512_loadu_ps(sums[g] + 32 * part), _mm512_set1_ps(shrink));
-                __m512 below = _mm512_mul_ps(_mm512_loadu_ps(sums[g] + 32 * part + 16), _mm512_set1_ps(shrink));
-                for (int64_t i = 0; i < count; i += 2) {
-                    __m512i even, odd;
-                    interleave(_mm512_maskz_loadu_epi16(mask, values[i] + 32 * part),
-                               _mm512_maskz_loadu_epi16(mask, values[i + 1] + 32 * part), &even, &odd);
-                    int32_t both;
-                    memcpy(&both, weights + i, sizeof both);
-                    __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
-                    above = _mm512_dpbf16_ps(above, weight, (__m512bh)even);
-                    below = _mm512_dpbf16_ps(below, weight, (__m512bh)odd);
-                }
-                _mm512_storeu_ps(sums[g] + 32 * part, above);
-                _mm512_storeu_ps(sums[g] + 32 * part + 16, below);
-            }
-        }
+    int64_t lanes = call->step->num_lanes;
+    __m512 scores[MOST_ROWS][RUNS];
+    bf16 weights[MOST_ROWS][TILE];
+    float shrink[MOST_ROWS];
+    multiply_keys(rows, queries->data, queries->stride, tile, next, lanes, site->head_dim / 2, scores);
+    for (int row = 0; row < rows; row++) {
+        int64_t position = queries->position + row * queries->tokens_a_row;
+        __mmask16 seen[RUNS];
+        positions_seen(tile->first, lanes, first_seen(site, position), position + 1, seen);
+        for (int i = 0; i < RUNS; i++)
+            scores[row][i] = score_of(site, scores[row][i]);
+        shrink[row] = weigh_tile(&queries->softmax[row], scores[row], seen, weights[row]);
     }
-    for (int64_t g = 0; g < group; g++) {
-        bf16 *output = call->output.data + chunk->first_row * call->output.token_stride +
-                       (kv_head * group + g) * call->output.head_stride;
-        for (int64_t at = 0; at < site->value_dim; at += 16)
-            store16(output + at, first16(site->value_dim - at),
-                    _mm512_div_ps(_mm512_loadu_ps(sums[g] + at), _mm512_set1_ps(softmax[g].sum)));
+    for (int64_t column = 0; column < site->value_dim; column += 64)
+        add_values(rows, weights[0], shrink, tile, next, lanes, site->value_dim, column, queries->sums + column,
+                   queries->width);
+}
+
+AVX512_BF16 static void attend_tile(int64_t rows, const struct attention_call *call, const struct queries *queries,
+                                    const struct tile *tile, const struct tile *next)
+{
+    switch (rows) {
+    case 1: attend_rows(1, call, queries, tile, next); break;
+    case 2: attend_rows(2, call, queries, tile, next); break;
+    case 3: attend_rows(3, call, queries, tile, next); break;
+    case 4: attend_rows(4, call, queries, tile, next); break;
+    case 5: attend_rows(5, call, queries, tile, next); break;
+    default: attend_rows(6, call, queries, tile, next); break;
     }
 }
 
-/* The panels of a tile's keys (pairs of D, a column for each key) and values (pairs of keys, 64 of E a panel). */
-INLINE void pack_tile(const struct site *site, const bf16 *const keys[TILE], const bf16 *const values[TILE],
-                      int64_t count, bf16 *key_panel, bf16 *value_panels)
+static inline int64_t first_tile(const struct attention_call *call, int64_t position)
 {
-    for (int64_t part = 0; part < 4; part++)
-        for (int64_t column = 0; column < site->head_dim; column += 32)
-            (void)transpose_pairs(keys + part * 16, count - part * 16, column, first32(site->head_dim - column),
-                                  key_panel + column * PANEL + part * 32,
-                                  site->head_dim - column < 32 ? (site->head_dim - column) / 2 : 16,
-                                  _mm512_setzero_si512());
-    for (int64_t column = 0; column < site->value_dim; column += 32) {
-        bf16 *to = value_panels + column / PANEL * PANEL * TILE + column % PANEL * 2;
-        __mmask32 mask = first32(site->value_dim - column);
-        for (int64_t i = 0; i < TILE; i += 2) {
-            __m512i low, high;
-            __m512i a = i < count ? _mm512_maskz_loadu_epi16(mask, values[i] + column) : _mm512_setzero_si512();
-            __m512i b = i + 1 < count ? _mm512_maskz_loadu_epi16(mask, values[i + 1] + column) : _mm512_setzero_si512();
-            interleave(a, b, &low, &high);
-            _mm512_storeu_si512(to + i * PANEL, low);
-            _mm512_storeu_si512(to + i * PANEL + 32, high);
-        }
-    }
+    int64_t size = RUNS * call->step->num_lanes;
+    return first_seen(call->site, position) / size * size;
+}
+
+/* What task `index` reads first. */
+static inline struct tile find_first_tile(const struct attention_call *call, int64_t index)
+{
+    const struct query_tile *own = &call->tiles[index / call->site->num_kv_heads];
+    const struct chunk *chunk = &call->step->chunks[own->chunk];
+    int64_t begin = chunk->start + own->first;
+    return find_tile(call, chunk, index % call->site->num_kv_heads, first_tile(call, begin), begin + own->count);
 }
 
 /* Some new tokens of one sequence, for the query heads of one key/value head. */
-AVX512_BF16 static void attend_some(const struct attention_call *call, const struct query_tile *tile, int64_t kv_head)
+AVX512_BF16 static void attention_task(const void *argument, int64_t index)
 {
+    const struct attention_call *call = argument;
     const struct site *site = call->site;
-    const struct chunk *chunk = &call->step->chunks[tile->chunk];
-    int64_t group = site->num_heads / site->num_kv_heads, num_rows = group * tile->count;
-    int64_t num_panels = (site->value_dim + PANEL - 1) / PANEL, width = num_panels * PANEL;
-    int64_t begin = chunk->start + tile->first, end = begin + tile->count;
-    size_t key_size = (size_t)(site->head_dim * PANEL) * sizeof(bf16);
-    size_t value_size = (size_t)(width * TILE) * sizeof(bf16);
+    const struct query_tile *own = &call->tiles[index / site->num_kv_heads];
+    const struct chunk *chunk = &call->step->chunks[own->chunk];
+    int64_t kv_head = index % site->num_kv_heads, group = site->num_heads / site->num_kv_heads;
+    int64_t num_rows = group * own->count, width = (site->value_dim + 63) / 64 * 64;
+    int64_t begin = chunk->start + own->first, end = begin + own->count;
+    const bf16 *query = call->query.data + (chunk->first_row + own->first) * call->query.token_stride +
+                        kv_head * group * call->query.head_stride;
+    /* Rows are the tokens of one head after the other; of a single token its heads, which may go together. */
+    int64_t num_series = own->count > 1 ? group : 1, series = num_rows / num_series;
+    int64_t stride = own->count > 1 ? call->query.token_stride : call->query.head_stride;
     size_t sums_size = (size_t)(num_rows * width) * sizeof(float);
-    size_t size = key_size + value_size + sums_size + (size_t)num_rows * sizeof(struct softmax);
-    char *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    size_t size = sums_size + (size_t)num_rows * sizeof(struct softmax);
+    char *memory = scratch_of(size, 0);
     if (!memory)
-        abort(); /* some 100 KB: whoever lacks them cannot go on anyway */
-    bf16 *key_panel = (bf16 *)memory, *value_panels = (bf16 *)(memory + key_size);
-    float *sums = (float *)(memory + key_size + value_size);
-    struct softmax *softmax = (struct softmax *)(memory + key_size + value_size + sums_size);
-    memset(value_panels, 0, value_size);
+        abort(); /* some 50 KB: whoever lacks them cannot go on anyway */
+    float *sums = (float *)memory;
+    struct softmax *softmax = (struct softmax *)(memory + sums_size);
     memset(sums, 0, sums_size);
     for (int64_t row = 0; row < num_rows; row++)
-        softmax[row] = begin_softmax(site, kv_head * group + row / tile->count);
-    for (int64_t first = first_seen(site, begin) / TILE * TILE; first < end; first += TILE) {
-        const bf16 *keys[TILE], *values[TILE];
-        int64_t count = end - first < TILE ? end - first : TILE;
-        find_rows(call, chunk, kv_head, first, count, keys, values);
-        pack_tile(site, keys, values, count, key_panel, value_panels);
-        for (int64_t g = 0; g < group; g++)
-            for (int64_t token = 0, rows; token < tile->count; token += rows) {
-                rows = rows_of_block(tile->count - token);
-                if (first >= begin + token + rows)
-                    continue; /* all of these keys lie ahead */
-                const bf16 *query = call->query.data +
-                                    (chunk->first_row + tile->first + token) * call->query.token_stride +
-                                    (kv_head * group + g) * call->query.head_stride;
-                __m512 products[MOST_ROWS][4];
-                bf16 weights[MOST_ROWS][TILE];
-                float shrink[MOST_ROWS];
-                multiply_rows((int)rows, query, call->query.token_stride, key_panel, site->head_dim / 2, products);
-                for (int64_t row = 0; row < rows; row++) {
-                    int64_t position = begin + token + row;
-                    __mmask16 seen[4];
-                    positions_seen(first, first_seen(site, position), position + 1, seen);
-                    for (int i = 0; i < 4; i++)
-                        products[row][i] = score_of(site, products[row][i]);
-                    struct softmax *own = &softmax[g * tile->count + token + row];
-                    shrink[row] = weigh_tile(own, products[row], seen, weights[row]);
+        softmax[row] = begin_softmax(site, kv_head * group + row / own->count);
+    struct tile tile = find_first_tile(call, index), next;
+    for (int64_t first = tile.first, later; first < end; first = later, tile = next) {
+        later = first + RUNS * call->step->num_lanes;
+        if (later < end)
+            next = find_tile(call, chunk, kv_head, later, end);
+        else if (index + call->num_threads < call->num_tasks)
+            next = find_first_tile(call, index + call->num_threads);
+        else
+            next = tile;
+        for (int64_t number = 0; number < num_series; number++)
+            for (int64_t row = 0, rows; row < series; row += rows) {
+                struct queries queries = {query + number * call->query.head_stride + row * stride, stride, begin, 0,
+                                          softmax + number * series + row, sums + (number * series + row) * width,
+                                          width};
+                rows = rows_of_block(series - row);
+                if (own->count > 1) {
+                    queries.position += row;
+                    queries.tokens_a_row = 1;
+                    if (tile.first >= queries.position + rows)
+                        continue; /* all of these keys lie ahead */
                 }
-                for (int64_t panel = 0; panel < num_panels; panel++) {
-                    multiply_rows((int)rows, weights[0], TILE, value_panels + panel * PANEL * TILE, TILE / 2, products);
-                    for (int64_t row = 0; row < rows; row++)
-                        for (int i = 0; i < 4; i++) {
-                            float *sum = sums + (g * tile->count + token + row) * width + panel * PANEL + 16 * i;
-                            _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_loadu_ps(sum), _mm512_set1_ps(shrink[row]),
-                                                                  products[row][i]));
-                        }
-                }
+                attend_tile(rows, call, &queries, &tile, &next);
             }
     }
     for (int64_t row = 0; row < num_rows; row++) {
         bf16 *output = call->output.data +
-                       (chunk->first_row + tile->first + row % tile->count) * call->output.token_stride +
-                       (kv_head * group + row / tile->count) * call->output.head_stride;
+                       (chunk->first_row + own->first + row % own->count) * call->output.token_stride +
+                       (kv_head * group + row / own->count) * call->output.head_stride;
         for (int64_t at = 0; at < site->value_dim; at += 16)
             store16(output + at, first16(site->value_dim - at),
                     _mm512_div_ps(_mm512_loadu_ps(sums + row * width + at), _mm512_set1_ps(softmax[row].sum)));
     }
-    free(memory);
-}
-
-AVX512_BF16 static void attention_task(const void *argument, int64_t index)
-{
-    const struct attention_call *call = argument;
-    int64_t kv_head = index % call->site->num_kv_heads, number = index / call->site->num_kv_heads;
-    const struct query_tile *tile = &call->tiles[number];
-    if (call->step->chunks[tile->chunk].num_tokens == 1)
-        attend_one(call, &call->step->chunks[tile->chunk], kv_head);
-    else
-        attend_some(call, tile, kv_head);
 }
 
 /* Returns 0 where there is no memory. */
@@ -417,7 +455,9 @@ static inline int attention_run(struct attention_call *call, int num_threads)
     pool_run(write_task, call, (step->num_tokens + ROWS_A_TASK - 1) / ROWS_A_TASK, num_threads);
     if (turned)
         call->query = (struct heads){turned, site->head_dim, site->num_heads * site->head_dim};
-    pool_run(attention_task, call, num_tiles * site->num_kv_heads, num_threads);
+    call->num_tasks = num_tiles * site->num_kv_heads;
+    call->num_threads = num_threads;
+    pool_run(attention_task, call, call->num_tasks, num_threads);
     free(tiles);
     free(turned);
     return 1;

@@ -303,6 +303,7 @@ static PyObject *make_step(PyObject *self, PyObject *const *arguments, Py_ssize_
         return PyErr_NoMemory();
     }
     step->block_size = number[0];
+    step->num_lanes = lanes_of(number[0]);
     step->num_tokens = number[1];
     step->num_chunks = chunks_size / (Py_ssize_t)sizeof(struct chunk);
     memcpy(step->chunks, chunks, (size_t)chunks_size);

@@ -122,14 +122,6 @@ AVX512_BF16 static void multiply_pairs(int rows, const bf16 *input, int64_t stri
     }
 }
 
-/* Numbers that are no weight's, in the order of one. */
-static inline void multiply_rows(int rows, const bf16 *input, int64_t stride, const bf16 *numbers, int64_t num_pairs,
-                                 __m512 sums[][4])
-{
-    struct panel panel = {.kind = BFLOAT16, .num_pairs = num_pairs, .numbers = (const uint8_t *)numbers};
-    multiply_pairs(rows, input, stride, &panel, 0, num_pairs, sums);
-}
-
 /* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
 AVX512_BF16 static void multiply_panel(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
                                        __m512 sums[][4])
@@ -240,7 +232,7 @@ AVX512_BF16 static void linear_task(const void *argument, int64_t index)
     for (int i = 0; i < num_factors; i++) {
         panels[i] = panel_of(part + i, place, layer->num_inputs / 2);
         if (panels[i].kind != BFLOAT16 && end - begin > FEW_TOKENS)
-            panels[i].kept = scratch_of(panels[i].num_pairs, i);
+            panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(BFLOAT16)), i);
         is_keeping |= panels[i].kept != NULL;
     }
     int64_t first = place * PANEL, width = part->num_outputs;

@@ -118,17 +118,16 @@ INLINE void load_pair(const enum number_kind kind, const uint8_t *from, int64_t 
     }
 }
 
-/* Memory of the calling thread for a panel's numbers in bfloat16, until its next call with this `number` (0 or 1); NULL
- * where there is none. */
-static inline bf16 *scratch_of(int64_t num_pairs, int number)
+/* Memory of the calling thread, until its next call with this `number` (0 or 1), at a multiple of 64; NULL where there
+ * is none. */
+static inline void *scratch_of(size_t num_bytes, int number)
 {
-    static _Thread_local bf16 *scratch[2];
-    static _Thread_local int64_t size[2];
-    int64_t wanted = num_pairs * bytes_of_pair(BFLOAT16);
-    if (wanted > size[number]) {
+    static _Thread_local void *scratch[2];
+    static _Thread_local size_t size[2];
+    if (num_bytes > size[number]) {
         free(scratch[number]);
-        scratch[number] = aligned_alloc(64, (size_t)wanted);
-        size[number] = scratch[number] ? wanted : 0;
+        scratch[number] = aligned_alloc(64, (num_bytes + 63) / 64 * 64);
+        size[number] = scratch[number] ? num_bytes : 0;
     }
     return scratch[number];
 }

@@ -37,13 +37,17 @@ def make_attention(
     """The attention of one rank's stages over its KV memory, the faster of those that there are."""
     buffers = [*memory.keys, *memory.values]
     is_bfloat16 = all(buffer.dtype == torch.bfloat16 and buffer.device.type == "cpu" for buffer in buffers)
-    if HAS_KERNELS and is_bfloat16 and all(site.head_dim % 2 == 0 for site in sites):
+    are_pairs = block_size % 2 == 0 and all(site.head_dim % 2 == 0 for site in sites)  # which the kernels multiply
+    if HAS_KERNELS and is_bfloat16 and are_pairs:
         return KernelAttention(sites, memory, block_size)
     return PagedAttention(sites, memory, block_size)
 
 
 class KernelAttention:
-    """The kernels' attention. `sites` are the attention calls, in the memory's order."""
+    """The kernels' attention. `sites` are the attention calls, in the memory's order.
+
+    The memory is the kernels' own: within a block, keys and values lie as `attention.h` has them.
+    """
 
     def __init__(self, sites: Sequence[AttentionSite], memory: KVMemory, block_size: int) -> None:
         self._sites = sites
