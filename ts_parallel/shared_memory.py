@@ -126,6 +126,8 @@ class Team:
             torch.float16: native.FLOAT16,
         }
         native.enter_team(segment.address, place, dist.get_rank())
+        self.for_kernels = native.make_team(segment.address, place, self._size, self._patience)
+        """The same team, with which `kernels.run_stack` sums bfloat16."""
 
     def can_sum(self, tensor: torch.Tensor) -> bool:
         return tensor.dtype in self._types

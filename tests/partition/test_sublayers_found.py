@@ -12,9 +12,12 @@ from test_fuse import graph_of
 from torch import nn
 from whole_model import stage_model
 
+from ts_parallel.partition.build import cut_causal_lm, shard_causal_lm
 from ts_parallel.partition.fuse import find_groups
+from ts_parallel.partition.program import LinearLayer, PipelinePlace, SublayerStack
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.sublayers import find_sublayers
+from ts_parallel.partition.trace import TracedGroup
 
 
 def kinds(graph: StageGraph) -> Counter[str]:
@@ -25,7 +28,7 @@ def kinds(graph: StageGraph) -> Counter[str]:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("llama", {"AttentionSublayer": 2, "GatedSublayer": 2, "LinearLayer": 1, "RmsNorm": 1}),
+        ("llama", {"SublayerStack": 1, "LinearLayer": 1, "RmsNorm": 1}),
         ("gemma2", {"AttentionSublayer": 2, "GatedSublayer": 2, "LinearLayer": 1, "RmsNorm": 5}),
         ("qwen3", {"LinearLayers": 2, "LinearLayer": 3, "GatedSublayer": 2, "RmsNorm": 7, "Supplied": 2}),
     ],
@@ -33,6 +36,31 @@ def kinds(graph: StageGraph) -> Counter[str]:
 def test_layer_of_a_family_is_as_few_calls_as_can_be(family: str, expected: dict[str, int]) -> None:
     (graph,) = stage_model(FAMILIES[family](num_hidden_layers=2), dtype=torch.bfloat16).stages
     assert kinds(graph) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_sublayers_of_a_stage_are_one_stack(num_stages: int, size: int) -> None:
+    config = FAMILIES["llama"](num_hidden_layers=4)
+    sharded = shard_causal_lm(config, torch.bfloat16, TracedGroup(0, size))
+    for graph in cut_causal_lm(sharded, PipelinePlace(num_ranks=num_stages)).stages:
+        (stack,) = stacks_of(graph)
+        assert len(stack.sublayers) == 8 // num_stages
+        assert stack.are_parts == (size > 1)
+
+
+def test_state_that_others_read_too_ends_a_stack() -> None:
+    (graph,) = stage_model(FAMILIES["llama"](num_hidden_layers=3), dtype=torch.bfloat16).stages
+    groups = find_groups(graph)
+    linears = [node for node in graph.nodes if node in groups and isinstance(groups[node].call, LinearLayer)]
+    seen = [node for node in dict.fromkeys(groups[linear].results[0] for linear in linears)][2]  # of the second layer
+    first, second = stacks_of(replace(graph, sent=(*graph.sent, seen)))
+    assert (len(first.sublayers), len(second.sublayers)) == (3, 3)
+
+
+def stacks_of(graph: StageGraph) -> list[SublayerStack]:
+    groups = dict.fromkeys(find_sublayers(graph, find_groups(graph)).values())
+    return [group.call for group in groups if isinstance(group.call, SublayerStack)]
 
 
 class FeedForward(nn.Module):

@@ -1,7 +1,12 @@
-"""A sublayer as one call gives the numbers of its parts, bit by bit, and its parts where it cannot be one."""
+"""Sublayers as one call give the numbers of their parts, bit by bit, and the parts where they cannot be one."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +17,13 @@ from whole_model import build_rank_model
 
 from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.partition import stage_code
-from ts_parallel.partition.program import AttentionSublayer, GatedSublayer
+from ts_parallel.partition.program import AttentionSublayer, GatedSublayer, SublayerStack
 from ts_parallel.runtime import sublayers
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.step import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology
 
+SCRIPT = Path(__file__).parents[1] / "ranks" / "stack.py"
 BLOCKS = (5, 2, 9, 0, 7, 1)
 
 
@@ -57,26 +63,55 @@ def logits_of(folder: Path, topology: Topology) -> tuple[torch.Tensor, set[type]
 def test_sublayers_give_the_numbers_of_their_parts(
     family: str, is_whole: bool, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the kernels cannot do one as a whole."""
+    """Also where the kernels cannot do one as a whole. Gemma 2 has norms between, so that there is no stack."""
     config = TINY_FAMILIES[family](max_position_embeddings=256)
     save_random_model(tmp_path, config, dtype=torch.bfloat16)
-    calls = 0
-    run_sublayer = kernels.run_sublayer if HAS_KERNELS else None
+    expected = {AttentionSublayer, GatedSublayer} if family == "gemma2" else {SublayerStack}
+    name = "run_sublayer" if family == "gemma2" else "run_stack"
+    calls, run = 0, getattr(kernels, name, None)
 
     def counted(*arguments: object) -> None:
         nonlocal calls
         calls += 1
-        assert run_sublayer is not None
-        run_sublayer(*arguments)
+        assert run is not None
+        run(*arguments)
 
     if HAS_KERNELS:
-        monkeypatch.setattr(kernels, "run_sublayer", counted)
+        monkeypatch.setattr(kernels, name, counted)
     if not is_whole:
         monkeypatch.setattr(sublayers, "layer_of", lambda function: None)
     as_sublayers, kinds = logits_of(tmp_path, topology)
-    assert kinds >= {AttentionSublayer, GatedSublayer}
+    assert kinds >= expected
     assert bool(calls) == (HAS_KERNELS and is_whole)
     monkeypatch.setattr(stage_code, "find_sublayers", lambda graph, groups: dict(groups))
     as_parts, kinds = logits_of(tmp_path, topology)
-    assert not kinds & {AttentionSublayer, GatedSublayer}
+    assert not kinds & {AttentionSublayer, GatedSublayer, SublayerStack}
     assert torch.equal(as_sublayers, as_parts)
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
+def test_stack_over_ranks_gives_the_numbers_of_its_parts_and_notices_a_lost_rank(tmp_path: Path) -> None:
+    save_random_model(tmp_path, TINY_FAMILIES["llama"](max_position_embeddings=256), dtype=torch.bfloat16)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(tmp_path)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[1].returncode == -signal.SIGKILL
+    lost = f"rank 1 (process {ranks[1].pid}) has ended, and this rank waited for it"
+    assert outputs[0].splitlines() == ["one call for the stack", "the same bits", lost]

@@ -77,6 +77,26 @@ AVX512_BF16 static void rotary_task(const void *argument, int64_t index)
                  call->output + (token * call->num_heads + head) * call->head_dim);
 }
 
+struct add_call {
+    const bf16 *first, *second;
+    bf16 *output;
+    int64_t count;
+};
+
+#define NUMBERS_A_TASK 16384
+
+AVX512_BF16 static void add_task(const void *argument, int64_t index)
+{
+    const struct add_call *call = argument;
+    int64_t begin = index * NUMBERS_A_TASK, end = begin + NUMBERS_A_TASK;
+    if (end > call->count)
+        end = call->count;
+    for (int64_t at = begin; at < end; at += 16) {
+        __mmask16 mask = first16(end - at);
+        store16(call->output + at, mask, _mm512_add_ps(load16(call->first + at, mask), load16(call->second + at, mask)));
+    }
+}
+
 struct argmax_call {
     const bf16 *logits; /* [R, V], contiguous */
     int64_t num_columns;

@@ -7,6 +7,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "packing.h"
+#include "team.h"
 
 static int num_threads = 1;
 
@@ -412,6 +413,58 @@ static PyObject *run_sublayer(PyObject *self, PyObject *const *arguments, Py_ssi
     Py_RETURN_NONE;
 }
 
+/* What a stack needs for its sums: a team, and the state of the thread that has let go of the interpreter. */
+struct ranks {
+    const struct summing_team *team;
+    PyThreadState *released;
+};
+
+static int sum_over_ranks(void *argument, bf16 *numbers, int64_t count)
+{
+    struct ranks *ranks = argument;
+    return ranks->team->sum(ranks->team, numbers, count, &ranks->released);
+}
+
+/* sublayers (a tuple), step, cosine, sine, input, num_tokens, output, team or None */
+static PyObject *run_stack(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[5];
+    if (count != 8 || !PyTuple_Check(arguments[0]))
+        return PyErr_Format(PyExc_TypeError, "a tuple and 7 more arguments are wanted");
+    Py_ssize_t num_sublayers = PyTuple_GET_SIZE(arguments[0]);
+    const struct sublayer *sublayers[num_sublayers + 1];
+    for (Py_ssize_t i = 0; i < num_sublayers; i++)
+        if (!(sublayers[i] = PyCapsule_GetPointer(PyTuple_GET_ITEM(arguments[0], i), "sublayer")))
+            return NULL; /* what owns it begins with it */
+    struct ranks ranks = {NULL, NULL};
+    struct stack_call call = {.sublayers = sublayers, .num_sublayers = num_sublayers, .ranks = &ranks};
+    if (!(call.step = PyCapsule_GetPointer(arguments[1], "step")) || !integers(arguments + 2, 5, 5, number))
+        return NULL;
+    if (arguments[7] != Py_None) {
+        if (!(ranks.team = PyCapsule_GetPointer(arguments[7], TEAM_NAME)))
+            return NULL;
+        call.sum = sum_over_ranks;
+    }
+    call.cosine = (const bf16 *)number[0];
+    call.sine = (const bf16 *)number[1];
+    call.input = (const bf16 *)number[2];
+    call.num_tokens = number[3];
+    call.output = (bf16 *)number[4];
+    enum stack_end end = STACK_DONE;
+    if (call.num_tokens && num_sublayers) {
+        ranks.released = PyEval_SaveThread();
+        end = stack_run(&call, num_threads);
+        if (ranks.released)
+            PyEval_RestoreThread(ranks.released);
+    }
+    if (end == STACK_NO_MEMORY)
+        return PyErr_NoMemory();
+    if (end == STACK_NO_SUM)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"is_supported", is_supported, METH_NOARGS, NULL},
     {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_FASTCALL, NULL},
@@ -431,6 +484,7 @@ static PyMethodDef methods[] = {
     {"make_step", (PyCFunction)(void (*)(void))make_step, METH_FASTCALL, NULL},
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, NULL},
     {"make_sublayer", (PyCFunction)(void (*)(void))make_sublayer, METH_FASTCALL, NULL},
+    {"run_stack", (PyCFunction)(void (*)(void))run_stack, METH_FASTCALL, NULL},
     {"run_sublayer", (PyCFunction)(void (*)(void))run_sublayer, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -71,3 +71,14 @@ def run_sublayer(
     output: int,
     /,
 ) -> None: ...
+def run_stack(
+    sublayers: tuple[Any, ...],
+    step: Any,
+    cosine: int,
+    sine: int,
+    hidden: int,
+    num_tokens: int,
+    output: int,
+    team: Any,
+    /,
+) -> None: ...

@@ -15,6 +15,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -23,6 +24,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "team.h"
 
 /* Two cache lines, for processors fetch the one beside it too. */
 #define APART 128
@@ -573,6 +576,33 @@ static PyObject *all_reduce(PyObject *Py_UNUSED(module), PyObject *const *argume
     return end_call(&call, sum_over_ranks(&call, team, (char *)(intptr_t)in[3], num_bytes, (int)in[5]));
 }
 
+static int sum_for_kernels(const struct summing_team *summing, uint16_t *numbers, int64_t count,
+                           PyThreadState **released)
+{
+    struct team team = {summing->memory, summing->rank, summing->size};
+    struct call call = {*released, (uint64_t)summing->patience * second};
+    bool is_done = sum_over_ranks(&call, team, (char *)numbers, (size_t)count * sizeof *numbers, BFLOAT16);
+    *released = call.released;
+    return is_done;
+}
+
+static void drop_team(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, TEAM_NAME));
+}
+
+static PyObject *make_team(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t given)
+{
+    int64_t in[4];
+    if (!read_numbers(arguments, given, 4, in))
+        return NULL;
+    struct summing_team *team = malloc(sizeof *team);
+    if (!team)
+        return PyErr_NoMemory();
+    *team = (struct summing_team){sum_for_kernels, (void *)(intptr_t)in[0], (int)in[1], (int)in[2], in[3]};
+    return PyCapsule_New(team, TEAM_NAME, drop_team);
+}
+
 static PyObject *gather(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t given)
 {
     int64_t in[6];
@@ -677,8 +707,8 @@ static PyObject *take(PyObject *Py_UNUSED(module), PyObject *const *arguments, P
 #define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))NAME, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
-    METHOD(team_bytes), METHOD(enter_team), METHOD(all_reduce),    METHOD(gather), METHOD(ring_bytes),
-    METHOD(enter_ring), METHOD(send),       METHOD(await_message), METHOD(take),   {NULL, NULL, 0, NULL},
+    METHOD(team_bytes), METHOD(enter_team), METHOD(make_team),     METHOD(all_reduce), METHOD(gather), METHOD(ring_bytes),
+    METHOD(enter_ring), METHOD(send),       METHOD(await_message), METHOD(take),       {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {

@@ -4,6 +4,8 @@ Addresses and sizes are bytes, `patience` whole seconds. What waits raises Runti
 has ended, or has kept it waiting for longer than `patience`; the team or ring is then of no more use.
 """
 
+from typing import Any
+
 FLOAT32: int
 BFLOAT16: int
 FLOAT16: int
@@ -15,6 +17,9 @@ def team_bytes(size: int) -> int:
 
 def enter_team(team: int, place: int, rank: int) -> None:
     """Tell the others which process holds a place of the team. `rank` is the number by which errors name it."""
+
+def make_team(team: int, place: int, size: int, patience: int) -> Any:
+    """The same team for `kernels.run_sublayers`, whose sums of bfloat16 are those of `all_reduce`."""
 
 def all_reduce(team: int, place: int, size: int, data: int, num_elements: int, type: int, patience: int) -> None:
     """Sum over the team, in place: in float32, in the order of the places, so that all get the same bits.

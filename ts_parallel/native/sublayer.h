@@ -89,4 +89,45 @@ static inline int sublayer_run(const struct sublayer_call *call, int num_threads
     free(room);
     return done;
 }
+/* Sublayers one after the other: each adds what it gives to what the one before gave, the first to its input. */
+struct stack_call {
+    const struct sublayer *const *sublayers;
+    int64_t num_sublayers;
+    const struct step *step;
+    const bf16 *cosine, *sine; /* [T, D] */
+    const bf16 *input;         /* [T, K] */
+    int64_t num_tokens;
+    bf16 *output; /* [T, K] */
+    /* Where each rank has a part of what is added: has to sum `count` numbers over the ranks in place, or return 0. */
+    int (*sum)(void *ranks, bf16 *numbers, int64_t count);
+    void *ranks;
+};
+
+enum stack_end { STACK_DONE, STACK_NO_MEMORY, STACK_NO_SUM };
+
+static inline enum stack_end stack_run(const struct stack_call *call, int num_threads)
+{
+    int64_t count = call->num_tokens * call->sublayers[0]->first->num_inputs;
+    struct sublayer_call one = {.step = call->step, .cosine = call->cosine, .sine = call->sine,
+                                .num_tokens = call->num_tokens};
+    bf16 *part = call->sum ? malloc((size_t)count * sizeof *part) : NULL;
+    enum stack_end end = call->sum && !part ? STACK_NO_MEMORY : STACK_DONE;
+    const bf16 *input = call->input;
+    for (int64_t i = 0; i < call->num_sublayers && end == STACK_DONE; i++, input = call->output) {
+        one.sublayer = call->sublayers[i];
+        one.input = input;
+        one.residual = part ? NULL : input;
+        one.output = part ? part : call->output;
+        if (!sublayer_run(&one, num_threads))
+            end = STACK_NO_MEMORY;
+        else if (part && !call->sum(call->ranks, part, count))
+            end = STACK_NO_SUM;
+        else if (part) {
+            struct add_call add = {input, part, call->output, count};
+            pool_run(add_task, &add, (count + NUMBERS_A_TASK - 1) / NUMBERS_A_TASK, num_threads);
+        }
+    }
+    free(part);
+    return end;
+}
 #endif

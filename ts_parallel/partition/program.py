@@ -240,6 +240,18 @@ class AttentionSublayer:
     value_dim: int
 
 
+Sublayer: TypeAlias = AttentionSublayer | GatedSublayer
+
+
+@dataclass(frozen=True)
+class SublayerStack:
+    """Sublayers that follow each other: each adds what it gives to what the one before gave, the first to its input."""
+
+    sublayers: tuple[Sublayer, ...]
+    are_parts: bool
+    """Whether what is added has to be summed over the tensor-parallel ranks before."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """A callable by its full dotted name. `module` must be imported for it to be there."""
@@ -286,6 +298,7 @@ StageGlobal: TypeAlias = (
     | RmsNorm
     | GatedSublayer
     | AttentionSublayer
+    | SublayerStack
     | Operation
     | Constant
     | Supplied
@@ -306,6 +319,8 @@ def linears_of(entry: StageGlobal) -> tuple[LinearLayer, ...]:
             return (gated.gate, gated.up, last)
         case AttentionSublayer(_, linears, last):
             return (*linears.layers, last)
+        case SublayerStack(sublayers):
+            return tuple(layer for sublayer in sublayers for layer in linears_of(sublayer))
         case _:
             return ()
 

@@ -24,6 +24,7 @@ from ts_parallel.partition.program import (
     Operation,
     StageCode,
     StageGlobal,
+    SublayerStack,
     Supplied,
     Weight,
 )
@@ -137,7 +138,7 @@ class _Writer:
         if group.call == Supplied("attention"):
             query, key, value, cosine, sine, *sinks = arguments
             arguments = ["step", query, key, value, self._site(first), *(sinks or ["None"]), cosine, sine]
-        elif isinstance(group.call, AttentionSublayer):
+        elif isinstance(group.call, AttentionSublayer | SublayerStack):
             arguments = ["step", *arguments]
         call = f"{self._global(name, group.call)}({', '.join(arguments)})"
         for node in group.results:

@@ -1,13 +1,14 @@
 """Groups that follow each other in a decoder layer and become one call: its attention, and its gated feed-forward.
 
-A norm, the linears that read it, what is made of those, and the linear behind that. Between two of these calls only the
-residual stream is left, so a layer is two of them. Where one of the parts is missing, or others read what lies between,
-the groups of `fuse` stay as they are.
+A norm, the linears that read it, what is made of those, and the linear behind that. Between two of these sublayers only
+the residual stream is left, to which each adds, so those of a whole stage are one stack. Where one of the parts is
+missing, or others read what lies between, the groups of `fuse` stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -20,9 +21,12 @@ from ts_parallel.partition.program import (
     LinearLayer,
     LinearLayers,
     RmsNorm,
+    Sublayer,
+    SublayerStack,
     Supplied,
 )
 from ts_parallel.partition.stages import StageGraph
+from ts_parallel.partition.trace import all_reduce_marker
 
 aten = torch.ops.aten
 
@@ -30,14 +34,30 @@ _RESHAPES = {aten.view.default, aten.reshape.default, aten.contiguous.default}
 
 
 def find_sublayers(graph: StageGraph, groups: Mapping[Node, Group]) -> dict[Node, Group]:
-    """`groups` by node, those that are parts of a sublayer replaced by it."""
+    """`groups` by node, those that are parts of a sublayer, or of a stack of some, replaced by it."""
     finder = _Finder(graph, groups)
     found = dict(groups)
+    sublayers = []
     for group in dict.fromkeys(groups.values()):
         sublayer = finder.gated(group) or finder.attention(group)
         if sublayer is not None:
+            sublayers.append(sublayer)
             found |= dict.fromkeys(sublayer.absorbed, sublayer)
+    for stack in finder.stacks(sublayers):
+        found |= dict.fromkeys(stack.absorbed, stack)
     return found
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """A sublayer that adds to what it reads."""
+
+    sublayer: Sublayer
+    hidden: Node
+    angles: tuple[Node, ...]
+    result: Node
+    absorbed: frozenset[Node]
+    is_part: bool  # of what is added, which is summed over the ranks before
 
 
 class _Finder:
@@ -88,6 +108,62 @@ class _Finder:
         absorbed = norm.absorbed | linears.absorbed | group.absorbed | between | last.absorbed
         return Group(call, (*norm.inputs, cosine, sine, *last.inputs[1:]), last.results, absorbed)
 
+    def stacks(self, sublayers: Sequence[Group]) -> list[Group]:
+        """Those of at least two sublayers that can follow each other without anybody else."""
+        additions = [addition for group in sublayers if (addition := self._addition(group)) is not None]
+        by_hidden = {addition.hidden: addition for addition in additions}
+        found, taken = [], set[Node]()
+        for first in additions:
+            if first.result in taken:
+                continue
+            own = [first]
+            while (following := by_hidden.get(own[-1].result)) is not None and self._can_follow(own, following):
+                own.append(following)
+            taken |= {addition.result for addition in own}
+            angles = next((addition.angles for addition in own if addition.angles), ())
+            if len(own) > 1 and angles:
+                found.append(self._stack(own, angles))
+        return found
+
+    def _stack(self, own: Sequence[_Addition], angles: tuple[Node, ...]) -> Group:
+        call = SublayerStack(tuple(addition.sublayer for addition in own), own[0].is_part)
+        absorbed = frozenset[Node]().union(*(addition.absorbed for addition in own))
+        others = {node for addition in own for node in addition.angles} - set(angles)
+        absorbed |= {node for node in others if node not in self._kept and self._readers(node) <= absorbed}
+        return Group(call, (own[0].hidden, *angles), (own[-1].result,), absorbed)
+
+    def _can_follow(self, own: Sequence[_Addition], following: _Addition) -> bool:
+        between = own[-1].result
+        if between in self._kept or not self._readers(between) <= following.absorbed:
+            return False
+        if following.is_part != own[0].is_part:
+            return False
+        angles = next((addition.angles for addition in own if addition.angles), following.angles)
+        return not following.angles or all(map(_are_same, angles, following.angles))
+
+    def _addition(self, group: Group) -> _Addition | None:
+        """A sublayer's group as an addition: it has the residual, or behind it the ranks' sum is added to it."""
+        sublayer = group.call
+        assert isinstance(sublayer, AttentionSublayer | GatedSublayer)
+        num_angles = 2 if isinstance(sublayer, AttentionSublayer) else 0
+        hidden, angles, added = group.inputs[0], group.inputs[1 : 1 + num_angles], group.inputs[1 + num_angles :]
+        (result,) = group.results
+        if added:
+            is_whole = added == (hidden,)
+            return _Addition(sublayer, hidden, angles, result, group.absorbed, is_part=False) if is_whole else None
+        between = [result]
+        for target in (all_reduce_marker._opoverload, aten.add.Tensor):
+            if not self._are_inner(between[-1]):
+                return None
+            (reader,) = self._readers(between[-1])
+            if reader.target is not target or reader.kwargs:
+                return None
+            between.append(reader)
+        reduced, total = between[1:]
+        is_added = set(total.args) == {hidden, reduced} and total.meta["val"].dtype == reduced.meta["val"].dtype
+        absorbed = group.absorbed | {reduced, total}
+        return _Addition(sublayer, hidden, angles, total, absorbed, is_part=True) if is_added else None
+
     def _norm(self, group: Group) -> Group | None:
         """The norm whose result `group`, which has one input, reads and nobody else."""
         (hidden,) = group.inputs
@@ -135,3 +211,10 @@ class _Finder:
 
     def _readers(self, node: Node) -> set[Node]:
         return {user for user in node.users if user in self._own}
+
+
+def _are_same(node: Node, other: Node) -> bool:
+    """Whether two nodes have the same numbers: each layer gives the angles a dimension of its own making."""
+    if node is other:
+        return True
+    return node.target is other.target is aten.unsqueeze.default and node.args == other.args

@@ -19,13 +19,14 @@ from ts_parallel.partition.program import (
     RmsNorm,
     StageCode,
     StageGlobal,
+    SublayerStack,
     Supplied,
     Weight,
     linears_of,
 )
 from ts_parallel.runtime.fused import make_norm, rotary
 from ts_parallel.runtime.linears import Tensors, make_embedding, make_linears
-from ts_parallel.runtime.sublayers import make_attention_sublayer, make_gated_sublayer
+from ts_parallel.runtime.sublayers import make_attention_sublayer, make_gated_sublayer, make_stack
 from ts_parallel.topology import TensorParallelGroup
 
 
@@ -69,6 +70,7 @@ class Stage:
         supplied = {
             "device": _device_of(code, tensors),
             "attention": attention,
+            "group": group,
             "rotary": rotary,
             "all_reduce": group.all_reduce,
             "all_gather": group.all_gather,
@@ -107,6 +109,8 @@ def _value_of(entry: StageGlobal, tensors: Tensors, supplied: Mapping[str, Any])
             return make_gated_sublayer(entry, tensors)
         case AttentionSublayer():
             return make_attention_sublayer(entry, tensors, supplied["attention"])
+        case SublayerStack():
+            return make_stack(entry, tensors, supplied["attention"], supplied["group"])
         case RmsNorm(weight):
             return make_norm(entry, tensors[weight])
         case Operation():

@@ -1,4 +1,4 @@
-"""A decoder layer's attention and its feed-forward as one call each: see `partition.sublayers`.
+"""A decoder layer's attention and its feed-forward as one call each, and many in a row as one: `partition.sublayers`.
 
 The kernels do all of it without coming back in between, and give each number the same roundings as its parts alone.
 Where they cannot, the parts are called one after another.
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ts_parallel.native import kernels
-from ts_parallel.partition.program import AttentionSublayer, GatedSublayer, RmsNorm
+from ts_parallel.partition.program import AttentionSublayer, GatedSublayer, RmsNorm, SublayerStack
 from ts_parallel.runtime.fused import are_angles_for_kernels, is_for_kernels, make_norm
 from ts_parallel.runtime.kernel_attention import KernelAttention
 from ts_parallel.runtime.linears import Tensors, layer_of, make_linears
+from ts_parallel.topology import TensorParallelGroup
 
 Sublayer = Callable[..., torch.Tensor]
 
@@ -43,6 +44,7 @@ def make_gated_sublayer(entry: GatedSublayer, tensors: Tensors) -> Sublayer:
             return plain(hidden, residual)
         return _run(sublayer, None, (0, 0), hidden, residual, num_outputs)
 
+    run.native = sublayer  # type: ignore[attr-defined]
     return run
 
 
@@ -76,6 +78,45 @@ def make_attention_sublayer(entry: AttentionSublayer, tensors: Tensors, attentio
             return plain(step, hidden, cosine, sine, residual)
         return _run(sublayer, step.step, (cosine.data_ptr(), sine.data_ptr()), hidden, residual, num_outputs)
 
+    run.native = sublayer  # type: ignore[attr-defined]
+    return run
+
+
+def make_stack(entry: SublayerStack, tensors: Tensors, attention: Any, group: TensorParallelGroup) -> Sublayer:
+    """The step, hidden `[1, T, K]`, and the angles' cosine and sine `[1, 1, T, D]` → `[1, T, K]`."""
+    parts: list[tuple[bool, Sublayer]] = []
+    for part in entry.sublayers:
+        if isinstance(part, AttentionSublayer):
+            parts.append((True, make_attention_sublayer(part, tensors, attention)))
+        else:
+            parts.append((False, make_gated_sublayer(part, tensors)))
+
+    def plain(step: Any, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        for is_attention, part in parts:
+            arguments = (step, hidden, cosine, sine) if is_attention else (hidden,)
+            if entry.are_parts:
+                hidden = hidden + group.all_reduce(part(*arguments))
+            else:
+                hidden = part(*arguments, hidden)
+        return hidden
+
+    sublayers = tuple(getattr(part, "native", None) for _, part in parts)
+    team = group.team.for_kernels if entry.are_parts and group.team is not None else None
+    if None in sublayers or (entry.are_parts and team is None):
+        return plain
+    head_dim = next(part.head_dim for part in entry.sublayers if isinstance(part, AttentionSublayer))
+
+    def run(step: Any, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        num_tokens = hidden.shape[1]
+        if hidden.dtype != torch.bfloat16 or not are_angles_for_kernels(cosine, sine, num_tokens, head_dim):
+            return plain(step, hidden, cosine, sine)
+        hidden = hidden.contiguous()
+        output = torch.empty_like(hidden)
+        places = (cosine.data_ptr(), sine.data_ptr(), hidden.data_ptr())
+        kernels.run_stack(sublayers, step.step, *places, num_tokens, output.data_ptr(), team)
+        return output
+
+    run.parts = parts  # type: ignore[attr-defined]  # the kernels' description holds their addresses
     return run
 
 
