@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -104,12 +105,12 @@ class Topology:
     mesh: DeviceMesh
     tensor_parallel: TensorParallelGroup
 
-    @property
+    @cached_property  # for each step asks, and the mesh looks its groups up
     def stage(self) -> int:
         """The pipeline stage of this rank, from 0."""
         return self.mesh.get_local_rank("pp")
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         return self.mesh.size(0)
 

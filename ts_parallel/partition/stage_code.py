@@ -18,6 +18,7 @@ from torch.fx import Node
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.fuse import Group, find_groups
 from ts_parallel.partition.program import (
+    ROWS,
     AttentionSublayer,
     Constant,
     Embedding,
@@ -155,6 +156,10 @@ class _Writer:
             return f"{self._text(source)}[{index!r}]"
         if (narrow := _as_narrow(node)) is not None:
             return f"{self._global('narrow', Operation('torch.narrow'))}({self._text(node.args[0])}, {narrow})"
+        if (dim := self._dim_of_rows(node)) is not None:
+            select = self._global("index_select", Operation("torch.index_select"))
+            source, rows = node.all_input_nodes
+            return f"{select}({self._text(source)}, {dim}, {self._text(rows)})"
         if node.target is attention_marker._opoverload:
             *tensors, sinks, _ = node.args
             arguments = [*(self._text(tensor) for tensor in tensors), self._site(node)]
@@ -172,6 +177,14 @@ class _Writer:
         positional = [self._text(argument) for argument in node.args]
         named = [f"{name}={self._text(value)}" for name, value in node.kwargs.items()]
         return f"{self._callable(node)}({', '.join((*positional, *named))})"
+
+    def _dim_of_rows(self, node: Node) -> int | None:
+        """Along which dim `node` chooses the rows whose logits are wanted, none of which is counted from the end."""
+        if node.target is not aten.index.Tensor or len(node.all_input_nodes) != 2:
+            return None
+        rows, places = node.all_input_nodes[1], list(node.args[1])  # type: ignore[arg-type]
+        is_last_place = places == [*[None] * (len(places) - 1), rows]
+        return len(places) - 1 if is_last_place and self._graph.inputs.get(rows) == ROWS else None
 
     def _site(self, node: Node) -> str:
         """Number of an attention call among the stage's."""

@@ -72,6 +72,8 @@ class StepChannel:
     def send_plan(self, plan: StepPlan) -> None:
         """The leader's next plan to every other rank. With it, at most `num_stages` may be without a result."""
         self._begin_plan()
+        if self._topology.world_size == 1:
+            return
         numbers = plan.encode()
         for rank in range(1, self._topology.world_size):
             self._send_numbers(numbers, rank)
