@@ -17,7 +17,8 @@
 #define MOST_PARTS 8
 /* So many read numbers as they are stored, for it takes longer to keep them. */
 #define FEW_TOKENS 10
-#define BYTES_AHEAD 2048 /* of one or two tokens, which wait for memory alone */
+/* Of one or two tokens, which wait for memory alone. What is read once should leave the caches to the interpreter. */
+#define BYTES_AHEAD 2048
 
 enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
 
@@ -76,7 +77,7 @@ INLINE void multiply(const enum number_kind kind, const int keeps, const int row
         if (rows < 3)
 #pragma GCC unroll 4
             for (int line = 0; line < size; line += 64)
-                _mm_prefetch((const char *)from + line + BYTES_AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char *)from + line + BYTES_AHEAD, _MM_HINT_NTA);
         else if (kind == BFLOAT16)
             for (int64_t byte = 0; byte < bytes_ahead; byte += 64)
                 _mm_prefetch((const char *)ahead + pair * bytes_ahead + byte, _MM_HINT_T1);

@@ -44,7 +44,7 @@ class Runner:
         self._device = topology.device
         self._weights = (part.num_bytes, part.seconds)
         self._channel = StepChannel(topology)
-        self._submitted: deque[tuple[StepPlan, torch.Tensor | None]] = deque()  # with the result where it is here
+        self._submitted: deque[tuple[StepPlan, list[int] | None]] = deque()  # with the result where it is here
         self._head = program.head_sizes
         self._vocabulary = sum(self._head)
         sites = program.sites_of_ranks[topology.stage]
@@ -71,15 +71,14 @@ class Runner:
         without result at any time."""
         self._channel.send_plan(plan)
         if plan.chunks:
-            self._submitted.append((plan, self._run_stage(plan)))
+            self._submitted.append((plan, self._run_step(plan)))
 
     def collect(self) -> list[int]:
         """The leader: wait for the oldest step submitted; its result's numbers (`StepPlan`)."""
-        plan, tokens = self._submitted.popleft()
-        if tokens is None:
-            tokens = self._channel.receive_result((_num_results(plan),), torch.int64)
-        numbers: list[int] = tokens[: plan.num_results].tolist()
-        return numbers
+        plan, numbers = self._submitted.popleft()
+        if numbers is None:
+            numbers = self._channel.receive_result((_num_results(plan),), torch.int64).tolist()
+        return numbers[: plan.num_results]
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """The leader, with nothing submitted: run one step; the float32 logits `[R, V]` of its sampled chunks."""
@@ -88,14 +87,14 @@ class Runner:
         self._channel.send_plan(plan)
         logits = self._run_stage(plan)
         if logits is None:
-            logits = self._channel.receive_result((len(_sampled(plan)), self._vocabulary), torch.float32)
-        return logits
+            return self._channel.receive_result((len(_sampled(plan)), self._vocabulary), torch.float32)
+        return logits.float()
 
     def follow(self) -> None:
         """Other ranks: run the leader's steps until its last."""
         while not (plan := self._channel.receive_plan()).is_last:
             if plan.chunks:
-                self._run_stage(plan)
+                self._run_step(plan)
         self._channel.flush()
 
     def stop_followers(self) -> None:
@@ -104,8 +103,23 @@ class Runner:
         self._channel.flush()
 
     @torch.inference_mode()
+    def _run_step(self, plan: StepPlan) -> list[int] | None:
+        """This rank's part of a step. The result's numbers where the leader has them itself; else they come to it."""
+        logits = self._run_stage(plan)
+        if logits is None:
+            return None
+        if plan.wants_logits:
+            self._channel.send_result(logits.float())
+            return None
+        numbers = choose(logits, plan.chunks) or [0] * _num_results(plan)
+        if self._topology.rank == 0:
+            return numbers
+        self._channel.send_result(torch.tensor(numbers))
+        return None
+
+    @torch.inference_mode()
     def _run_stage(self, plan: StepPlan) -> torch.Tensor | None:
-        """This rank's part of a step. The result of the step where the leader has it itself; else it comes to it."""
+        """This rank's stage of a step: the logits `[R, V]` where it is the first rank of the last one."""
         layout = self._attention.lay_out(plan)
         inputs = {TOKEN_IDS: layout.token_ids, POSITIONS: layout.positions, ROWS: layout.sampled_rows}
         sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
@@ -116,14 +130,7 @@ class Runner:
         if self._topology.stage < self.num_stages - 1:
             self._channel.send_onward(outputs)
             return None
-        logits = self._gather_vocabulary(outputs[0][0])
-        if logits is None:
-            return None
-        result = logits.float() if plan.wants_logits else _choose_tokens(plan, logits)
-        if self._topology.rank == 0:
-            return result
-        self._channel.send_result(result)
-        return None
+        return self._gather_vocabulary(outputs[0][0])
 
     def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Every rank's `[R, V / ranks]` → `[R, V]` on the first of the stage, None on the others."""
@@ -139,11 +146,6 @@ def _sampled(plan: StepPlan) -> list[Chunk]:
 def _num_results(plan: StepPlan) -> int:
     """A step without results has one that means nothing."""
     return max(1, plan.num_results)
-
-
-def _choose_tokens(plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
-    """int64 `[_num_results]`."""
-    return torch.tensor(choose(logits, plan.chunks) or [0])
 
 
 def _make_stage(
