@@ -39,7 +39,7 @@
 
 #define HELD_NS 4000
 #define SPIN_NS 40000
-#define YIELD_NS 100000
+#define YIELD_NS 600000 /* longer than the leader takes between two steps: to be woken costs tens of microseconds */
 #define TICK_NS 250000000
 
 static const uint64_t second = 1000000000;
