@@ -198,8 +198,7 @@ def _vocabulary_parallel(
 
     def forward(token_ids: torch.Tensor) -> torch.Tensor:
         local = group.from_own_start(token_ids, starts)
-        is_elsewhere = (local < 0) | (local >= length)
-        found = whole(local.masked_fill(is_elsewhere, 0))
-        return group.all_reduce(found.masked_fill(is_elsewhere.unsqueeze(-1), 0))
+        own = local.clamp(0, length - 1)
+        return group.all_reduce(whole(own).masked_fill((own != local).unsqueeze(-1), 0))
 
     return forward

@@ -74,6 +74,9 @@ _DIRECT: dict[Any, str] = {
     aten.chunk.default: "torch.chunk",
     aten.split.Tensor: "torch.Tensor.split",
     aten.contiguous.default: "torch.Tensor.contiguous",
+    aten.clamp.default: "torch.clamp",
+    aten.ne.Tensor: "torch.ne",
+    aten.masked_fill.Scalar: "torch.Tensor.masked_fill",
 }
 _OPERATORS = {"operator.add", "operator.sub", "operator.mul", "operator.truediv"}
 _SUPPLIED = {
