@@ -12,9 +12,10 @@ from test_fuse import graph_of
 from torch import nn
 from whole_model import stage_model
 
+from ts_parallel.partition import sublayers
 from ts_parallel.partition.build import cut_causal_lm, shard_causal_lm
 from ts_parallel.partition.fuse import find_groups
-from ts_parallel.partition.program import LinearLayer, PipelinePlace, SublayerStack
+from ts_parallel.partition.program import AttentionSublayer, GatedSublayer, LinearLayer, PipelinePlace, SublayerStack
 from ts_parallel.partition.stages import StageGraph
 from ts_parallel.partition.sublayers import find_sublayers
 from ts_parallel.partition.trace import TracedGroup
@@ -56,6 +57,15 @@ def test_state_that_others_read_too_ends_a_stack() -> None:
     seen = [node for node in dict.fromkeys(groups[linear].results[0] for linear in linears)][2]  # of the second layer
     first, second = stacks_of(replace(graph, sent=(*graph.sent, seen)))
     assert (len(first.sublayers), len(second.sublayers)) == (3, 3)
+
+
+def test_sublayers_with_other_angles_begin_another_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    (graph,) = stage_model(FAMILIES["llama"](num_hidden_layers=3), dtype=torch.bfloat16).stages
+    monkeypatch.setattr(sublayers, "_are_same", lambda node, other: node is other)
+    stacks = stacks_of(graph)
+    assert [[type(sublayer) for sublayer in stack.sublayers] for stack in stacks] == [
+        [AttentionSublayer, GatedSublayer]
+    ] * 3
 
 
 def stacks_of(graph: StageGraph) -> list[SublayerStack]:

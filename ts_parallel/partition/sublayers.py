@@ -66,6 +66,7 @@ class _Finder:
     def __init__(self, graph: StageGraph, groups: Mapping[Node, Group]) -> None:
         self._groups = groups
         self._own = set(graph.nodes)
+        self._places = {node: place for place, node in enumerate(graph.nodes)}
         self._kept = set(graph.sent)
         self._site_numbers = graph.site_numbers
 
@@ -111,6 +112,7 @@ class _Finder:
     def stacks(self, sublayers: Sequence[Group]) -> list[Group]:
         """Those of at least two sublayers that can follow each other without anybody else."""
         additions = [addition for group in sublayers if (addition := self._addition(group)) is not None]
+        additions.sort(key=lambda addition: self._places[addition.result])  # so none begins in the middle of another
         by_hidden = {addition.hidden: addition for addition in additions}
         found, taken = [], set[Node]()
         for first in additions:
@@ -160,9 +162,10 @@ class _Finder:
                 return None
             between.append(reader)
         reduced, total = between[1:]
-        is_added = set(total.args) == {hidden, reduced} and total.meta["val"].dtype == reduced.meta["val"].dtype
-        absorbed = group.absorbed | {reduced, total}
-        return _Addition(sublayer, hidden, angles, total, absorbed, is_part=True) if is_added else None
+        dtypes = {node.meta["val"].dtype for node in (hidden, reduced, total)}
+        if set(total.args) != {hidden, reduced} or len(dtypes) > 1:
+            return None
+        return _Addition(sublayer, hidden, angles, total, group.absorbed | {reduced, total}, is_part=True)
 
     def _norm(self, group: Group) -> Group | None:
         """The norm whose result `group`, which has one input, reads and nobody else."""
