@@ -125,12 +125,17 @@ struct tile {
     const bf16 *keys[RUNS], *values[RUNS]; /* what lies behind `count` is of any other run */
 };
 
+static inline int64_t keys_of_tile(const struct attention_call *call)
+{
+    return RUNS * call->step->num_lanes;
+}
+
 /* Those at positions from `first` on, which begins a tile, and below `end`. */
 static inline struct tile find_tile(const struct attention_call *call, const struct chunk *chunk, int64_t kv_head,
                                     int64_t first, int64_t end)
 {
     const struct site *site = call->site;
-    int64_t lanes = call->step->num_lanes, most = RUNS * lanes, size = call->step->block_size;
+    int64_t lanes = call->step->num_lanes, most = keys_of_tile(call), size = call->step->block_size;
     const int64_t *block = call->step->blocks + chunk->first_block + first / size;
     struct tile tile = {first, end - first < most ? end - first : most, {NULL}, {NULL}};
     for (int64_t i = 0, offset = first % size, run = 0; i < RUNS; i++, offset += lanes) {
@@ -355,8 +360,7 @@ AVX512_BF16 static void attend_tile(int64_t rows, const struct attention_call *c
 
 static inline int64_t first_tile(const struct attention_call *call, int64_t position)
 {
-    int64_t size = RUNS * call->step->num_lanes;
-    return first_seen(call->site, position) / size * size;
+    return first_seen(call->site, position) / keys_of_tile(call) * keys_of_tile(call);
 }
 
 /* What task `index` reads first. */
@@ -387,7 +391,7 @@ AVX512_BF16 static void attention_task(const void *argument, int64_t index)
     size_t size = sums_size + (size_t)num_rows * sizeof(struct softmax);
     char *memory = scratch_of(size, 0);
     if (!memory)
-        abort(); /* some 50 KB: whoever lacks them cannot go on anyway */
+        abort(); /* some 100 KB: whoever lacks them cannot go on anyway */
     float *sums = (float *)memory;
     struct softmax *softmax = (struct softmax *)(memory + sums_size);
     memset(sums, 0, sums_size);
@@ -395,7 +399,7 @@ AVX512_BF16 static void attention_task(const void *argument, int64_t index)
         softmax[row] = begin_softmax(site, kv_head * group + row / own->count);
     struct tile tile = find_first_tile(call, index), next;
     for (int64_t first = tile.first, later; first < end; first = later, tile = next) {
-        later = first + RUNS * call->step->num_lanes;
+        later = first + keys_of_tile(call);
         if (later < end)
             next = find_tile(call, chunk, kv_head, later, end);
         else if (index + call->num_threads < call->num_tasks)

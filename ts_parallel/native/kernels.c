@@ -484,8 +484,8 @@ static PyMethodDef methods[] = {
     {"make_step", (PyCFunction)(void (*)(void))make_step, METH_FASTCALL, NULL},
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, NULL},
     {"make_sublayer", (PyCFunction)(void (*)(void))make_sublayer, METH_FASTCALL, NULL},
-    {"run_stack", (PyCFunction)(void (*)(void))run_stack, METH_FASTCALL, NULL},
     {"run_sublayer", (PyCFunction)(void (*)(void))run_sublayer, METH_FASTCALL, NULL},
+    {"run_stack", (PyCFunction)(void (*)(void))run_stack, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -19,7 +19,7 @@ def enter_team(team: int, place: int, rank: int) -> None:
     """Tell the others which process holds a place of the team. `rank` is the number by which errors name it."""
 
 def make_team(team: int, place: int, size: int, patience: int) -> Any:
-    """The same team for `kernels.run_sublayers`, whose sums of bfloat16 are those of `all_reduce`."""
+    """The same team for `kernels.run_stack`, whose sums of bfloat16 are those of `all_reduce`."""
 
 def all_reduce(team: int, place: int, size: int, data: int, num_elements: int, type: int, patience: int) -> None:
     """Sum over the team, in place: in float32, in the order of the places, so that all get the same bits.

@@ -1,4 +1,5 @@
-/* A sublayer of a decoder (Vaswani et al. 2017) as one call: norm, linears, attention or a gate, the linear behind it.
+/* A sublayer of a decoder (Vaswani et al. 2017) as one call: norm, linears, attention or a gate, the linear behind it;
+ * and many in a row as one.
  *
  * What lies between is nobody else's, so it has no tensors; and from one product to the next the interpreter, which
  * other threads use too, need not be waited for.
@@ -89,6 +90,7 @@ static inline int sublayer_run(const struct sublayer_call *call, int num_threads
     free(room);
     return done;
 }
+
 /* Sublayers one after the other: each adds what it gives to what the one before gave, the first to its input. */
 struct stack_call {
     const struct sublayer *const *sublayers;

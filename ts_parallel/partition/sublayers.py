@@ -118,11 +118,13 @@ class _Finder:
         for first in additions:
             if first.result in taken:
                 continue
-            own = [first]
-            while (following := by_hidden.get(own[-1].result)) is not None and self._can_follow(own, following):
+            own, angles = [first], first.angles
+            while (following := by_hidden.get(own[-1].result)) is not None and self._can_follow(own[-1], following):
+                if angles and following.angles and not all(map(_are_same, angles, following.angles)):
+                    break
                 own.append(following)
+                angles = angles or following.angles
             taken |= {addition.result for addition in own}
-            angles = next((addition.angles for addition in own if addition.angles), ())
             if len(own) > 1 and angles:
                 found.append(self._stack(own, angles))
         return found
@@ -134,14 +136,10 @@ class _Finder:
         absorbed |= {node for node in others if node not in self._kept and self._readers(node) <= absorbed}
         return Group(call, (own[0].hidden, *angles), (own[-1].result,), absorbed)
 
-    def _can_follow(self, own: Sequence[_Addition], following: _Addition) -> bool:
-        between = own[-1].result
-        if between in self._kept or not self._readers(between) <= following.absorbed:
-            return False
-        if following.is_part != own[0].is_part:
-            return False
-        angles = next((addition.angles for addition in own if addition.angles), following.angles)
-        return not following.angles or all(map(_are_same, angles, following.angles))
+    def _can_follow(self, before: _Addition, following: _Addition) -> bool:
+        """Whether nobody else reads what lies between."""
+        is_seen = before.result in self._kept or not self._readers(before.result) <= following.absorbed
+        return not is_seen and before.is_part == following.is_part
 
     def _addition(self, group: Group) -> _Addition | None:
         """A sublayer's group as an addition: it has the residual, or behind it the ranks' sum is added to it."""

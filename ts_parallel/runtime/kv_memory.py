@@ -63,7 +63,10 @@ def count_blocks(
 
 
 class KVMemory:
-    """Owns the key and value buffers of one rank: `keys[site]` is `[S, KV, D]`, `values[site]` is `[S, KV, E]`."""
+    """Owns the key and value buffers of one rank: `keys[site]` is `[S, KV, D]`, `values[site]` is `[S, KV, E]`.
+
+    So `PagedAttention` has it; `KernelAttention` lays out the same bytes as `native/attention.h` says.
+    """
 
     def __init__(
         self, sites: Sequence[AttentionSite], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

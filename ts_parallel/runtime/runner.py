@@ -69,6 +69,7 @@ class Runner:
     def submit(self, plan: StepPlan) -> None:
         """The leader: start one step on all ranks. To be collected, unless it has no chunks; at most `num_stages` are
         without result at any time."""
+        assert not plan.wants_logits, "those are numbers of another type: see `logits`"
         self._channel.send_plan(plan)
         if plan.chunks:
             self._submitted.append((plan, self._run_step(plan)))
@@ -111,10 +112,10 @@ class Runner:
         if plan.wants_logits:
             self._channel.send_result(logits.float())
             return None
-        numbers = choose(logits, plan.chunks) or [0] * _num_results(plan)
+        numbers = choose(logits, plan.chunks)
         if self._topology.rank == 0:
             return numbers
-        self._channel.send_result(torch.tensor(numbers))
+        self._channel.send_result(torch.tensor(numbers or [0]))
         return None
 
     @torch.inference_mode()

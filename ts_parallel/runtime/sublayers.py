@@ -91,6 +91,7 @@ def make_stack(entry: SublayerStack, tensors: Tensors, attention: Any, group: Te
         else:
             parts.append((False, make_gated_sublayer(part, tensors)))
 
+    # `run` keeps this, and with it the parts, whose addresses the kernels' descriptions hold.
     def plain(step: Any, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         for is_attention, part in parts:
             arguments = (step, hidden, cosine, sine) if is_attention else (hidden,)
@@ -116,7 +117,6 @@ def make_stack(entry: SublayerStack, tensors: Tensors, attention: Any, group: Te
         kernels.run_stack(sublayers, step.step, *places, num_tokens, output.data_ptr(), team)
         return output
 
-    run.parts = parts  # type: ignore[attr-defined]  # the kernels' description holds their addresses
     return run
 
 
