@@ -395,8 +395,8 @@ def test_bad_request_is_refused_alone_among_those_beside_it(embedding_server: To
 def test_rank_that_is_lost_ends_in_a_restart(embedding_server: TorchServe) -> None:
     """Whoever asks meanwhile is answered, be it with an error, and after the restart all is as before.
 
-    But for one who asks in the moment before the front end gives the worker up: TorchServe gathers a batch then, and
-    forgets what it has gathered.
+    But for one who asks in the moment before the front end gives the worker up: TorchServe may be gathering a batch
+    then, and forgets what it has gathered.
     """
     loaded, given_up = num_ready(embedding_server), embedding_server.log_text().count("Retry worker")
     follower(embedding_server).kill()
