@@ -12,10 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from ts_parallel.engine.request import GenerationParams
-from ts_parallel.errors import TSParallelError
-from ts_parallel.runtime.step import SamplingParams
-from ts_parallel.serving.offline import num_ranks_started, open_model
+from ts_parallel import GenerationParams, SamplingParams, TSParallelError, num_ranks_started, open_model
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 PROMPTS = ["Return a new list containing", "Open the file", "This module provides"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.archive import default_name, handler_config
-from ts_parallel.cli.serve import running, stopped_by_signals
-from ts_parallel.cli.torchserve import free_ports
+from ts_parallel.cli.server.archive import default_name, handler_config
+from ts_parallel.cli.server.serve import running, stopped_by_signals
+from ts_parallel.cli.server.torchserve import free_ports
 from ts_parallel.errors import TSParallelError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"

@@ -16,7 +16,7 @@ For pre- and postprocessing of your own, archive a file of your own that derives
 
 from typing import Any
 
-from ts_parallel.serving.batch_inference import BatchInferenceHandler
+from ts_parallel import BatchInferenceHandler
 
 _handler = BatchInferenceHandler()
 

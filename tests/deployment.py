@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 from http_client import JSON, get, post
+from places import ROOT
 
-from ts_parallel.cli.torchserve import TorchServe, free_ports
+from ts_parallel.cli.server.torchserve import TorchServe, free_ports
 
-ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "demo_model"
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     path.name: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "model-configs").glob("*.yaml"))

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from places import RANKS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ts_parallel.checkpoint.index import read_index
@@ -23,9 +24,9 @@ from ts_parallel.config import parse_config
 from ts_parallel.partition import prepared
 from ts_parallel.partition.build import make_programs
 from ts_parallel.partition.program import PipelinePlace
-from ts_parallel.serving.text_generation import program_request
+from ts_parallel.serving.causal_lm import program_request
 
-RANKS = Path(__file__).parent / "ranks" / "generate.py"
+RANKS = RANKS / "generate.py"
 
 Answers = list[list[int]]
 

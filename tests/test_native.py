@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from ts_parallel.native import HAS_KERNELS
+from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, kernels
 from ts_parallel.shared_memory import native
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -20,4 +21,6 @@ def test_ranks_of_one_host_can_share_memory() -> None:
 
 
 def test_kernels_are_compiled_for_the_processors_that_they_are_written_for() -> None:
-    assert HAS_KERNELS == ({"avx512_bf16", "avx512vbmi"} <= set(CPU_INFO.read_text().split()))
+    assert kernels is not None
+    assert kernels.is_supported() == ({"avx512_bf16", "avx512vbmi"} <= set(CPU_INFO.read_text().split()))
+    assert HAS_KERNELS == (kernels.is_supported() and os.environ.get(ISA_VARIABLE) != "none")

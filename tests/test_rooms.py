@@ -3,51 +3,75 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
+
 PACKAGE = ROOT / "ts_parallel"
 HANDLERS = sorted((ROOT / "handlers").glob("*.py"))
 FILES = sorted(PACKAGE.rglob("*.py")) + HANDLERS
 MOST_LINES_OF_A_FUNCTION = 60
 
-# Room → rooms that it may import beside itself, from top to bottom.
-# `step` is runtime/step.py, the data that engine and runtime exchange; `package` is ts_parallel/__init__.py.
-# Below serving nothing may import config: those rooms take values.
+MOST_FILES_ON_A_FLOOR = 9
+
+# Room → rooms that it may import beside itself, from top to bottom. `package` is ts_parallel/__init__.py, the public
+# face. Below serving nothing may import config: those rooms take values.
 MAY_IMPORT: dict[str, set[str]] = {
-    "handlers": {"serving"},
-    "cli": {
-        "serving",
-        "engine",
-        "runtime",
-        "step",
-        "partition",
-        "checkpoint",
-        "topology",
-        "config",
-        "errors",
-        "package",
-    },
-    "serving": {"engine", "runtime", "step", "partition", "checkpoint", "topology", "config", "errors"},
-    "engine": {"step", "errors"},
-    "runtime": {"step", "partition", "topology", "shared_memory", "native", "errors"},
-    "step": set(),
-    "partition": {"checkpoint", "topology", "native", "errors"},
-    "checkpoint": {"native", "errors"},
-    "topology": {"shared_memory", "native", "errors"},
+    "handlers": {"package", "serving"},
+    "package": {"serving", "engine", "step_plan", "errors"},
+    "cli": {"serving", "engine", "runtime", "step_plan", "partition", "checkpoint", "topology", "config", "errors"},
+    "serving": {"engine", "runtime", "step_plan", "partition", "checkpoint", "topology", "config", "errors"},
+    "engine": {"step_plan", "errors"},
+    "runtime": {"step_plan", "partition", "topology", "shared_memory", "native", "errors"},
+    "step_plan": set(),
+    "partition": {"checkpoint", "topology", "huge_pages", "errors"},
+    "checkpoint": {"errors"},
+    "topology": {"shared_memory", "errors"},
     "shared_memory": {"native"},
+    "native": {"huge_pages"},
+    "huge_pages": set(),
     "config": {"errors"},
     "errors": set(),
-    "package": set(),
-    "native": set(),
+}
+
+# The same within rooms that have rooms of their own: `floor` are the files beside those. What a floor has above its
+# rooms and what below them is not said here: `test_no_arrow_runs_back_up_inside_any_folder` sees to it.
+MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
+    "cli": {"client": {"server"}, "server": {"floor"}, "floor": {"client", "server"}},
+    "serving": {
+        "floor": {"batch", "openai", "torchserve", "text"},
+        "batch": {"text", "floor"},
+        "openai": {"text", "floor"},
+        "torchserve": {"floor"},
+        "text": set(),
+    },
+    "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
+    "runtime.backends": {"floor": {"native", "torch"}, "native": {"torch", "floor"}, "torch": {"floor"}},
+    "partition": {
+        "floor": {"model", "tensor_parallel", "graph"},
+        "model": {"tensor_parallel", "graph", "floor"},
+        "tensor_parallel": {"floor"},
+        "graph": {"floor"},
+    },
+    "checkpoint": {"floor": {"formats"}, "conversion": {"formats", "floor"}, "formats": {"floor"}},
+}
+
+# Who alone may import what: a question that is asked in one place.
+ASKED_BY: dict[str, set[str]] = {
+    "ts_parallel.native.HAS_KERNELS": {"ts_parallel.runtime.backends.choose"},
+    "ts_parallel.native.kernels": {"ts_parallel.runtime.backends.native", "ts_parallel.native"},
+    "ts_parallel.runtime.backends.native": {"ts_parallel.runtime.backends"},
+    "ts_parallel.runtime.backends.torch": {"ts_parallel.runtime.backends"},
 }
 
 # Room → libraries that it must not know, by import or by attribute.
 KEEPS_OUT: dict[str, set[str]] = {
     "handlers": {"torch", "transformers"},
     "engine": {"torch", "transformers"},
-    "step": {"torch.nn", "torch.distributed", "transformers"},
+    "step_plan": {"torch.nn", "torch.distributed", "transformers"},
     "checkpoint": {"torch.nn", "torch.distributed", "transformers"},
     "topology": {"transformers"},
     "shared_memory": {"torch.nn", "transformers"},
@@ -62,12 +86,19 @@ def module_of(file: Path) -> str:
 
 def room_of(module: str) -> str:
     """`ts_parallel.runtime.runner` → `runtime`."""
-    if is_within(module, "ts_parallel.runtime.step"):
-        return "step"
     first, *rest = module.split(".")
     if first != "ts_parallel":
         return first
     return rest[0] if rest and rest[0] in MAY_IMPORT else "package"
+
+
+def part_of(module: str, room: str) -> str | None:
+    """Which of a room's rooms a module stands in, or its floor; None outside the room."""
+    inside = f"ts_parallel.{room}."
+    if not module.startswith(inside):
+        return None
+    first = module.removeprefix(inside).split(".")[0]
+    return first if first in MAY_IMPORT_WITHIN[room] else "floor"
 
 
 def is_within(name: str, module: str) -> bool:
@@ -91,6 +122,17 @@ def attributes(tree: ast.AST) -> Iterator[str]:
     yield from (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
 
 
+def arrows() -> Iterator[tuple[str, str]]:
+    """Module → module, of this package's files: `from a import b` is an arrow to `a.b` where that is a file."""
+    known = {module_of(file).removesuffix(".__init__") for file in FILES}
+    for file in FILES:
+        module = module_of(file).removesuffix(".__init__")
+        for name in imports(parse(file)):
+            to = name if name in known else name.rpartition(".")[0]
+            if to in known and to != module:
+                yield module, to
+
+
 def test_every_file_stands_in_a_room_of_the_table() -> None:
     strangers = [
         str(file.relative_to(ROOT))
@@ -99,6 +141,14 @@ def test_every_file_stands_in_a_room_of_the_table() -> None:
     ]
     assert strangers == []
     assert {room_of(module_of(file)) for file in FILES} == MAY_IMPORT.keys()
+
+
+def test_every_room_inside_a_room_is_in_its_table() -> None:
+    for room, table in MAY_IMPORT_WITHIN.items():
+        folder = PACKAGE.joinpath(*room.split("."))
+        assert {file.parent.name for file in folder.glob("*/__init__.py")} | {"floor"} == table.keys(), room
+    with_rooms = {file.parents[1] for file in PACKAGE.glob("*/**/__init__.py")} - {PACKAGE}
+    assert {".".join(folder.relative_to(PACKAGE).parts) for folder in with_rooms} == MAY_IMPORT_WITHIN.keys()
 
 
 def test_table_goes_only_downwards() -> None:
@@ -115,6 +165,48 @@ def test_rooms_import_only_what_the_table_allows() -> None:
             if is_within(name, "ts_parallel") and room_of(name) not in MAY_IMPORT[room] | {room}:
                 trespasses.append(f"{file.relative_to(ROOT)} ({room}) imports {name} ({room_of(name)})")
     assert trespasses == []
+
+
+def test_rooms_inside_a_room_import_only_what_its_table_allows() -> None:
+    trespasses = []
+    for module, to in arrows():
+        for room, table in MAY_IMPORT_WITHIN.items():
+            own, other = part_of(module, room), part_of(to, room)
+            if own and other and own != other and other not in table[own]:
+                trespasses.append(f"{module} imports {to}")
+    assert trespasses == []
+
+
+def test_no_arrow_runs_back_up_inside_any_folder() -> None:
+    """Files and folders that lie side by side import each other in one direction, all that is in a folder as one."""
+    every = list(arrows())
+    for folder in sorted({file.parent for file in FILES if PACKAGE in file.parents}):
+        inside = ".".join(folder.relative_to(ROOT).parts) + "."
+        order: TopologicalSorter[str] = TopologicalSorter()
+        for module, to in every:
+            if module.startswith(inside) and to.startswith(inside):
+                own, other = (name.removeprefix(inside).split(".")[0] for name in (module, to))
+                if own != other:
+                    order.add(own, other)
+        order.prepare()  # raises where there is a circle, and names it
+
+
+def test_no_folder_has_more_files_on_one_floor_than_one_can_take_in() -> None:
+    kinds = {".py", ".pyi", ".c", ".h", ".xml", ".md", ""}
+    files = [file for top in (PACKAGE, ROOT / "handlers", ROOT / "examples") for file in top.rglob("*")]
+    counts = Counter(file.parent for file in files if file.is_file() and file.suffix in kinds)
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES_ON_A_FLOOR} == {}
+
+
+def test_question_that_is_asked_in_one_place_is_asked_there_alone() -> None:
+    others = [
+        f"{module_of(file)} imports {name}"
+        for file in FILES
+        for name in imports(parse(file))
+        for asked, askers in ASKED_BY.items()
+        if is_within(name, asked) and not any(is_within(module_of(file), asker) for asker in askers)
+    ]
+    assert others == []
 
 
 def test_imports_are_absolute_so_that_the_table_sees_them() -> None:

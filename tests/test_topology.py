@@ -13,27 +13,20 @@ from typing import NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from places import RANKS
 
 from ts_parallel.errors import TopologyError
-from ts_parallel.native import HAS_KERNELS, kernels
-from ts_parallel.native.packed_weight import PackedWeight
-from ts_parallel.partition.program import LinearLayer
-from ts_parallel.runtime.linears import make_linears
 from ts_parallel.shared_memory import native
 from ts_parallel.topology import TensorParallelGroup, open_topology
-
-RANKS = Path(__file__).parent / "ranks"
 
 
 @pytest.fixture(autouse=True)
 def alone() -> Iterator[None]:
     """The process is left as it was: in no group, with its own number of threads."""
-    num_threads, in_kernels = torch.get_num_threads(), kernels.get_num_threads() if HAS_KERNELS else 0
+    num_threads = torch.get_num_threads()
     assert not dist.is_initialized()
     yield
     torch.set_num_threads(num_threads)
-    if HAS_KERNELS:
-        kernels.set_num_threads(in_kernels)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -45,15 +38,6 @@ def no_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dist, "all_reduce", refuse)
     monkeypatch.setattr(dist, "all_gather", refuse)
-
-
-@pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
-def test_kernels_have_the_threads_of_the_rank_whatever_torch_is_told_later() -> None:
-    open_topology(1, "cpu", {}, num_threads=3)
-    torch.set_num_threads(1)
-    weight = PackedWeight.allocate((64, 64))
-    make_linears(LinearLayer("w", None), {"w": weight})
-    assert kernels.get_num_threads() == 3
 
 
 @pytest.mark.parametrize(
@@ -98,8 +82,9 @@ def test_only_rank_opens_and_closes_twice() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_number_of_threads_is_obeyed(num_threads: int) -> None:
-    open_topology(1, "cpu", {"LOCAL_WORLD_SIZE": "2"}, num_threads).close()
-    assert torch.get_num_threads() == num_threads
+    topology = open_topology(1, "cpu", {"LOCAL_WORLD_SIZE": "2"}, num_threads)
+    topology.close()
+    assert torch.get_num_threads() == topology.num_threads == num_threads
 
 
 @pytest.mark.parametrize(("num_cores", "num_ranks", "num_threads"), [(6, 1, 6), (6, 2, 3), (5, 2, 2), (2, 4, 1)])

@@ -11,6 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.partition.build import StagedModel, all_tensors, cut_causal_lm, make_programs, shard_causal_lm
+from ts_parallel.partition.graph.stage_code import write_stage
+from ts_parallel.partition.graph.stages import StageGraph
+from ts_parallel.partition.graph.trace import TracedGroup
 from ts_parallel.partition.load import RankModel, load_program
 from ts_parallel.partition.program import (
     ONE_STAGE,
@@ -21,12 +24,12 @@ from ts_parallel.partition.program import (
     PipelinePlace,
     ProgramRequest,
 )
-from ts_parallel.partition.stage_code import write_stage
-from ts_parallel.partition.stages import StageGraph
-from ts_parallel.partition.trace import TracedGroup
-from ts_parallel.runtime.fused import rotary
+from ts_parallel.runtime.backends.choose import choose_backend
+from ts_parallel.runtime.backends.torch.backend import TorchBackend
+from ts_parallel.runtime.backends.torch.norms import rotary
+from ts_parallel.runtime.runner import Runner
 from ts_parallel.runtime.stage import Stage
-from ts_parallel.topology import TensorParallelGroup
+from ts_parallel.topology import TensorParallelGroup, Topology
 
 ALONE = TracedGroup(0, 1)
 
@@ -80,7 +83,16 @@ def build_rank_model(
     """This rank's part of the checkpoint in `folder`, its program made in this process."""
     index = read_index(folder)
     request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
-    return load_program(make_programs(request, index)[group.rank, place.rank], index, group, device, packs)
+    program = make_programs(request, index)[group.rank, place.rank]
+    layout = choose_backend(device, program.dtype).weights if packs else None
+    return load_program(program, index, group, device, layout)
+
+
+def runner_of(part: RankModel, topology: Topology, block_size: int, kv_cache_bytes: int, max_model_len: int) -> Runner:
+    """A runner with the backend that a server would have here."""
+    backend = choose_backend(topology.device, part.program.dtype, topology.num_threads)
+    sizes = {"block_size": block_size, "kv_cache_bytes": kv_cache_bytes, "max_model_len": max_model_len}
+    return Runner(part, topology, backend, **sizes)
 
 
 def sequence(length: int, vocabulary: int = 97, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -98,7 +110,7 @@ def run_stages(
     carried: list[torch.Tensor] = []
     for graph in stages:
         own = {name: tensors[name] for name in graph.tensors.values()}
-        stage = Stage(write_stage(graph), own, ALONE, EagerAttention(graph.sites))
+        stage = Stage(write_stage(graph), own, ALONE, TorchBackend(), EagerAttention(graph.sites))
         assert [(tuple(tensor.shape), tensor.dtype) for tensor in carried] == [
             (crossing.shape(sizes), crossing.dtype) for crossing in stage.received
         ]

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ts_parallel.errors import TopologyError
-from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.shared_memory import Team, open_team
 
 # Ranks wait for each other while the slowest of them loads; a rank that dies is noticed by torchrun, not by this.
@@ -104,6 +103,8 @@ class Topology:
     device: torch.device
     mesh: DeviceMesh
     tensor_parallel: TensorParallelGroup
+    num_threads: int = 1
+    """CPU threads that this rank may compute with."""
 
     @cached_property  # for each step asks, and the mesh looks its groups up
     def stage(self) -> int:
@@ -146,17 +147,15 @@ def open_topology(
     if world_size != tensor_parallel_size * pipeline_parallel_size:
         raise TopologyError(_wrong_number_of_ranks(tensor_parallel_size, pipeline_parallel_size, world_size))
     chosen = _choose_device(device, int(environment.get("LOCAL_RANK", "0")))
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     if chosen.type == "cpu":
-        local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-        num_threads = num_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
         torch.set_num_threads(num_threads)
-        if HAS_KERNELS:
-            kernels.set_num_threads(num_threads)
     if not dist.is_initialized():
         _join(world_size, chosen)
     shape = (pipeline_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("pp", "tp"))
-    return Topology(dist.get_rank(), world_size, chosen, mesh, open_tensor_parallel(mesh))
+    return Topology(dist.get_rank(), world_size, chosen, mesh, open_tensor_parallel(mesh), num_threads)
 
 
 def open_tensor_parallel(mesh: DeviceMesh) -> TensorParallelGroup:

@@ -18,13 +18,13 @@ import pytest
 import yaml
 from families import FAMILIES
 from http_client import get
+from places import DEMO_MODEL
 
 from ts_parallel.cli.plan import plan
-from ts_parallel.cli.serve import serve
-from ts_parallel.cli.torchserve import find_java, free_ports, is_loopback
+from ts_parallel.cli.server.serve import serve
+from ts_parallel.cli.server.torchserve import find_java, free_ports, is_loopback
 from ts_parallel.errors import StartupError
 
-DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
 
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from places import DEMO_MODEL
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from ts_parallel.cli.archive import handler_config
 from ts_parallel.cli.main import app
-from ts_parallel.cli.serve import check
+from ts_parallel.cli.server.archive import handler_config
+from ts_parallel.cli.server.serve import check
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.prepared import CACHE_VARIABLE
 from ts_parallel.serving.offline import open_model
 
-DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 PROMPT = [5, 60, 700, 40, 3]
 SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from families import FAMILIES
+from places import DEMO_MODEL
 from typer.testing import CliRunner, Result
 
 from ts_parallel.checkpoint.index import SHARD_INDEX
@@ -16,8 +17,6 @@ from ts_parallel.cli.convert import Target, convert, make_format
 from ts_parallel.cli.main import app
 from ts_parallel.cli.verify import check_reference, together, verify
 from ts_parallel.errors import ConfigError, StartupError
-
-DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import Delivery
 from ts_parallel.engine.scheduler import Scheduler
 from ts_parallel.engine.stats import TIMED_OUT
-from ts_parallel.runtime.step import StepPlan
+from ts_parallel.step_plan import StepPlan
 
 NUM_BLOCKS = 64
 

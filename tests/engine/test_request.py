@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ts_parallel.engine.request import GenerationParams, Request, make_request
 from ts_parallel.errors import RequestError
-from ts_parallel.runtime.step import SamplingParams, TokenLogprobs
+from ts_parallel.step_plan import SamplingParams, TokenLogprobs
 
 EOS = frozenset({7, 8})
 

@@ -11,7 +11,7 @@ import pytest
 from ts_parallel.engine import router as router_module
 from ts_parallel.engine.router import Delivery, TokenRouter
 from ts_parallel.engine.scheduler import TokenOutput
-from ts_parallel.runtime.step import TokenLogprobs
+from ts_parallel.step_plan import TokenLogprobs
 
 
 def opened(*request_ids: str) -> TokenRouter:

@@ -14,7 +14,7 @@ from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
-from ts_parallel.runtime.step import SamplingParams, StepPlan
+from ts_parallel.step_plan import SamplingParams, StepPlan
 
 
 def next_token(history: tuple[int, ...]) -> int:

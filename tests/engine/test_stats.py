@@ -9,7 +9,7 @@ from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler
 from ts_parallel.engine.stats import ABORTED, FAILED, Histogram, Occupancy
-from ts_parallel.runtime.step import StepPlan
+from ts_parallel.step_plan import StepPlan
 
 
 class PositionRunner:

@@ -13,12 +13,11 @@ import pytest
 import torch
 from families import TINY_FAMILIES, save_random_model
 from transformers import AutoModelForCausalLM
-from whole_model import build_rank_model
+from whole_model import build_rank_model, runner_of
 
 from ts_parallel.native import HAS_KERNELS
-from ts_parallel.runtime.kernel_attention import KernelAttention
-from ts_parallel.runtime.runner import Runner
-from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.runtime.backends.native.attention import KernelAttention
+from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology
 
 FAMILIES = (
@@ -54,7 +53,7 @@ def plain_logits(folder: Path, dtype: torch.dtype, token_ids: list[int]) -> torc
 def own_logits(folder: Path, topology: Topology, token_ids: list[int]) -> torch.Tensor:
     """A prefill in two chunks, then a token at a time: from the end of the prefill on."""
     part = build_rank_model(folder, "bfloat16", topology.tensor_parallel, topology.device, packs=True)
-    runner = Runner(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=2**22, max_model_len=LENGTH)
+    runner = runner_of(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=2**22, max_model_len=LENGTH)
     assert isinstance(runner._attention, KernelAttention) == HAS_KERNELS
     blocks = (5, 2, 9, 0, 7, 1)
     bounds = [(0, 33), (33, PREFILLED), *((at, at + 1) for at in range(PREFILLED, LENGTH))]

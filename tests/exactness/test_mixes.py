@@ -16,7 +16,7 @@ from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.serving.text_generation import make_runner
+from ts_parallel.serving.causal_lm import make_runner
 from ts_parallel.topology import Topology, open_topology
 
 BLOCK_SIZE, MAX_TOKENS = 4, 20

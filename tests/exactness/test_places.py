@@ -9,8 +9,8 @@ import torch
 from families import FAMILIES
 
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.causal_lm import trace_causal_lm
-from ts_parallel.partition.deferred import build_deferred
+from ts_parallel.partition.model.causal_lm import trace_causal_lm
+from ts_parallel.partition.model.deferred import build_deferred
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 TABLE = torch.ones(2**21, 1)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from exact_answers import Answers, keep_programs, parallel_answers, plain_answers, write_prompts
 from families import FAMILIES, save_random_model
+from places import DEMO_MODEL
 
-DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 LENGTHS = (1, 2, 5, 11, 17, 30, 52, 80)
 MAX_TOKENS = 64
 # Grouped heads and an uneven vocabulary; windows and a soft cap; one fused projection; experts; a trained model.

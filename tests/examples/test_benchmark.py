@@ -12,8 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from places import BENCHMARKS
 
 # A measured process without a model: 1 ms for each token of all streams. A task of 13 streams makes it fail, one of 14
 # makes it sleep. It starts a child, as torchrun does.
@@ -47,13 +46,13 @@ serve_rounds(Fake)
 
 @pytest.fixture(autouse=True)
 def _examples_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> list[str]:
     script = tmp_path / "fake.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{FAKE}")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n{FAKE}")
     return [sys.executable, str(script)]
 
 
@@ -247,7 +246,7 @@ def test_engine_of_two_ranks_answers_rounds(tmp_path: Path) -> None:
     small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": VOCABULARY}
     benchmark.make_model(tmp_path / "model", {**benchmark.MODEL, **small})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "peers.engine", str(tmp_path / "model")]
+    command += ["-m", "peers.programs.engine", str(tmp_path / "model")]
     process = MeasuredProcess(command, tmp_path / "log", {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)})
     try:
         about = process.introduction(120)
@@ -277,7 +276,7 @@ def test_plot_is_drawn_where_matplotlib_is(tmp_path: Path) -> None:
 def test_benchmark_ends_what_it_started_when_it_is_ended(fake: list[str], tmp_path: Path) -> None:
     program = (
         "import signal, sys, time; from pathlib import Path\n"
-        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "import benchmark; from peers.sides import ProcessSide\n"
         "benchmark.end_on_sigterm()\n"
         f"side = ProcessSide('a', 'A', {tuple(fake)!r})\n"

@@ -29,7 +29,7 @@ from ts_parallel.partition.build import (
     shard_causal_lm,
 )
 from ts_parallel.partition.load import RankModel
-from ts_parallel.partition.model_config import read_model_config
+from ts_parallel.partition.model.model_config import read_model_config
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.topology import TensorParallelGroup
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, save_random_model
+from places import RANKS
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
@@ -20,7 +21,7 @@ from ts_parallel.partition.load import load_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.topology import TensorParallelGroup
 
-SCRIPT = Path(__file__).parents[1] / "ranks" / "save_distributed.py"
+SCRIPT = RANKS / "save_distributed.py"
 CPU = torch.device("cpu")
 SILENT = Progress("weights", is_shown=False)
 # Neither the vocabulary nor the MLP divides into three or four equal parts; the heads do into two and three.

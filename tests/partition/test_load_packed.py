@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from ts_parallel.checkpoint import load
 from ts_parallel.checkpoint.index import SINGLE_FILE, read_index
 from ts_parallel.checkpoint.load import LoadItem
-from ts_parallel.errors import CheckpointError, ConfigError
+from ts_parallel.errors import CheckpointError
 from ts_parallel.native import HAS_KERNELS
 from ts_parallel.native.packed_weight import PackedWeight
 from ts_parallel.partition import load as loading
 from ts_parallel.partition.build import make_programs
-from ts_parallel.partition.load import load_program, refuse_unquantizable
+from ts_parallel.partition.load import load_program
 from ts_parallel.partition.program import ProgramRequest, RankProgram
+from ts_parallel.runtime.backends.native.backend import NativeBackend
 from ts_parallel.topology import TensorParallelGroup
 
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="this processor does not run the kernels")
@@ -41,7 +41,9 @@ def tensors(
     program: RankProgram, folder: Path, rank: int, packs: bool, merge: Any = None, quantization: str | None = None
 ) -> dict[str, Any]:
     group = TensorParallelGroup(rank, 2)
-    return load_program(program, read_index(folder), group, CPU, packs, merge, quantization).tensors
+    return load_program(
+        program, read_index(folder), group, CPU, NativeBackend.weights if packs else None, merge, quantization
+    ).tensors
 
 
 def unpacked(found: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -120,21 +122,6 @@ def test_each_rank_quantizes_what_it_keeps_while_it_reads(
                 assert torch.equal(merged[name].unpack(), expected.unpack())
             else:
                 assert torch.equal(made[name], own)
-
-
-def test_quantization_is_refused_where_nothing_multiplies_integers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path, "llama")
-    program = programs(tmp_path)[0]
-    with pytest.raises(ConfigError, match="int8 is for device cpu, not meta: leave"):
-        refuse_unquantizable(program, "int8", torch.device("meta"))
-    with pytest.raises(ConfigError, match="int4 is of bfloat16 weights, not float16: set dtype to bfloat16"):
-        refuse_unquantizable(replace(program, dtype=torch.float16), "int4", CPU)
-    monkeypatch.setattr(loading, "HAS_KERNELS", False)
-    with pytest.raises(ConfigError, match=r"int8 needs the package's kernels, .*: leave quantization out"):
-        refuse_unquantizable(program, "int8", CPU)
-    refuse_unquantizable(program, None, CPU)
 
 
 def test_nan_in_a_weight_that_is_packed_is_refused(tmp_path: Path) -> None:

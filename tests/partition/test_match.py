@@ -18,10 +18,10 @@ from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.load import byte_ranges
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.build import ShardedModel, build_eager_model, shard_causal_lm
-from ts_parallel.partition.deferred import materialise
 from ts_parallel.partition.load import load_items
 from ts_parallel.partition.match import match_checkpoint
-from ts_parallel.partition.model_config import read_model_config
+from ts_parallel.partition.model.deferred import materialise
+from ts_parallel.partition.model.model_config import read_model_config
 from ts_parallel.partition.program import Source, Sources
 from ts_parallel.topology import TensorParallelGroup
 

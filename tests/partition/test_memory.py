@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from places import RANKS
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from ts_parallel.partition.deferred import build_deferred
+from ts_parallel.partition.model.deferred import build_deferred
 from ts_parallel.partition.prepared import CACHE_VARIABLE
 
-SCRIPT = Path(__file__).parents[1] / "ranks" / "peak_memory.py"
+SCRIPT = RANKS / "peak_memory.py"
 LARGE = FAMILIES["llama"](
     hidden_size=2048,
     intermediate_size=5504,

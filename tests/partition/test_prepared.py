@@ -236,6 +236,7 @@ def test_who_runs_a_program_imports_neither_transformers_nor_the_tracer(cache: P
 import pickle, sys
 from pathlib import Path
 from ts_parallel.serving import text_generation as serving
+from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import open_topology
 request = pickle.loads(Path({str(file)!r}).read_bytes())
@@ -243,7 +244,7 @@ topology = open_topology(1, "cpu")
 index = serving.read_index(request.folder)
 program = serving.prepare_program(request, index)
 part = serving.load_program(program, index, topology.tensor_parallel, topology.device)
-Stage(program.stages[0], part.tensors, topology.tensor_parallel)
+Stage(program.stages[0], part.tensors, topology.tensor_parallel, TorchBackend())
 print(sorted({{"transformers", "torch.export._trace", "torch.distributed.tensor"}} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ts_parallel.partition.program import Crossing
-from ts_parallel.runtime.batch_runner import BatchRunner
+from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
 

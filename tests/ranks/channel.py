@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ts_parallel import shared_memory
 from ts_parallel.runtime import channel as channel_module
 from ts_parallel.runtime.channel import FIRST_MESSAGE, StepChannel
-from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
+from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import Topology, open_topology
 
 LARGE = 3_000_000  # numbers, which no socket takes at once

@@ -14,6 +14,7 @@ from ts_parallel.checkpoint.index import read_index
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import ProgramRequest
+from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import Topology, open_topology
 
@@ -24,7 +25,7 @@ def run(folder: Path, topology: Topology) -> None:
     group, index = topology.tensor_parallel, read_index(folder)
     program = prepare_program(ProgramRequest(folder, "float32", group.rank, group.size, task=task), index)
     part = load_program(program, index, group, topology.device)
-    (output,) = Stage(program.stages[0], part.tensors, group)(None, inputs)
+    (output,) = Stage(program.stages[0], part.tensors, group, TorchBackend())(None, inputs)
     torch.save(output, folder / f"output-{topology.rank}.pt")
 
 

@@ -15,7 +15,7 @@ from ts_parallel.config import parse_config
 from ts_parallel.engine.request import Request
 from ts_parallel.errors import StartupError
 from ts_parallel.partition.prepared import CACHE_VARIABLE
-from ts_parallel.serving.text_generation import make_engine, make_runner
+from ts_parallel.serving.causal_lm import make_engine, make_runner
 from ts_parallel.topology import Topology, open_topology
 
 

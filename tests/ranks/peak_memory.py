@@ -13,7 +13,7 @@ from typing import Any
 
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.serving.text_generation import load_model
+from ts_parallel.serving.causal_lm import load_model
 from ts_parallel.topology import Topology, open_topology
 
 
@@ -28,10 +28,10 @@ def measure(folder: Path, topology: Topology, settings: dict[str, Any]) -> dict[
     start = peak_mb()
     config = parse_config({"model_path": str(folder), "device": "cpu", "kv_cache_memory": "1MiB", **settings})
     assert isinstance(config, HandlerConfig)
-    part = load_model(config, folder, topology)
+    part, backend = load_model(config, folder, topology)
     own, seconds = part.program.plan.local_bytes(topology.tensor_parallel.rank) / 1e6, part.seconds
     after_loading = peak_mb()
-    Runner(part, topology, block_size=16, kv_cache_bytes=2**20, max_model_len=16)
+    Runner(part, topology, backend, block_size=16, kv_cache_bytes=2**20, max_model_len=16)
     return {
         "rank": topology.rank,
         "own_mb": round(own, 1),

@@ -19,8 +19,8 @@ from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
 from ts_parallel.serving import text_generation
+from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import Topology, open_topology
 
 NUM_BLOCKS = 10  # of 8 tokens

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from ts_parallel.config import parse_config
-from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.serving.causal_lm import make_runner
 from ts_parallel.serving.offline import num_ranks_started
-from ts_parallel.serving.text_generation import make_runner
+from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import open_topology
 
 

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import Seq2SeqConfig
-from ts_parallel.runtime.part_runner import PartRunner
-from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.greedy import GreedyRunner
-from ts_parallel.serving.micro_batching import MicroBatcher
-from ts_parallel.serving.seq2seq import make_seq2seq_task, run_program
+from ts_parallel.runtime.batch.part_runner import PartRunner
+from ts_parallel.serving.batch.greedy import GreedyRunner
+from ts_parallel.serving.batch.micro_batching import MicroBatcher
+from ts_parallel.serving.batch.seq2seq import make_seq2seq_task, run_program
+from ts_parallel.serving.exchange import RawRequest
 from ts_parallel.topology import Topology, open_tensor_parallel, open_topology
 
 SHAPES = ((2, 1), (1, 2))

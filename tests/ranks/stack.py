@@ -12,10 +12,10 @@ import torch
 
 from ts_parallel.config import parse_config
 from ts_parallel.native import kernels
-from ts_parallel.runtime import sublayers
+from ts_parallel.runtime.backends.native import sublayers
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.runtime.step import Chunk, StepPlan
-from ts_parallel.serving.text_generation import make_runner
+from ts_parallel.serving.causal_lm import make_runner
+from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import open_topology
 
 LENGTHS = (33, 1, 1, 20, 1)

@@ -18,7 +18,7 @@ from ts_parallel.checkpoint.index import read_index
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import ProgramRequest
-from ts_parallel.partition.state import rank_state_dict
+from ts_parallel.partition.tensor_parallel.state import rank_state_dict
 from ts_parallel.topology import Topology, open_topology
 
 

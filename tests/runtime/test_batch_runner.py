@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from places import RANKS
 
 from ts_parallel.errors import EngineError
 from ts_parallel.partition.program import Crossing
-from ts_parallel.runtime.batch_runner import BatchRunner, decode_specs, encode_specs
+from ts_parallel.runtime.batch.batch_runner import BatchRunner, decode_specs, encode_specs
 
-SCRIPT = Path(__file__).parents[1] / "ranks" / "batch.py"
+SCRIPT = RANKS / "batch.py"
 
 
 @pytest.mark.ranks

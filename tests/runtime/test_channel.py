@@ -11,13 +11,14 @@ from typing import NoReturn
 
 import pytest
 import torch.distributed as dist
+from places import RANKS
 
 from ts_parallel.runtime.channel import StepChannel
-from ts_parallel.runtime.step import StepPlan
 from ts_parallel.shared_memory import native
+from ts_parallel.step_plan import StepPlan
 from ts_parallel.topology import Topology, open_topology
 
-SCRIPT = Path(__file__).parents[1] / "ranks" / "channel.py"
+SCRIPT = RANKS / "channel.py"
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 from families import FAMILIES, save_random_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from whole_model import build_rank_model
+from whole_model import build_rank_model, runner_of
 
 from ts_parallel.partition.build import build_eager_model
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import Topology, open_topology
 
 TOKENS = {
@@ -35,7 +35,7 @@ def topology() -> Iterator[Topology]:
 def make_runner(folder: Path, topology: Topology, is_eager: bool) -> Runner:
     build = build_eager_model if is_eager else build_rank_model
     part = build(folder, "float32", topology.tensor_parallel, topology.device)
-    return Runner(part, topology, block_size=8, kv_cache_bytes=2**20, max_model_len=24)
+    return runner_of(part, topology, block_size=8, kv_cache_bytes=2**20, max_model_len=24)
 
 
 def step(chunks: list[tuple[str, int, int]]) -> StepPlan:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import DEMO_MODEL, RANKS
 from ranks import pipelined_runner as stages
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel
-from whole_model import build_rank_model
+from whole_model import build_rank_model, runner_of
 
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
@@ -23,11 +24,10 @@ from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.errors import ConfigError, PlanError
 from ts_parallel.partition.build import eager_program, shard_causal_lm
 from ts_parallel.runtime.runner import Runner, refuse_unpageable
-from ts_parallel.runtime.step import Chunk, SamplingParams, StepPlan
+from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
 
-DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
-SCRIPT = Path(__file__).parents[1] / "ranks" / "pipelined_runner.py"
+SCRIPT = RANKS / "pipelined_runner.py"
 BLOCK_SIZE = 8
 BYTES_PER_TOKEN = 6 * 2 * (40 + 40) * 4  # layers × key/value heads × head dims × float32
 
@@ -42,7 +42,7 @@ def topology() -> Iterator[Topology]:
 def make_runner(topology: Topology, num_blocks: int) -> Runner:
     part = build_rank_model(DEMO_MODEL, "float32", topology.tensor_parallel, topology.device)
     num_bytes = num_blocks * BLOCK_SIZE * BYTES_PER_TOKEN
-    return Runner(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=num_bytes, max_model_len=32)
+    return runner_of(part, topology, block_size=BLOCK_SIZE, kv_cache_bytes=num_bytes, max_model_len=32)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from ts_parallel.partition.graph.stage_code import write_stage
+from ts_parallel.partition.graph.stages import Places, cut
+from ts_parallel.partition.graph.trace import InputSpec, trace
 from ts_parallel.partition.program import StageCode
-from ts_parallel.partition.stage_code import write_stage
-from ts_parallel.partition.stages import Places, cut
-from ts_parallel.partition.trace import InputSpec, trace
+from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import TensorParallelGroup
 
@@ -47,7 +48,7 @@ def code_of(function: Function) -> StageCode:
 
 
 def stage_of(function: Function, weight: torch.Tensor) -> Stage:
-    return Stage(code_of(function), {"weight": weight}, ALONE)
+    return Stage(code_of(function), {"weight": weight}, ALONE, TorchBackend())
 
 
 FUNCTIONS: dict[str, Function] = {

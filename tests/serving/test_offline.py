@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ts_parallel.config import parse_config
@@ -21,7 +22,6 @@ from ts_parallel.errors import RequestError, StartupError
 from ts_parallel.serving import offline
 from ts_parallel.serving.offline import open_model
 
-ROOT = Path(__file__).parents[2]
 SCRIPT, DEMO_MODEL = ROOT / "examples" / "offline.py", ROOT / "examples" / "demo_model"
 PROMPTS = ["Return a list of", "Open the file"]
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from ts_parallel.checkpoint.formats.safetensors_files import read_safetensors
 from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
 from ts_parallel.checkpoint.progress import Progress
-from ts_parallel.checkpoint.safetensors_files import read_safetensors
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredTensor
 from ts_parallel.errors import CheckpointError
 

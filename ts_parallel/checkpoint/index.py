@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ts_parallel.checkpoint.dcp import METADATA, read_distributed
-from ts_parallel.checkpoint.safetensors_files import read_distributed_safetensors, read_safetensors
+from ts_parallel.checkpoint.formats.dcp import METADATA, read_distributed
+from ts_parallel.checkpoint.formats.safetensors_files import read_distributed_safetensors, read_safetensors
+from ts_parallel.checkpoint.formats.torch_files import read_torch_tensors
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredPart, StoredTensor
-from ts_parallel.checkpoint.torch_files import read_torch_tensors
 from ts_parallel.errors import CheckpointError
 
 __all__ = ["SHARD_INDEX", "SINGLE_FILE", "CheckpointIndex", "StoredPart", "StoredTensor", "read_index"]

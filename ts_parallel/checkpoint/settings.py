@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ts_parallel.checkpoint.dcp import METADATA
+from ts_parallel.checkpoint.formats.dcp import METADATA
 from ts_parallel.errors import CheckpointError
 
 CONFIG_FILE = "config.json"

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from ts_parallel.checkpoint.convert import convert as convert_checkpoint
-from ts_parallel.checkpoint.pieces import Format
+from ts_parallel.checkpoint.conversion.convert import convert as convert_checkpoint
+from ts_parallel.checkpoint.conversion.pieces import Format
+from ts_parallel.checkpoint.conversion.write_safetensors import MAX_SHARD_BYTES, Safetensors
 from ts_parallel.checkpoint.settings import CONFIG_FILE
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.checkpoint.write_safetensors import MAX_SHARD_BYTES, Safetensors
 from ts_parallel.cli.options import ConfigFolder, check_config_folder
 from ts_parallel.cli.write_dcp import DistributedCheckpoint
 from ts_parallel.config import parse_bytes

@@ -7,12 +7,12 @@ import sys
 
 import typer
 
-from ts_parallel.cli.archive import archive
-from ts_parallel.cli.bench import bench
-from ts_parallel.cli.complete import complete
+from ts_parallel.cli.client.bench import bench
+from ts_parallel.cli.client.complete import complete
 from ts_parallel.cli.convert import convert
 from ts_parallel.cli.plan import plan
-from ts_parallel.cli.serve import serve
+from ts_parallel.cli.server.archive import archive
+from ts_parallel.cli.server.serve import serve
 from ts_parallel.cli.verify import verify
 from ts_parallel.errors import TSParallelError
 

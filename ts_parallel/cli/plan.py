@@ -22,10 +22,10 @@ from ts_parallel.cli.options import (
 )
 from ts_parallel.config import parse_config
 from ts_parallel.partition.build import ShardedModel, StagedModel, cut_causal_lm, shard_causal_lm
-from ts_parallel.partition.model_config import choose_dtype, read_model_config
+from ts_parallel.partition.graph.stages import shares
+from ts_parallel.partition.graph.trace import TracedGroup
+from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
 from ts_parallel.partition.program import PipelinePlace
-from ts_parallel.partition.stages import shares
-from ts_parallel.partition.trace import TracedGroup
 from ts_parallel.runtime.kv_memory import bytes_per_token
 
 

@@ -17,11 +17,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ts_parallel.checkpoint.companions import companion_files, weight_files
+from ts_parallel.checkpoint.conversion.companions import companion_files, weight_files
 from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.archive import handler_config
 from ts_parallel.cli.options import (
     ConfigFolder,
     Device,
@@ -34,9 +33,10 @@ from ts_parallel.cli.options import (
     check_config_folder,
     parse_split_points,
 )
+from ts_parallel.cli.server.archive import handler_config
 from ts_parallel.config import HandlerConfig
 from ts_parallel.errors import CheckpointError, ConfigError, StartupError
-from ts_parallel.partition.model_config import read_model_config
+from ts_parallel.partition.model.model_config import read_model_config
 
 
 def verify(

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.request import Request
 from ts_parallel.errors import StartupError
-from ts_parallel.partition.model_config import read_model_config
+from ts_parallel.partition.model.model_config import read_model_config
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.runtime.step import Chunk, StepPlan
-from ts_parallel.serving.text_generation import make_engine, make_runner
+from ts_parallel.serving.causal_lm import make_engine, make_runner
+from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import open_topology
 
 NUM_PROMPTS = 8

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ts_parallel.checkpoint.conversion.pieces import Lengths, Piece, PlannedFile, cut_rows
 from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
-from ts_parallel.checkpoint.pieces import Lengths, Piece, PlannedFile, cut_rows
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import TokenRouter
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.engine.stats import ABORTED, TIMED_OUT, Figures
-from ts_parallel.runtime.step import StepPlan
+from ts_parallel.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from ts_parallel.errors import RequestError
-from ts_parallel.runtime.step import SamplingParams, TokenLogprobs
+from ts_parallel.step_plan import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 

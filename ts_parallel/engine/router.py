@@ -10,7 +10,7 @@ from typing import Literal
 
 from ts_parallel.engine.request import FinishReason
 from ts_parallel.engine.scheduler import TokenOutput
-from ts_parallel.runtime.step import TokenLogprobs
+from ts_parallel.step_plan import TokenLogprobs
 
 
 @dataclass

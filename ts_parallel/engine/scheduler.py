@@ -17,7 +17,7 @@ from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import FinishReason, Request
 from ts_parallel.engine.stats import ABORTED, FAILED, EngineStats, Figures, Occupancy
-from ts_parallel.runtime.step import Chunk, StepPlan, TokenLogprobs, read_logprobs
+from ts_parallel.step_plan import Chunk, StepPlan, TokenLogprobs, read_logprobs
 
 
 @dataclass(frozen=True)

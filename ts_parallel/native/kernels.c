@@ -2,11 +2,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "attention.h"
-#include "sublayer.h"
-#include "elementwise.h"
-#include "linear.h"
-#include "packing.h"
+#include "operations/attention.h"
+#include "operations/sublayer.h"
+#include "operations/elementwise.h"
+#include "operations/linear.h"
+#include "numbers/packing.h"
 #include "team.h"
 
 static int num_threads = 1;

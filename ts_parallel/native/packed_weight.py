@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ts_parallel.native import HAS_KERNELS, kernels
-from ts_parallel.native.huge_pages import map_pages
+from ts_parallel.huge_pages import map_pages
+from ts_parallel.native import kernels
 
 PANEL = 64
 INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
@@ -79,7 +79,7 @@ class PackedWeight:
         return PackedWeight(panels, shape, quantization, scales)
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         others = self.plain.values() if self.scales is None else [self.scales]
         return self.panels.nbytes + sum(other.nbytes for other in others)
 
@@ -140,8 +140,7 @@ class PackedWeight:
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether the kernels take a linear's `weight` `[O, I]`."""
     return (
-        HAS_KERNELS
-        and weight.dtype == torch.bfloat16
+        weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.shape[1] % 2 == 0

@@ -18,26 +18,28 @@ from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.attention_sites import LENGTH_DEPENDENT_ROPE, find_attention_sites
-from ts_parallel.partition.causal_lm import trace_causal_lm
-from ts_parallel.partition.deferred import build_deferred, materialise
-from ts_parallel.partition.dense_attention import IMPLEMENTATION as DENSE
-from ts_parallel.partition.dense_attention import find_dense_sites
-from ts_parallel.partition.encoder import ModelCall, call_of_task
+from ts_parallel.partition.graph.stage_code import write_stage
+from ts_parallel.partition.graph.stages import (
+    LayerCosts,
+    Places,
+    StageGraph,
+    check_borders,
+    choose_borders,
+    cut,
+    find_layers,
+    weigh,
+)
+from ts_parallel.partition.graph.trace import TracedGroup, TracedModel, attention_marker, trace
 from ts_parallel.partition.load import RankModel, load_items
 from ts_parallel.partition.match import match_checkpoint
-from ts_parallel.partition.model_config import choose_dtype, max_positions_of, read_model_config
-from ts_parallel.partition.plan import plan_tensor_parallel
-from ts_parallel.partition.program import (
-    AttentionSite,
-    PipelinePlace,
-    ProgramRequest,
-    RankProgram,
-    Sources,
-    StageCode,
-    TensorParallelPlan,
-)
-from ts_parallel.partition.seq2seq import (
+from ts_parallel.partition.model.attention_sites import LENGTH_DEPENDENT_ROPE, find_attention_sites
+from ts_parallel.partition.model.causal_lm import trace_causal_lm
+from ts_parallel.partition.model.deferred import build_deferred, materialise
+from ts_parallel.partition.model.dense_attention import IMPLEMENTATION as DENSE
+from ts_parallel.partition.model.dense_attention import find_dense_sites
+from ts_parallel.partition.model.encoder import ModelCall, call_of_task
+from ts_parallel.partition.model.model_config import choose_dtype, max_positions_of, read_model_config
+from ts_parallel.partition.model.seq2seq import (
     SEQ2SEQ_TASKS,
     Seq2SeqCall,
     TracedPart,
@@ -51,19 +53,17 @@ from ts_parallel.partition.seq2seq import (
     with_own_biases,
     with_tokens,
 )
-from ts_parallel.partition.shard import OwnHeads, apply_tensor_parallel
-from ts_parallel.partition.stage_code import write_stage
-from ts_parallel.partition.stages import (
-    LayerCosts,
-    Places,
-    StageGraph,
-    check_borders,
-    choose_borders,
-    cut,
-    find_layers,
-    weigh,
+from ts_parallel.partition.program import (
+    AttentionSite,
+    PipelinePlace,
+    ProgramRequest,
+    RankProgram,
+    Sources,
+    StageCode,
+    TensorParallelPlan,
 )
-from ts_parallel.partition.trace import TracedGroup, TracedModel, attention_marker, trace
+from ts_parallel.partition.tensor_parallel.plan import plan_tensor_parallel
+from ts_parallel.partition.tensor_parallel.shard import OwnHeads, apply_tensor_parallel
 from ts_parallel.topology import TensorParallelGroup
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,12 +19,34 @@ from torch import nn
 from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
-from ts_parallel.errors import ConfigError
-from ts_parallel.native import HAS_KERNELS
-from ts_parallel.native.huge_pages import make_tensor
-from ts_parallel.native.packed_weight import PANEL, PackedWeight, can_pack
+from ts_parallel.huge_pages import make_tensor
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
+
+
+class PackedRows(Protocol):
+    """A linear's weight `[O, I]` that lies otherwise than the checkpoint has it, in panels of its rows."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def put(self, first: int, rows: torch.Tensor, /) -> bool:
+        """Lay down `rows` `[N, I]`, whole panels of them, or the last ones, from row `first` on; whether one is NaN."""
+        ...
+
+
+class WeightLayout(Protocol):
+    """How weights that linears alone read are to lie: a backend's."""
+
+    rows_of_panel: int
+
+    def takes(self, weight: torch.Tensor, /) -> bool:
+        """Whether this one can."""
+        ...
+
+    def allocate(self, shape: tuple[int, int], quantization: str | None, /) -> PackedRows:
+        """Memory for one of `shape` (O, I), whose numbers become small integers where there is a `quantization`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class RankModel:
 
     program: RankProgram
     tensors: dict[str, Any] = field(repr=False)
-    """Its parameters and buffers under all their names; a linear's weight may be a `PackedWeight`."""
+    """Its parameters and buffers under all their names; a linear's weight may be `PackedRows`."""
     seconds: float
     """What reading its weights took."""
     model: nn.Module | None = None
@@ -43,7 +65,7 @@ class RankModel:
     def num_bytes(self) -> int:
         """Of its parameters, as they lie in memory."""
         own = [self.tensors[name] for name in self.program.plan.parameters if name in self.tensors]
-        return sum(tensor.num_bytes if isinstance(tensor, PackedWeight) else int(tensor.nbytes) for tensor in own)
+        return sum(int(tensor.nbytes) for tensor in own)
 
 
 def load_program(
@@ -51,7 +73,7 @@ def load_program(
     index: CheckpointIndex,
     group: TensorParallelGroup,
     device: torch.device,
-    packs: bool = False,
+    layout: WeightLayout | None = None,
     merge: Callable[[LoadItem], None] | None = None,
     quantization: str | None = None,
 ) -> RankModel:
@@ -59,7 +81,7 @@ def load_program(
 
     Args:
         index: of the checkpoint, or of another with the same tensors.
-        packs: whether weights that linears alone read are laid out as this processor reads them best.
+        layout: how weights that linears alone read are to lie; None: as the checkpoint has them.
         merge: told of each item once it was read; may change what was read, as an adapter does. With it a weight that
             is packed is in memory as it was read too, one at a time.
         quantization: `int8` or `int4`, in which the weights that are laid out so are kept; None: as the program has
@@ -67,15 +89,13 @@ def load_program(
 
     Raises:
         CheckpointError: a file is cut off, or cannot be read, or holds NaN.
-        ConfigError: as `refuse_unquantizable`.
     """
-    refuse_unquantizable(program, quantization, device)
     started = time.perf_counter()
     plan = program.plan
     local = {
         name: _memory(entry.local_shape(group.rank), entry.dtype, device) for name, entry in plan.parameters.items()
     }
-    packed = _packed(local, program, quantization) if packs else {}
+    packed = {} if layout is None else _packed(local, program, layout, quantization)
     sources = {
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
@@ -83,9 +103,9 @@ def load_program(
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
-        if name in packed and merge is None and _come_in_panels(own, local[name]):
-            tensors[name] = PackedWeight.allocate((local[name].shape[0], local[name].shape[1]), packed[name])
-            items += [_packing(item, local[name], tensors[name]) for item in own]
+        if layout and name in packed and merge is None and _come_in_panels(own, local[name], layout.rows_of_panel):
+            tensors[name] = layout.allocate((local[name].shape[0], local[name].shape[1]), packed[name])
+            items += [_packing(item, local[name], tensors[name], layout.rows_of_panel) for item in own]
         else:
             items += own
     del local
@@ -97,8 +117,8 @@ def load_program(
         if merge is not None:
             merge(item)
         waiting[item.name] -= 1
-        if waiting[item.name] == 0 and item.name in packed:
-            tensors[item.name] = _pack(tensors[item.name], packed[item.name])
+        if layout and waiting[item.name] == 0 and item.name in packed:
+            tensors[item.name] = _pack(tensors[item.name], layout, packed[item.name])
 
     load_tensors(_handed_over(items), progress, finish)
     tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
@@ -121,19 +141,19 @@ def _first_row(item: LoadItem, weight: torch.Tensor) -> int:
     return (item.target.storage_offset() - weight.storage_offset()) // weight.shape[1]
 
 
-def _come_in_panels(items: Sequence[LoadItem], weight: torch.Tensor) -> bool:
+def _come_in_panels(items: Sequence[LoadItem], weight: torch.Tensor, panel: int) -> bool:
     """Whether each of the items, which are all of `weight` `[O, I]`, brings whole panels of its rows."""
     for item in items:
         first, target = _first_row(item, weight), item.target
-        ends_panel = len(target) % PANEL == 0 or first + len(target) == len(weight)
-        if target.ndim != 2 or target.shape[1] != weight.shape[1] or first % PANEL or not ends_panel:
+        ends_panel = len(target) % panel == 0 or first + len(target) == len(weight)
+        if target.ndim != 2 or target.shape[1] != weight.shape[1] or first % panel or not ends_panel:
             return False
         if len(item.source.parts) > 1:
             return False
     return True
 
 
-def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedWeight) -> RowItem:
+def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedRows, panel: int) -> RowItem:
     """The same bytes into `packed` instead of `weight`."""
     start, source, dtype = _first_row(item, weight), item.source, weight.dtype
 
@@ -141,37 +161,17 @@ def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedWeight) -> RowI
         if packed.put(start + first, rows.to(dtype)):
             refuse_nan_in(rows, source)
 
-    return RowItem(put, source, item.kept, PANEL)
+    return RowItem(put, source, item.kept, panel)
 
 
-def _pack(weight: torch.Tensor, quantization: str | None) -> PackedWeight:
-    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]), quantization)
+def _pack(weight: torch.Tensor, layout: WeightLayout, quantization: str | None) -> PackedRows:
+    packed = layout.allocate((weight.shape[0], weight.shape[1]), quantization)
     packed.put(0, weight)
     return packed
 
 
-def refuse_unquantizable(program: RankProgram, quantization: str | None, device: torch.device) -> None:
-    """Raise where the weights cannot be kept as integers: only the kernels multiply by those.
-
-    Raises:
-        ConfigError: there are no kernels, or not for this device or dtype.
-    """
-    if quantization is None:
-        return
-    if device.type != "cpu":
-        raise ConfigError(f"quantization {quantization} is for device cpu, not {device.type}: leave quantization out")
-    if not HAS_KERNELS:
-        raise ConfigError(
-            f"quantization {quantization} needs the package's kernels, which were not compiled or want AVX-512 with "
-            "BF16 and VBMI: leave quantization out"
-        )
-    if program.dtype != torch.bfloat16:
-        dtype = str(program.dtype).removeprefix("torch.")
-        raise ConfigError(f"quantization {quantization} is of bfloat16 weights, not {dtype}: set dtype to bfloat16")
-
-
 def _packed(
-    weights: Mapping[str, torch.Tensor], program: RankProgram, quantization: str | None
+    weights: Mapping[str, torch.Tensor], program: RankProgram, layout: WeightLayout, quantization: str | None
 ) -> dict[str, str | None]:
     """The weights to lay out in panels, with what their numbers become.
 
@@ -179,7 +179,7 @@ def _packed(
     """
     found = {}
     for name in program.packable():
-        if can_pack(weights[name]) and weights[name].numel():
+        if layout.takes(weights[name]) and weights[name].numel():
             found[name] = "int8" if quantization == "int4" and name == program.head else quantization
     return found
 

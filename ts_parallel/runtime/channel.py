@@ -14,8 +14,8 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
-from ts_parallel.runtime.step import StepPlan
 from ts_parallel.shared_memory import Ring, open_rings
+from ts_parallel.step_plan import StepPlan
 from ts_parallel.topology import Topology
 
 # Where torch.distributed carries them, the first message has room for most plans; only a longer one needs a second.

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ts_parallel.partition.attention_sites import AttentionPattern, attach
-from ts_parallel.partition.causal_lm import call_causal_lm
+from ts_parallel.partition.model.attention_sites import AttentionPattern, attach
+from ts_parallel.partition.model.causal_lm import call_causal_lm
 from ts_parallel.partition.program import Crossing
-from ts_parallel.runtime.kernel_attention import KernelAttention
-from ts_parallel.runtime.paged_attention import PagedAttention
+from ts_parallel.runtime.backends.base import Attention
 
 
 class EagerStage:
@@ -20,7 +19,7 @@ class EagerStage:
 
     received: tuple[Crossing, ...] = ()
 
-    def __init__(self, model: Any, attention: PagedAttention | KernelAttention) -> None:
+    def __init__(self, model: Any, attention: Attention) -> None:
         self._model = model
         self._attention = attention
         self._step: Any = None

@@ -60,28 +60,3 @@ def count_blocks(
             "gpu_memory_utilization) or lower max_model_len"
         )
     return num_blocks
-
-
-class KVMemory:
-    """Owns the key and value buffers of one rank: `keys[site]` is `[S, KV, D]`, `values[site]` is `[S, KV, E]`.
-
-    So `PagedAttention` has it; `KernelAttention` lays out the same bytes as `native/attention.h` says.
-    """
-
-    def __init__(
-        self, sites: Sequence[AttentionSite], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.device = device
-        num_slots = num_blocks * block_size
-        # Zeros, not garbage: a padded slot is masked out of the softmax, yet 0 × NaN would still be NaN.
-        self.keys = [
-            torch.zeros(num_slots, site.num_kv_heads, site.head_dim, dtype=dtype, device=device) for site in sites
-        ]
-        self.values = [
-            torch.zeros(num_slots, site.num_kv_heads, site.value_dim, dtype=dtype, device=device) for site in sites
-        ]
-
-    def write(self, site: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store `key` `[T, KV, D]` and `value` `[T, KV, E]` in `slots` `[T]`."""
-        self.keys[site].index_copy_(0, slots, key)
-        self.values[site].index_copy_(0, slots, value)

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ts_parallel.errors import ConfigError, PlanError
-from ts_parallel.native.packed_weight import PackedWeight
 from ts_parallel.partition.load import RankModel
-from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram, Weight, linears_of
+from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram
+from ts_parallel.runtime.backends.base import Attention, Backend
 from ts_parallel.runtime.channel import StepChannel
-from ts_parallel.runtime.kernel_attention import KernelAttention, make_attention
-from ts_parallel.runtime.kv_memory import KVMemory, count_blocks
-from ts_parallel.runtime.paged_attention import PagedAttention
-from ts_parallel.runtime.sampling import choose
+from ts_parallel.runtime.kv_memory import count_blocks
 from ts_parallel.runtime.stage import Stage
-from ts_parallel.runtime.step import Chunk, StepPlan
+from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology
 
 if TYPE_CHECKING:
@@ -33,7 +30,14 @@ class Runner:
     """
 
     def __init__(
-        self, part: RankModel, topology: Topology, *, block_size: int, kv_cache_bytes: int, max_model_len: int
+        self,
+        part: RankModel,
+        topology: Topology,
+        backend: Backend,
+        *,
+        block_size: int,
+        kv_cache_bytes: int,
+        max_model_len: int,
     ) -> None:
         program, dtype = part.program, part.program.dtype
         refuse_unpageable(program, max_model_len)
@@ -48,12 +52,11 @@ class Runner:
         self._head = program.head_sizes
         self._vocabulary = sum(self._head)
         sites = program.sites_of_ranks[topology.stage]
-        memory = KVMemory(sites, self.num_blocks, block_size, dtype, topology.device)
-        self._attention = make_attention(sites, memory, block_size)
-        self._stage = _make_stage(part, self._group, self._attention)
-        if are_products_in_kernels(part):
-            # What torch itself still computes is small; a team of its own threads would spin on the kernels' cores.
-            torch.set_num_threads(1)
+        self._backend = backend
+        self._sums = backend.sums(self._group)
+        self._attention = backend.make_attention(sites, self.num_blocks, block_size, dtype, topology.device)
+        self._stage = _make_stage(part, self._group, backend, self._attention)
+        backend.settle(part.program, part.tensors)
 
     @property
     def weights(self) -> str:
@@ -112,7 +115,7 @@ class Runner:
         if plan.wants_logits:
             self._channel.send_result(logits.float())
             return None
-        numbers = choose(logits, plan.chunks)
+        numbers = self._backend.choose(logits, plan.chunks)
         if self._topology.rank == 0:
             return numbers
         self._channel.send_result(torch.tensor(numbers or [0]))
@@ -137,7 +140,7 @@ class Runner:
         """Every rank's `[R, V / ranks]` → `[R, V]` on the first of the stage, None on the others."""
         if len(self._head) == 1:  # each rank has all of them
             return logits if self._group.rank == 0 else None
-        return self._group.gather(logits, self._head)
+        return self._sums.gather(logits, self._head)
 
 
 def _sampled(plan: StepPlan) -> list[Chunk]:
@@ -150,23 +153,14 @@ def _num_results(plan: StepPlan) -> int:
 
 
 def _make_stage(
-    part: RankModel, group: TensorParallelGroup, attention: PagedAttention | KernelAttention
+    part: RankModel, group: TensorParallelGroup, backend: Backend, attention: Attention
 ) -> Stage | EagerStage:
     if part.model is None:
         (code,) = part.program.stages
-        return Stage(code, part.tensors, group, attention)
+        return Stage(code, part.tensors, group, backend, attention)
     from ts_parallel.runtime.eager_stage import EagerStage  # and with it transformers, which no other rank needs
 
     return EagerStage(part.model, attention)
-
-
-def are_products_in_kernels(part: RankModel) -> bool:
-    """Whether the kernels, which have threads of their own, multiply all matrices of a step."""
-    calls = [call for stage in part.program.stages for call in stage.globals.values()]
-    names = {layer.weight for call in calls for layer in linears_of(call)}
-    others = {call.name for call in calls if isinstance(call, Weight)} - set(part.program.buffers)
-    are_packed = bool(names) and all(isinstance(part.tensors[name], PackedWeight) for name in names)
-    return are_packed and all(part.tensors[name].ndim < 3 for name in others)  # where experts are, a stack of matrices
 
 
 def refuse_unpageable(program: RankProgram, max_model_len: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import linecache
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from types import CodeType
+from typing import Any
 
 import torch
 
@@ -24,30 +27,8 @@ from ts_parallel.partition.program import (
     Weight,
     linears_of,
 )
-from ts_parallel.runtime.fused import make_norm, rotary
-from ts_parallel.runtime.linears import Tensors, make_embedding, make_linears
-from ts_parallel.runtime.sublayers import make_attention_sublayer, make_gated_sublayer, make_stack
+from ts_parallel.runtime.backends.base import Attention, Backend, Tensors
 from ts_parallel.topology import TensorParallelGroup
-
-
-class Attention(Protocol):
-    """Attention call `site` of a stage in one step: see `trace.attention_marker` for the shapes.
-
-    With a cosine and a sine, `fused.rotary` by them comes before.
-    """
-
-    def __call__(
-        self,
-        step: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        site: int,
-        sinks: torch.Tensor | None = None,
-        cosine: torch.Tensor | None = None,
-        sine: torch.Tensor | None = None,
-        /,
-    ) -> torch.Tensor: ...
 
 
 class Stage:
@@ -58,27 +39,30 @@ class Stage:
         code: StageCode,
         tensors: Tensors,
         group: TensorParallelGroup,
+        backend: Backend,
         attention: Attention | None = None,
     ) -> None:
         """
         Args:
             tensors: this rank's parameters and buffers, by name.
+            attention: of a stage whose attention is paged.
         """
         self.inputs = code.inputs
         self.received = code.received
         self.sent = code.sent
-        supplied = {
+        sums = backend.sums(group)
+        supplied: dict[str, Any] = {
             "device": _device_of(code, tensors),
             "attention": attention,
-            "group": group,
-            "rotary": rotary,
-            "all_reduce": group.all_reduce,
-            "all_gather": group.all_gather,
+            "rotary": backend.rotary,
+            "all_reduce": sums.all_reduce,
+            "all_gather": sums.all_gather,
             "from_own_start": group.from_own_start,
             "own_part": group.own_part,
         }
-        names = {name: _value_of(entry, tensors, supplied) for name, entry in code.globals.items()}
-        exec(compile(code.source, "<stage>", "exec"), names)
+
+        names = {name: _value_of(entry, tensors, group, backend, supplied) for name, entry in code.globals.items()}
+        exec(_compile(code.source), names)
         self._function: Callable[..., list[torch.Tensor]] = names["run"]
 
     def __call__(
@@ -97,22 +81,24 @@ def _device_of(code: StageCode, tensors: Tensors) -> torch.device:
     return next((tensor.device for tensor in found if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
 
 
-def _value_of(entry: StageGlobal, tensors: Tensors, supplied: Mapping[str, Any]) -> Any:
+def _value_of(
+    entry: StageGlobal, tensors: Tensors, group: TensorParallelGroup, backend: Backend, supplied: Mapping[str, Any]
+) -> Any:
     match entry:
         case Weight(name):
             return tensors[name]
         case Embedding(weight):
-            return make_embedding(tensors[weight])
+            return backend.make_embedding(tensors[weight])
         case LinearLayer() | LinearLayers() | GatedLinear():
-            return make_linears(entry, tensors)
+            return backend.make_linears(entry, tensors)
         case GatedSublayer():
-            return make_gated_sublayer(entry, tensors)
+            return backend.make_gated_sublayer(entry, tensors)
         case AttentionSublayer():
-            return make_attention_sublayer(entry, tensors, supplied["attention"])
+            return backend.make_attention_sublayer(entry, tensors, supplied["attention"])
         case SublayerStack():
-            return make_stack(entry, tensors, supplied["attention"], supplied["group"])
+            return backend.make_stack(entry, tensors, supplied["attention"], group)
         case RmsNorm(weight):
-            return make_norm(entry, tensors[weight])
+            return backend.make_norm(entry, tensors[weight])
         case Operation():
             return entry.resolve()
         case Constant(torch.Tensor() as value):
@@ -121,3 +107,10 @@ def _value_of(entry: StageGlobal, tensors: Tensors, supplied: Mapping[str, Any])
             return value
         case Supplied(name):
             return supplied[name]
+
+
+def _compile(source: str) -> CodeType:
+    """The code, by a name under which a traceback finds its lines, as a debugger does."""
+    name = f"<stage {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    return compile(source, name, "exec")

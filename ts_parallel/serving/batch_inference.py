@@ -19,20 +19,19 @@ from ts_parallel.errors import ConfigError, EngineError, NotFoundError, RequestE
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
-from ts_parallel.runtime.batch_runner import BatchRunner
+from ts_parallel.runtime.backends.choose import choose_backend
+from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
-from ts_parallel.serving.answers import JSON
-from ts_parallel.serving.bodies import RawRequest
-from ts_parallel.serving.continuous_batching import Reply
-from ts_parallel.serving.front_end import exit_now
-from ts_parallel.serving.greedy import GreedyRunner
-from ts_parallel.serving.micro_batching import MicroBatcher, Runner
-from ts_parallel.serving.plain_batching import PlainBatches
-from ts_parallel.serving.seq2seq import is_seq2seq, make_part_runner, make_seq2seq_task
-from ts_parallel.serving.streaming import ResponseStream, StreamJob, Streams
-from ts_parallel.serving.tasks import Task, make_task
-from ts_parallel.serving.worker import follow_in_thread, log_loaded, log_ready, start_rank
+from ts_parallel.serving.batch.greedy import GreedyRunner
+from ts_parallel.serving.batch.micro_batching import MicroBatcher, Runner
+from ts_parallel.serving.batch.seq2seq import is_seq2seq, make_part_runner, make_seq2seq_task
+from ts_parallel.serving.batch.tasks import Task, make_task
+from ts_parallel.serving.exchange import JSON, RawRequest, Reply
+from ts_parallel.serving.torchserve.front_end import exit_now
+from ts_parallel.serving.torchserve.plain_batching import PlainBatches
+from ts_parallel.serving.torchserve.streaming import ResponseStream, StreamJob, Streams
+from ts_parallel.serving.torchserve.worker import follow_in_thread, log_loaded, log_ready, start_rank
 from ts_parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,7 @@ class BatchInferenceHandler:
 
         from dataclasses import replace
 
-        from ts_parallel.errors import RequestError
-        from ts_parallel.serving.batch_inference import BatchInferenceHandler
+        from ts_parallel import BatchInferenceHandler, RequestError
 
         class ReviewHandler(BatchInferenceHandler):
             def preprocess(self, item):
@@ -237,8 +235,9 @@ def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> 
     place = PipelinePlace(topology.stage, topology.num_stages, config.virtual_stages, config.split_points)
     request = ProgramRequest(folder, config.dtype, group.rank, group.size, place, config.task)
     program = prepare_program(request, index)
-    tensors = load_program(program, index, group, topology.device, packs=True).tensors
-    stages = [Stage(code, tensors, group) for code in program.stages]
+    backend = choose_backend(topology.device, program.dtype, topology.num_threads)
+    tensors = load_program(program, index, group, topology.device, backend.weights).tensors
+    stages = [Stage(code, tensors, group, backend) for code in program.stages]
     return BatchRunner(stages, StepChannel(topology), topology, program.inputs_by_stage, program.outputs[0])
 
 

@@ -1,27 +1,17 @@
-"""The engine's figures as Prometheus text, and as the lines by which TorchServe's workers report metrics.
-
-The names are vLLM's. TorchServe takes letters, digits and underscores only, so there they lack the prefix `vllm:`. Its
-own histograms take a line for each single value; ours are counters of their buckets, which a Prometheus server takes
-for the same, so what is written does not grow with the load.
-"""
+"""The engine's figures by their names, and as Prometheus text. The names are vLLM's, there with the prefix `vllm:`."""
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Histogram
 
-logger = logging.getLogger(__name__)
-
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS_BETWEEN_REPORTS = 1.0
 _PREFIX = "vllm:"
 
 Labels = tuple[tuple[str, str], ...]
@@ -44,9 +34,6 @@ class Family:
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     samples: tuple[Sample, ...]
-
-
-Meter = Callable[[float, list[str]], None]
 
 
 def families(figures: Figures) -> Iterator[Family]:
@@ -98,74 +85,8 @@ def prometheus_text(figures: Figures, labels: Labels) -> str:
         lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
         for sample in family.samples:
             pairs = ",".join(f'{key}="{_escaped(value)}"' for key, value in (*labels, *sample.labels))
-            lines.append(f"{name}{sample.suffix}{{{pairs}}} {_number(sample.value)}")
+            lines.append(f"{name}{sample.suffix}{{{pairs}}} {rounded(sample.value)}")
     return "\n".join(lines) + "\n"
-
-
-class MetricsReporter:
-    """Tells TorchServe what has changed since the last report. Owns what was reported."""
-
-    def __init__(
-        self, read: Callable[[], Figures], make_meter: Callable[[str, str, list[str]], Meter], labels: Labels
-    ) -> None:
-        """
-        Args:
-            read: the figures now.
-            make_meter: a name, a kind ("counter" or "gauge") and the labels' names → what takes a counter's increase
-                or a gauge's value, with the labels' values.
-        """
-        self._read = read
-        self._make_meter = make_meter
-        self._labels = labels
-        self._meters: dict[str, Meter] = {}
-        self._reported: dict[tuple[str, Labels], float] = {}
-
-    def report(self) -> int:
-        """Report what is new; how many lines that were. The first time that is all, for a rate counts from there."""
-        num_lines = 0
-        for family in families(self._read()):
-            kind = "gauge" if family.kind == "gauge" else "counter"
-            for sample in family.samples:
-                name = family.name + sample.suffix
-                before = self._reported.get((name, sample.labels))
-                if before == sample.value:
-                    continue
-                self._reported[name, sample.labels] = sample.value
-                self._send(name, kind, sample.labels, sample.value - (before or 0 if kind == "counter" else 0))
-                num_lines += 1
-        return num_lines
-
-    def report_for_ever(self) -> None:
-        """Report once a second in a thread, for as long as this process lives."""
-        threading.Thread(target=self._run, name="metrics", daemon=True).start()
-
-    def _run(self) -> None:
-        pause = threading.Event()
-        while True:
-            try:
-                self.report()
-            except Exception:  # one that fails must not be the last
-                logger.exception("a report of the metrics failed")
-            pause.wait(SECONDS_BETWEEN_REPORTS)
-
-    def _send(self, name: str, kind: str, labels: Labels, value: float) -> None:
-        labels = (*self._labels, *labels)
-        if name not in self._meters:
-            self._meters[name] = self._make_meter(name, kind, [key for key, _ in labels])
-        self._meters[name](_number(value), [text for _, text in labels])
-
-
-def torchserve_meters(cache: Any) -> Callable[[str, str, list[str]], Meter]:
-    """How to report by `context.metrics` of a TorchServe worker."""
-    # Not above: importing anything of TorchServe's leaves a file open, which only its own workers can bear.
-    from ts.metrics.metric_type_enum import MetricTypes
-
-    def make_meter(name: str, kind: str, label_names: list[str]) -> Meter:
-        unit = "seconds" if "_seconds" in name and not name.endswith(("_bucket", "_count")) else "count"
-        meter: Meter = cache.add_metric_to_cache(name, unit, label_names, MetricTypes(kind)).add_or_update
-        return meter
-
-    return make_meter
 
 
 def labels_of(model: str) -> Labels:
@@ -180,7 +101,7 @@ def worker_number(command: Sequence[str]) -> str:
     return found[0] if found else "0"
 
 
-def _number(value: float) -> float:
+def rounded(value: float) -> float:
     """To the microsecond, and whole where it is: TorchServe reads no plus in an exponent."""
     return int(value) if value == int(value) else round(value, 6)
 

@@ -17,7 +17,7 @@ from ts_parallel.engine.engine import SECONDS_BETWEEN_SIGNS_OF_LIFE, Engine
 from ts_parallel.engine.request import FinishReason, GenerationParams, Request, make_request
 from ts_parallel.errors import StartupError
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.serving.text_generation import make_engine, make_runner
+from ts_parallel.serving.causal_lm import make_engine, make_runner
 from ts_parallel.topology import Topology, open_topology
 
 
@@ -58,8 +58,8 @@ class _Leader(OfflineModel):
 
     def __init__(self, engine: Engine, config: HandlerConfig, folder: Path) -> None:
         # Not above: the ranks that follow need no transformers, and save its memory.
-        from ts_parallel.partition.model_config import max_positions_of, read_model_config
-        from ts_parallel.serving.model_files import read_eos_ids, read_tokenizer
+        from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
+        from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer
 
         settings = settings_folder(folder, config.config_folder)
         model_config = read_model_config(settings)

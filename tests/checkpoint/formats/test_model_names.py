@@ -1,0 +1,87 @@
+"""Of all that a trainer saves, the model's tensors are found, under the names that the model itself has for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ts_parallel.checkpoint.formats.model_names import find_model_names
+from ts_parallel.errors import CheckpointError
+
+LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+TIED = LLAMA[:-1]
+GPT2 = ["transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "lm_head.weight"]
+BASE = ["wte.weight", "h.0.attn.c_attn.weight"]
+MODELS = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "base model": BASE}
+
+Words = tuple[str | int, ...]
+OPTIMIZER: list[Words] = [("optim", "state", name, "exp_avg") for name in LLAMA]
+
+
+def found(paths: list[Words]) -> set[str]:
+    return set(find_model_names({".".join(map(str, path)): path for path in paths}, Path("saved")).values())
+
+
+def flat(*groups: list[str]) -> list[Words]:
+    """As where nothing is known of the dicts that the names stood in."""
+    return [(name,) for group in groups for name in group]
+
+
+@pytest.mark.parametrize("names", MODELS.values(), ids=MODELS.keys())
+def test_state_dict_alone_keeps_its_names(names: list[str]) -> None:
+    assert found(flat(names)) == set(names)
+
+
+@pytest.mark.parametrize("names", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("wrappers", [("model",), ("state_dict",), ("app", "model"), ("module",), ("model", "module")])
+def test_state_dict_in_other_dicts_loses_their_words_only(names: list[str], wrappers: Words) -> None:
+    own: list[Words] = [(*wrappers, name) for name in names]
+    assert found(own) == set(names)
+    assert found([*own, *OPTIMIZER, ("epoch",), ("lr_scheduler", "last_lr", 0)]) == set(names)
+
+
+@pytest.mark.parametrize("names", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("prefix", ["module.", "state_dict.", "_orig_mod.", "module._orig_mod.", "app.model.module."])
+def test_prefix_of_a_wrapper_is_taken_from_every_name(names: list[str], prefix: str) -> None:
+    assert found(flat([prefix + name for name in names])) == set(names)
+
+
+def test_word_of_a_wrapper_is_taken_from_within_names() -> None:
+    layers = ["model.layers.0._orig_mod.mlp.up_proj.weight", "model.layers.1._fsdp_wrapped_module.mlp.up_proj.weight"]
+    assert found(flat(layers)) == {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize("names", [LLAMA, TIED, GPT2], ids=["llama", "tied", "gpt2"])
+def test_model_before_every_name_is_a_wrapper_where_the_rest_is_the_name_of_a_whole_model(names: list[str]) -> None:
+    assert found(flat([f"model.{name}" for name in names])) == set(names)
+
+
+def test_model_before_every_name_is_a_wrapper_where_an_optimizer_stands_beside_it() -> None:
+    optimizer = [f"optim.state.{name}.exp_avg" for name in BASE]
+    assert found(flat([f"model.{name}" for name in BASE], optimizer)) == set(BASE)
+
+
+def test_loose_tensors_beside_a_model_are_a_trainers() -> None:
+    assert found([*[("model", name) for name in LLAMA], ("tokens_seen",)]) == set(LLAMA)
+
+
+def test_dicts_within_a_model_are_parts_of_its_names() -> None:
+    assert found([("model", "encoder", "norm.weight"), ("model", "head", "weight")]) == {
+        "encoder.norm.weight",
+        "head.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (OPTIMIZER, r"saved holds no tensor of a model, only 'optim\.state\..*, …$"),
+        ([], "saved holds no tensor of a model"),
+        ([("model", "x"), ("state_dict", "x")], "several models, under 'model' and 'state_dict'"),
+        (flat(["x.weight", "_orig_mod.x.weight"]), "two have the same name"),
+    ],
+)
+def test_what_is_no_one_model_is_refused(paths: list[Words], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        found(paths)

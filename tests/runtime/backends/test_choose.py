@@ -1,0 +1,84 @@
+"""One backend is chosen for a rank, its log says which and why, and what it could not do is refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ts_parallel.errors import ConfigError
+from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, kernels
+from ts_parallel.runtime.backends import choose
+from ts_parallel.runtime.backends.choose import choose_backend, refuse_unquantizable
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "name", "why"),
+    [
+        (CPU, torch.float32, "torch", "the kernels are for bfloat16"),
+        (CPU, torch.float16, "torch", "the kernels are for bfloat16"),
+        (META, torch.bfloat16, "torch", "the kernels are for CPUs"),
+    ],
+)
+def test_log_says_which_backend_and_why(
+    device: torch.device, dtype: torch.dtype, name: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert choose_backend(device, dtype).name == name
+    (line,) = [record.message for record in caplog.records]
+    kind = str(dtype).removeprefix("torch.")
+    assert line == f"ts_parallel computes {kind} on {device.type} by the {name} backend: {why}"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """As many as before."""
+    before, in_kernels = torch.get_num_threads(), kernels.get_num_threads() if HAS_KERNELS else 0
+    yield
+    torch.set_num_threads(before)
+    if HAS_KERNELS:
+        kernels.set_num_threads(in_kernels)
+
+
+@pytest.mark.usefixtures("threads")
+def test_bfloat16_on_a_cpu_has_the_kernels_where_there_are_any(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    backend = choose_backend(CPU, torch.bfloat16, num_threads=3)
+    assert backend.name == ("native" if HAS_KERNELS else "torch")
+    assert f"bfloat16 on cpu by the {backend.name} backend, 3 threads" in caplog.text
+    assert HAS_KERNELS == (backend.weights is not None) == bool(backend.quantizations)
+    if HAS_KERNELS:
+        torch.set_num_threads(1)  # torch's alone: the kernels keep theirs
+        assert kernels.get_num_threads() == 3
+
+
+def test_variable_leaves_the_kernels_out() -> None:
+    code = (
+        "import torch, logging; logging.basicConfig(level=logging.INFO)\n"
+        "from ts_parallel.runtime.backends.choose import choose_backend\n"
+        "choose_backend(torch.device('cpu'), torch.bfloat16)"
+    )
+    environment = {**os.environ, ISA_VARIABLE: "none"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "bfloat16 on cpu by the torch backend: " in result.stderr
+    if HAS_KERNELS:
+        assert f"torch backend: {ISA_VARIABLE} is none" in result.stderr
+
+
+def test_quantization_is_refused_where_nothing_multiplies_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="int8 is for device cpu, not meta: leave"):
+        refuse_unquantizable("int8", META, torch.bfloat16)
+    monkeypatch.setattr(choose, "HAS_KERNELS", True)
+    with pytest.raises(ConfigError, match="int4 is of bfloat16 weights, not float16: set dtype to bfloat16"):
+        refuse_unquantizable("int4", CPU, torch.float16)
+    monkeypatch.setattr(choose, "HAS_KERNELS", False)
+    with pytest.raises(ConfigError, match=r"int8 needs the package's kernels, and .*: leave quantization out"):
+        refuse_unquantizable("int8", CPU, torch.bfloat16)
+    refuse_unquantizable(None, CPU, torch.bfloat16)

@@ -1,0 +1,151 @@
+"""Weights that are kept as integers: what they hold, what linears make of them, and what ranks do together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from places import DEMO_MODEL, RANKS
+
+from ts_parallel.native import HAS_KERNELS
+from ts_parallel.native.packed_weight import INT4_GROUP, PackedWeight
+from ts_parallel.partition.program import GatedLinear, LinearLayer, LinearLayers
+from ts_parallel.runtime.backends.native.linears import make_embedding, make_linears
+
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
+both = pytest.mark.parametrize("quantization", ["int8", "int4"])
+LARGEST = {"int8": 127, "int4": 7}
+SCRIPT = RANKS / "quantized_logits.py"
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16) / 8
+
+
+def pack(weight: torch.Tensor, quantization: str) -> PackedWeight:
+    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]), quantization)
+    packed.put(0, weight)
+    return packed
+
+
+def scales(weight: torch.Tensor, quantization: str) -> torch.Tensor:
+    """float32 `[O, I]`: the step of each number, by the rule that its group's largest is the largest integer."""
+    size = weight.shape[1] if quantization == "int8" else INT4_GROUP
+    groups = [part.float().abs().amax(1, keepdim=True).expand_as(part) for part in torch.split(weight, size, dim=1)]
+    return (torch.cat(groups, dim=1) / LARGEST[quantization]).bfloat16().float()
+
+
+@both
+@pytest.mark.parametrize("shape", [(1, 32), (64, 64), (100, 70), (65, 2), (256, 160)])
+def test_quantized_weight_is_off_by_half_a_step_at_most(shape: tuple[int, int], quantization: str) -> None:
+    torch.manual_seed(0)
+    weight = normal(*shape)
+    weight[shape[0] // 2] = 0
+    step = scales(weight, quantization)
+    integers = (weight.float() / step).nan_to_num(0).round()
+    assert integers.abs().max() <= LARGEST[quantization]
+    packed = pack(weight, quantization)
+    # A scale is rounded, its inverse too: a number half-way between two integers may become either.
+    difference = (packed.unpack().float() - weight.float()).abs()
+    assert (difference <= 0.5 * step + packed.unpack().float().abs() * 2**-8 + 1e-6).all()
+    assert torch.equal(packed.unpack()[shape[0] // 2], weight[shape[0] // 2])
+    assert (packed.unpack() == (integers * step).bfloat16()).float().mean() > 0.99
+
+
+@both
+def test_quantized_weight_takes_a_half_or_a_quarter_of_the_bytes(quantization: str) -> None:
+    of_bfloat16 = PackedWeight.allocate((256, 1024), quantization).nbytes / (256 * 1024 * 2)
+    assert of_bfloat16 == pytest.approx({"int8": 1 / 2, "int4": 1 / 4}[quantization], rel=0.07)
+
+
+@both
+def test_rows_are_quantized_a_few_panels_at_a_time_and_from_a_part_of_each(quantization: str) -> None:
+    wide = normal(200, 300)
+    packed = PackedWeight.allocate((200, 100), quantization)
+    for first, last in ((128, 200), (0, 64), (64, 128)):
+        packed.put(first, wide[first:last, 100:200])
+    assert torch.equal(packed.unpack(), pack(wide[:, 100:200].contiguous(), quantization).unpack())
+
+
+@both
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(100, 70), (768, 64), (33, 320), (1, 2)])
+def test_quantized_linear_is_the_product_with_what_its_weight_means(
+    shape: tuple[int, int], has_bias: bool, quantization: str
+) -> None:
+    torch.manual_seed(0)
+    packed, bias = pack(normal(*shape), quantization), normal(shape[0]) if has_bias else None
+    linear = make_linears(LinearLayer("w", "b" if has_bias else None), {"w": packed, "b": bias})
+    hidden, residual = normal(1, 130, shape[1]), normal(1, 130, shape[0])
+    exact = F.linear(hidden.double(), packed.unpack().double(), None if bias is None else bias.double())
+    product = linear(hidden)
+    # Integers times scales are not rounded to bfloat16 in a linear, as they are in what is unpacked.
+    torch.testing.assert_close(product.double(), exact, rtol=2**-7, atol=4e-3)
+    assert torch.equal(linear(hidden, residual), product + residual)
+    for num_tokens in (0, 1, 2, 7, 10, 11, 12, 40):
+        assert torch.equal(linear(hidden[:, :num_tokens]), product[:, :num_tokens]), num_tokens
+
+
+@both
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_quantized_linears_side_by_side_are_each_alone(num_tokens: int, quantization: str) -> None:
+    torch.manual_seed(0)
+    hidden = normal(1, num_tokens, 96)
+    tensors = {name: pack(normal(size, 96), quantization) for name, size in (("q", 130), ("k", 64))}
+    tensors["v"] = pack(normal(20, 96), "int8")
+    layers = tuple(LinearLayer(name, None) for name in "qkv")
+    together = make_linears(LinearLayers(layers), tensors)(hidden)
+    for layer, output in zip(layers, together, strict=True):
+        assert torch.equal(output, make_linears(layer, tensors)(hidden))
+
+
+@both
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("num_tokens", [1, 9, 40])
+def test_quantized_gated_linear_rounds_where_its_parts_do(num_tokens: int, activation: str, quantization: str) -> None:
+    torch.manual_seed(0)
+    hidden = normal(1, num_tokens, 128) * 8
+    packed = {name: pack(normal(150, 128), quantization) for name in ("gate", "up")}
+    layers = {name: LinearLayer(name, None) for name in packed}
+    gate, up = (make_linears(layer, packed)(hidden) for layer in layers.values())
+    activate = {"silu": F.silu, "gelu_tanh": lambda value: F.gelu(value, approximate="tanh"), "relu": F.relu}
+    at_once = make_linears(GatedLinear(layers["gate"], layers["up"], activation), packed)(hidden)
+    in_parts = activate[activation](gate) * up
+    torch.testing.assert_close(at_once, in_parts, rtol=2**-6, atol=1e-3)
+    assert (at_once == in_parts).float().mean() > 0.97
+
+
+@both
+def test_embedding_finds_the_rows_of_a_quantized_weight(quantization: str) -> None:
+    packed, token_ids = pack(normal(200, 70), quantization), torch.tensor([[3, 199, 0], [64, 63, 3]])
+    embedding = make_embedding(packed)
+    assert torch.equal(embedding(token_ids.t()), F.embedding(token_ids.t(), packed.unpack()))
+    assert embedding(token_ids[:, :0]).shape == (2, 0, 70)
+
+
+@pytest.mark.ranks
+def test_ranks_that_share_quantized_layers_compute_what_one_does(tmp_path: Path) -> None:
+    """Nearly: a rank has scales of its own for its part of a row, and sums are rounded before they are added."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    logits = {}
+    for num_ranks, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        result = subprocess.run(
+            [sys.executable, *launcher, str(SCRIPT), str(DEMO_MODEL)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        logits[num_ranks] = {name: torch.tensor(own) for name, own in json.loads(result.stdout).items()}
+    plain, scale = logits[1]["None"], logits[1]["None"].abs().max()
+    for name, largest in (("None", 0.02), ("int8", 0.03), ("int4", 0.2)):
+        assert (logits[1][name] - plain).abs().max() < largest * scale
+        assert (logits[2][name] - logits[1][name]).abs().max() < largest * scale
+    assert not torch.equal(logits[1]["int8"], plain)

@@ -1,0 +1,1 @@
+"""A checkpoint in another format, for other programs. Knows tensors as bytes in pieces and files; no model, no rank."""

@@ -1,0 +1,174 @@
+"""`ts-parallel serve`: archive a checkpoint, start TorchServe on it, stay until told to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+
+from ts_parallel.checkpoint.adapter import read_adapter
+from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.cli.options import (
+    Adapter,
+    ConfigFolder,
+    Device,
+    Dtype,
+    EnableExpertParallel,
+    KVCacheMemory,
+    MaxModelLen,
+    Model,
+    PipelineParallelSize,
+    Quantization,
+    SplitPoints,
+    TensorParallelSize,
+    config_path,
+    locate_adapter,
+    parse_split_points,
+)
+from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
+from ts_parallel.cli.server.torchserve import TorchServe, find_java
+from ts_parallel.config import HandlerConfig
+from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
+from ts_parallel.partition.prepared import prepare_program
+from ts_parallel.partition.program import PipelinePlace
+from ts_parallel.runtime.backends.choose import refuse_unquantizable
+from ts_parallel.runtime.kv_memory import count_blocks
+from ts_parallel.runtime.runner import refuse_unpageable
+from ts_parallel.serving.causal_lm import program_request
+from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer
+
+
+def serve(
+    model: Model,
+    tensor_parallel_size: TensorParallelSize = 1,
+    pipeline_parallel_size: PipelineParallelSize = 1,
+    split_points: SplitPoints = None,
+    name: Name = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback asks clients for a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    kv_cache_memory: KVCacheMemory = "512MiB",
+    adapter: Adapter = None,
+    config: ConfigFolder = None,
+    enable_expert_parallel: EnableExpertParallel = False,
+    quantization: Quantization = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Show Prometheus the metrics on this port of 127.0.0.1; else they are logged."
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
+) -> None:
+    """Serve a checkpoint until Ctrl-C or SIGTERM."""
+    folder = locate_checkpoint(model)
+    settings = handler_config(
+        folder,
+        device,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        split_points=parse_split_points(split_points),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_cache_memory=kv_cache_memory,
+        adapter_path=locate_adapter(adapter),
+        config_path=config_path(config),
+        enable_expert_parallel=enable_expert_parallel,
+        quantization=quantization,
+    )
+    name = name or default_name(folder)
+    with (
+        stopped_by_signals() as stop,
+        running(settings, folder, name, host, port, verbose, stop, metrics_port) as server,
+    ):
+        print(f"ready: {server.url}", flush=True)
+        if server.key_file is not None:
+            print(f"clients need the inference key of {server.key_file}", flush=True)
+        server.wait(stop)
+
+
+@contextmanager
+def running(
+    config: HandlerConfig,
+    folder: Path,
+    name: str,
+    host: str,
+    port: int,
+    verbose: bool,
+    stop: threading.Event,
+    metrics_port: int | None = None,
+) -> Iterator[TorchServe]:
+    """A TorchServe that answers for `folder`, ended on leaving.
+
+    Raises:
+        StartupError: the model cannot be served, or TorchServe did not come up.
+    """
+    check(config, folder)
+    java_home = find_java()
+    with TemporaryDirectory(prefix="tsp-") as workspace:
+        store = Path(workspace) / "store"
+        write_archive(config, name, store)
+        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port)
+        try:
+            server.start()
+            server.wait_until_ready(stop)
+            yield server
+        finally:
+            server.stop()
+
+
+def check(config: HandlerConfig, folder: Path) -> None:
+    """Everything a worker would refuse, before TorchServe is started: a worker's refusal is a line in a log.
+
+    Raises:
+        StartupError: what is wrong.
+    """
+    settings = settings_folder(folder, config.config_folder)
+    model_config = read_model_config(settings)
+    index = read_index(folder)
+    max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
+    place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
+    program = prepare_program(program_request(config, folder, 0, place), index)
+    refuse_unpageable(program, max_model_len)
+    refuse_unquantizable(config.quantization, torch.device(config.device), program.dtype)
+    count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    if config.adapter_path is not None:
+        read_adapter(Path(config.adapter_path), index)
+    read_tokenizer(settings)
+    read_eos_ids(settings, model_config)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, the first time; a second one kills as usual."""
+    stop = threading.Event()
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def handler(kind: int, _: object) -> None:
+        stop.set()
+        for each in kinds:
+            signal.signal(each, before[each])
+        print(f"stopping ({signal.Signals(kind).name})", file=sys.stderr, flush=True)
+
+    for kind in kinds:
+        signal.signal(kind, handler)
+    try:
+        yield stop
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])

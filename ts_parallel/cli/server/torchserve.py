@@ -1,0 +1,270 @@
+"""One TorchServe process with a workspace of its own, started, watched and ended with all its children."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+from ts_parallel.cli.server.archive import VERSION
+from ts_parallel.errors import ConfigError, StartupError
+from ts_parallel.serving.torchserve.worker import CANNOT_START
+
+_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_TO_END = 15
+_LINES_OF_A_FAILURE = 20
+_CORES_A_THREAD = 8  # of those that pass bytes on
+
+
+def find_java() -> str | None:
+    """JAVA_HOME of the Java to use; None where `java` is on the path.
+
+    Raises:
+        StartupError: there is no Java.
+    """
+    home = os.environ.get("JAVA_HOME")
+    if home and (Path(home) / "bin" / "java").is_file():
+        return home
+    if shutil.which("java"):
+        return None
+    raise StartupError(
+        "TorchServe needs Java 11 or later and none was found: install one (Debian: apt-get install "
+        "openjdk-17-jre-headless) or set JAVA_HOME"
+    )
+
+
+class TorchServe:
+    """Owns one TorchServe and everything it starts. `workspace` holds its logs, sockets and unpacked archives."""
+
+    def __init__(
+        self,
+        workspace: Path,
+        store: Path,
+        name: str,
+        host: str,
+        port: int,
+        java_home: str | None,
+        verbose: bool = False,
+        metrics_port: int | None = None,
+    ) -> None:
+        """
+        Args:
+            metrics_port: where on loopback Prometheus finds all metrics; None: they go to a log file.
+        """
+        self._workspace = workspace
+        self._store = store
+        self._name = name
+        self._host = host
+        self._port = port
+        self._java_home = java_home
+        self._verbose = verbose
+        self._metrics_port = metrics_port
+        self._log = workspace / "torchserve.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.grpc_port: int | None = None  # once it was started
+        self.key_file = None if is_loopback(host) else workspace / "key_file.json"
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}/predictions/{self._name}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the metrics, if it does."""
+        return f"http://127.0.0.1:{self._metrics_port}/metrics"
+
+    @property
+    def log_folder(self) -> Path:
+        return self._workspace / "logs"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that started TorchServe; None before that."""
+        return None if self._process is None else self._process.pid
+
+    def log_text(self) -> str:
+        """All that TorchServe and its workers have printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def start(self) -> None:
+        """
+        Raises:
+            ConfigError: the port is taken.
+        """
+        with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._host, self._port))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen on {self._host}:{self._port}: {error.strerror}; choose another --port"
+                ) from None
+        properties = self._workspace / "config.properties"
+        properties.write_text(self._properties())
+        command = [
+            sys.executable,
+            "-c",
+            "from ts.model_server import start; start()",
+            "--start",
+            "--foreground",
+            "--ncs",
+        ]
+        command += ["--model-store", str(self._store), "--models", f"{self._name}={self._name}.mar"]
+        command += ["--ts-config", str(properties), "--log-config", str(Path(__file__).with_name("log4j2.xml"))]
+        if self.key_file is None:
+            command.append("--disable-token-auth")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self._workspace,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, stop: threading.Event) -> None:
+        """Return once the model answers, or once `stop` is set.
+
+        Raises:
+            StartupError: TorchServe ended, or its worker said that it cannot start.
+        """
+        seen = 0
+        while not stop.wait(_SECONDS_BETWEEN_LOOKS):
+            lines = self.log_text().splitlines()
+            for line in lines[seen:]:
+                if self._verbose:
+                    print(line, file=sys.stderr)
+                if CANNOT_START in line:
+                    raise StartupError(line[line.index(CANNOT_START) + len(CANNOT_START) + 1 :])
+            seen = len(lines)
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise StartupError("TorchServe ended: " + "\n".join(lines[-_LINES_OF_A_FAILURE:]))
+            if any("ts_parallel is ready" in line for line in lines) and self._answers():
+                return
+
+    def wait(self, stop: threading.Event) -> None:
+        """Return once `stop` is set.
+
+        Raises:
+            StartupError: TorchServe ended by itself.
+        """
+        assert self._process is not None
+        while not stop.wait(_SECONDS_BETWEEN_LOOKS):
+            if self._process.poll() is not None:
+                raise StartupError(f"TorchServe ended with status {self._process.returncode}")
+
+    def stop(self) -> None:
+        """End TorchServe, its workers and their ranks; kill what does not end by itself."""
+        if self._process is None:
+            return
+        family = _family(self._process.pid)
+        for process in family:
+            _signal(process, signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=_SECONDS_TO_END)
+        for process in alive:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=_SECONDS_TO_END)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        request = urllib.request.Request(f"{self.url}/{VERSION}/health")
+        if self.key_file is not None:
+            keys = json.loads(self.key_file.read_text())
+            request.add_header("Authorization", f"Bearer {keys['inference']['key']}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _properties(self) -> str:
+        management, metrics, self.grpc_port, grpc_management, ranks = free_ports(5)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        settings = {
+            "inference_address": f"http://{host}:{self._port}",
+            "management_address": f"http://127.0.0.1:{management}",
+            "metrics_address": f"http://127.0.0.1:{self._metrics_port or metrics}",
+            "metrics_mode": "prometheus" if self._metrics_port else "log",
+            "model_metrics_auto_detect": "true",  # else it knows only those of its own metrics.yaml, and drops ours
+            "grpc_inference_port": self.grpc_port,
+            "grpc_management_port": grpc_management,
+            "initial_distribution_port": ranks,
+            "job_queue_size": 1000,
+            # Its own default, two a core, has a few bytes each to write, and each wakes for them.
+            "number_of_netty_threads": max(1, (os.cpu_count() or 1) // _CORES_A_THREAD),
+            "netty_client_threads": max(1, (os.cpu_count() or 1) // _CORES_A_THREAD),
+            # It passes pieces on: to compile that again and better takes a core from the model for minutes.
+            "vmargs": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        }
+        return "".join(f"{key}={value}\n" for key, value in settings.items())
+
+    def _environment(self) -> dict[str, str]:
+        """TorchServe finds torchrun and python by PATH, and torchrun its own port by PET_RDZV_ENDPOINT."""
+        scripts = str(Path(sys.executable).parent)
+        temporary = self._workspace / "tmp"
+        temporary.mkdir()
+        environment = {
+            **os.environ,
+            "PATH": scripts + os.pathsep + os.environ.get("PATH", ""),
+            "TEMP": str(temporary),
+            "TMPDIR": str(temporary),
+            "LOG_LOCATION": str(self._workspace / "logs"),
+            "METRICS_LOCATION": str(self._workspace / "logs"),
+            "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_ports(1)[0]}",
+        }
+        if self._java_home is not None:
+            environment["JAVA_HOME"] = self._java_home
+        else:
+            environment.pop("JAVA_HOME", None)
+        return environment
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal(process: psutil.Process, kind: signal.Signals) -> None:
+    try:
+        process.send_signal(kind)
+    except psutil.NoSuchProcess:
+        pass

@@ -1,0 +1,331 @@
+/* Linear layers whose weights lie in panels.
+ *
+ * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel
+ * two input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
+ * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache. Few tokens
+ * read its numbers as they are stored (numbers.h); of many, the first ones leave the panel in bfloat16 for the others,
+ * which meanwhile fetch the next one.
+ */
+#ifndef TS_PARALLEL_LINEAR_H
+#define TS_PARALLEL_LINEAR_H
+
+#include "numbers/numbers.h"
+#include "pool.h"
+
+#define MOST_ROWS 6 /* 6 tokens x 4 vectors of outputs, 4 of weights and 1 of inputs are 29 of 32 registers */
+#define KEEPING_ROWS 4 /* with more, what makes the numbers bfloat16 finds no registers */
+#define MOST_PARTS 8
+/* So many read numbers as they are stored, for it takes longer to keep them. */
+#define FEW_TOKENS 10
+/* Of one or two tokens, which wait for memory alone. What is read once should leave the caches to the interpreter. */
+#define BYTES_AHEAD 2048
+
+enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
+
+struct linear_part {
+    const uint8_t *panels;
+    const bf16 *bias; /* [N] or NULL */
+    int64_t num_outputs;
+    enum number_kind kind;
+    const bf16 *scales; /* [panels, K / 2 / pairs_a_group, 64], or NULL where the numbers are no integers */
+    int64_t pairs_a_group;
+};
+
+/* Weights that read the same inputs. With an activation there are two, and the outputs are `act(first) * second`. */
+struct linear {
+    int64_t num_inputs;
+    int num_parts;
+    enum activation activation;
+    int64_t num_panels; /* of all parts; of one where there is an activation */
+    struct linear *previous, *next; /* those made before and after, as a stage calls them one after another */
+    struct linear_part parts[MOST_PARTS];
+};
+
+struct linear_call {
+    const struct linear *layer;
+    const bf16 *input; /* [T, K], rows `stride` apart */
+    int64_t stride;
+    int64_t num_tokens;
+    int64_t tokens_a_task;
+    const bf16 *residual; /* [T, N] or NULL: added to what the only part gives */
+    bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
+};
+
+/* `rows` tokens times `num_pairs` pairs of inputs from `first` on, which are left in bfloat16 if it `keeps`. */
+INLINE void multiply(const enum number_kind kind, const int keeps, const int rows, const bf16 *input, int64_t stride,
+                     const struct panel *panel, int64_t first, int64_t num_pairs, __m512 sums[][4])
+{
+    const int64_t size = bytes_of_pair(kind), bytes_ahead = panel->bytes_ahead;
+    const uint8_t *numbers = panel->numbers + first * size, *ahead = panel->ahead + first * bytes_ahead;
+    bf16 *kept = keeps ? panel->kept + first * 2 * PANEL : NULL;
+    struct decoder decoder = make_decoder(kind, panel->head);
+    __m512 sum[MOST_ROWS][4];
+    input += 2 * first;
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < num_pairs; pair++) {
+        const uint8_t *from = numbers + pair * size;
+        __m512bh weight[4];
+        load_pair(kind, from, first + pair, &decoder, weight);
+        if (keeps)
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++)
+                _mm512_store_si512(kept + pair * 2 * PANEL + 32 * part, (__m512i)weight[part]);
+        if (rows < 3)
+#pragma GCC unroll 4
+            for (int line = 0; line < size; line += 64)
+                _mm_prefetch((const char *)from + line + BYTES_AHEAD, _MM_HINT_NTA);
+        else if (kind == BFLOAT16)
+            for (int64_t byte = 0; byte < bytes_ahead; byte += 64)
+                _mm_prefetch((const char *)ahead + pair * bytes_ahead + byte, _MM_HINT_T1);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            int32_t both;
+            memcpy(&both, input + row * stride + pair * 2, sizeof both);
+            __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++)
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], weight[part], inputs);
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++)
+            sums[row][part] = sum[row][part];
+}
+
+INLINE void multiply_block(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
+                           const struct panel *panel, int64_t first, int64_t num_pairs, __m512 sums[][4])
+{
+    switch (kind == BFLOAT16 || !panel->kept ? rows : 0) {
+    case 0: multiply(kind, 1, KEEPING_ROWS, input, stride, panel, first, num_pairs, sums); break;
+    case 1: multiply(kind, 0, 1, input, stride, panel, first, num_pairs, sums); break;
+    case 2: multiply(kind, 0, 2, input, stride, panel, first, num_pairs, sums); break;
+    case 3: multiply(kind, 0, 3, input, stride, panel, first, num_pairs, sums); break;
+    case 4: multiply(kind, 0, 4, input, stride, panel, first, num_pairs, sums); break;
+    case 5: multiply(kind, 0, 5, input, stride, panel, first, num_pairs, sums); break;
+    default: multiply(kind, 0, 6, input, stride, panel, first, num_pairs, sums); break;
+    }
+}
+
+AVX512_BF16 static void multiply_pairs(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
+                                       int64_t first, int64_t num_pairs, __m512 sums[][4])
+{
+    switch (panel->kind) {
+    case BFLOAT16: multiply_block(BFLOAT16, rows, input, stride, panel, first, num_pairs, sums); break;
+    case CODED: multiply_block(CODED, rows, input, stride, panel, first, num_pairs, sums); break;
+    case INT8: multiply_block(INT8, rows, input, stride, panel, first, num_pairs, sums); break;
+    case INT4: multiply_block(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
+    }
+}
+
+/* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
+AVX512_BF16 static void multiply_panel(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
+                                       __m512 sums[][4])
+{
+    const bf16 *scales = panel->scales;
+    if (!scales) {
+        multiply_pairs(rows, input, stride, panel, 0, panel->num_pairs, sums);
+        return;
+    }
+    for (int64_t first = 0, count; first < panel->num_pairs; first += count, scales += PANEL) {
+        __m512 sum[MOST_ROWS][4];
+        count = panel->num_pairs - first < panel->pairs_a_group ? panel->num_pairs - first : panel->pairs_a_group;
+        multiply_pairs(rows, input, stride, panel, first, count, sum);
+        for (int part = 0; part < 4; part++) {
+            __m512 scale = load16(scales + 16 * part, 0xffff);
+            for (int row = 0; row < rows; row++)
+                sums[row][part] = first ? _mm512_fmadd_ps(sum[row][part], scale, sums[row][part])
+                                        : _mm512_mul_ps(sum[row][part], scale);
+        }
+    }
+}
+
+/* As many tokens as fit the registers, and no last block of one or two if that can be helped. */
+static inline int rows_of_block(int64_t left)
+{
+    if (left <= MOST_ROWS)
+        return (int)left;
+    return left == MOST_ROWS + 1 || left == MOST_ROWS + 2 ? 4 : MOST_ROWS;
+}
+
+INLINE __m512 activated(enum activation kind, __m512 value)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+    switch (kind) {
+    case SILU:
+        return _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), value))));
+    case GELU_TANH: {
+        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(value, value), value);
+        __m512 inner = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, value);
+        __m512 twice = _mm512_mul_ps(inner, _mm512_set1_ps(2 * 0.7978845608f));
+        /* 0.5 (1 + tanh(x)) = 1 / (1 + e^(-2x)) */
+        return _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), twice))));
+    }
+    case RELU:
+        return _mm512_max_ps(value, _mm512_setzero_ps());
+    default:
+        return value;
+    }
+}
+
+INLINE __m512 with_bias(__m512 sum, const bf16 *bias, int64_t first, __mmask16 mask)
+{
+    return bias ? _mm512_add_ps(sum, load16(bias + first, mask)) : sum;
+}
+
+static inline struct panel panel_of(const struct linear_part *part, int64_t index, int64_t num_pairs)
+{
+    struct panel panel = {.kind = part->kind, .num_pairs = num_pairs, .pairs_a_group = part->pairs_a_group};
+    const uint8_t *from = part->panels + index * bytes_of_panel(panel.kind, num_pairs);
+    if (panel.kind == CODED) {
+        panel.head = (const struct coded_panel *)from;
+        panel.numbers = panel.head->plain;
+        if (panel.numbers)
+            panel.kind = BFLOAT16;
+        else
+            panel.numbers = from + bytes_of_head(num_pairs);
+    } else {
+        panel.numbers = from;
+        if (part->scales)
+            panel.scales = part->scales + index * ((num_pairs + part->pairs_a_group - 1) / part->pairs_a_group) * PANEL;
+    }
+    return panel;
+}
+
+/* Which part a layer's panel number `place` belongs to; `place` becomes its number there. */
+static inline int find_part(const struct linear *layer, int64_t *place)
+{
+    int number = 0;
+    if (!layer->activation)
+        for (int64_t own; *place >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
+            *place -= own;
+    return number;
+}
+
+/* The panel with the numbers that were kept of it. The `num_blocks` that read those fetch what lies behind it. */
+static inline struct panel unpacked(const struct panel *panel, int64_t num_blocks)
+{
+    const int64_t size = bytes_of_pair(panel->kind);
+    struct panel kept = *panel;
+    kept.kind = BFLOAT16;
+    kept.kept = NULL;
+    kept.numbers = (const uint8_t *)panel->kept;
+    kept.ahead = panel->numbers + panel->num_pairs * size;
+    kept.bytes_ahead = (size + num_blocks - 1) / num_blocks;
+    return kept;
+}
+
+AVX512_BF16 static void linear_task(const void *argument, int64_t index)
+{
+    const struct linear_call *call = argument;
+    const struct linear *layer = call->layer;
+    int64_t place = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
+    int64_t end = begin + call->tokens_a_task < call->num_tokens ? begin + call->tokens_a_task : call->num_tokens;
+    int number = find_part(layer, &place), num_factors = layer->activation ? 2 : 1;
+    const struct linear_part *part = &layer->parts[number], *gated = &layer->parts[1];
+    struct panel panels[2];
+    int is_keeping = 0;
+    for (int i = 0; i < num_factors; i++) {
+        panels[i] = panel_of(part + i, place, layer->num_inputs / 2);
+        if (panels[i].kind != BFLOAT16 && end - begin > FEW_TOKENS)
+            panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(BFLOAT16)), i);
+        is_keeping |= panels[i].kept != NULL;
+    }
+    int64_t first = place * PANEL, width = part->num_outputs;
+    __m512 sums[MOST_ROWS][4], others[MOST_ROWS][4];
+    for (int64_t token = begin, rows; token < end; token += rows) {
+        rows = is_keeping ? KEEPING_ROWS : rows_of_block(end - token);
+        const bf16 *input = call->input + token * call->stride;
+        multiply_panel((int)rows, input, call->stride, &panels[0], sums);
+        if (layer->activation)
+            multiply_panel((int)rows, input, call->stride, &panels[1], others);
+        for (int i = 0; i < num_factors; i++)
+            if (panels[i].kept)
+                panels[i] = unpacked(&panels[i], (end - token - rows + MOST_ROWS - 1) / MOST_ROWS);
+            else
+                panels[i].ahead += panels[i].num_pairs * panels[i].bytes_ahead;
+        is_keeping = 0;
+        for (int64_t row = 0; row < rows; row++)
+            for (int i = 0; i < 4; i++) {
+                int64_t at = first + 16 * i;
+                if (at >= width)
+                    break;
+                __mmask16 mask = first16(width - at);
+                int64_t element = (token + row) * width + at;
+                __m512 value = with_bias(sums[row][i], part->bias, at, mask);
+                if (layer->activation) {
+                    __m512 other = rounded(with_bias(others[row][i], gated->bias, at, mask));
+                    value = _mm512_mul_ps(rounded(activated(layer->activation, rounded(value))), other);
+                }
+                if (call->residual)
+                    value = _mm512_add_ps(load16(call->residual + element, mask), rounded(value));
+                store16(call->outputs[number] + element, mask, value);
+            }
+    }
+}
+
+/* Tokens of one task: their inputs stay in a core's second-level cache while the panels pass by. */
+static inline int64_t tokens_a_task(int64_t num_tokens, int64_t num_inputs)
+{
+    int64_t most = 196608 / num_inputs / 12 * 12;
+    if (most < 48)
+        most = 48;
+    int64_t num_tasks = (num_tokens + most - 1) / most;
+    int64_t even = (num_tokens + num_tasks - 1) / num_tasks;
+    return (even + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS;
+}
+
+static inline void linear_run(struct linear_call *call, int num_threads)
+{
+    call->tokens_a_task = tokens_a_task(call->num_tokens, call->layer->num_inputs);
+    const struct linear *next = call->layer->next;
+    if (next && num_threads > 1) { /* the panel that the second thread will begin with */
+        int64_t place = next->num_panels / num_threads;
+        const struct linear_part *part = &next->parts[find_part(next, &place)];
+        int64_t size = bytes_of_panel(part->kind, next->num_inputs / 2);
+        pool_look_ahead(part->panels + place * size, size);
+    }
+    int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
+    pool_run_in_order(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
+}
+
+/* Rows of a packed weight, as an embedding looks them up. */
+AVX512_BF16 static void look_up(const struct linear_part *part, int64_t num_inputs, const int64_t *rows,
+                                int64_t num_rows, bf16 *to)
+{
+    for (int64_t i = 0; i < num_rows; i++, to += num_inputs) {
+        struct panel panel = panel_of(part, rows[i] / PANEL, num_inputs / 2);
+        int64_t row = rows[i] % PANEL, vector = row / 16, lane = row % 16;
+        for (int64_t pair = 0; pair < panel.num_pairs; pair++) {
+            const uint8_t *from = panel.numbers + pair * bytes_of_pair(panel.kind);
+            if (panel.kind == BFLOAT16) {
+                memcpy(to + 2 * pair, from + row * 2 * sizeof *to, 2 * sizeof *to);
+                continue;
+            }
+            if (panel.kind == CODED) {
+                decode_two(panel.head, from, 2 * row, to + 2 * pair);
+                continue;
+            }
+            int both[2];
+            for (int j = 0; j < 2; j++) {
+                int64_t place = 2 * row + j;
+                int byte = from[panel.kind == INT8 ? place / 64 * 64 + byte_of(place) : 4 * lane + 2 * j + vector / 2];
+                if (panel.kind == INT8)
+                    both[j] = byte & 0x80 ? 0x80 - byte : byte;
+                else
+                    both[j] = (byte >> vector % 2 * 4 & 15) - 8;
+            }
+            __m512 scale = load16(panel.scales + pair / panel.pairs_a_group * PANEL + row, 1);
+            __m512 numbers = _mm512_castps128_ps512(_mm_setr_ps((float)both[0], (float)both[1], 0, 0));
+            store16(to + 2 * pair, 3, _mm512_mul_ps(numbers, _mm512_broadcastss_ps(_mm512_castps512_ps128(scale))));
+        }
+        if (panel.kind == CODED)
+            decode_exceptions(panel.head, 2 * row, to);
+    }
+}
+#endif

@@ -1,0 +1,1 @@
+"""The unmodified model: built without memory, its attention found, called. Knows transformers; nothing of ranks."""

@@ -1,0 +1,252 @@
+"""Greedy answers of an encoder–decoder model, token by token, as transformers' `generate` chooses them.
+
+The rules (forced, suppressed and repeated tokens, shortest and longest answers) are those of the folder's
+`generation_config.json`, applied by transformers' own processors, each item by itself. All micro-batches of a run
+advance together, so that the stages are busy; an item that has ended goes on with padding until its micro-batch has.
+Knows no text: prompts and answers are token ids.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.generation.logits_process import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from ts_parallel.errors import CheckpointError
+from ts_parallel.partition.model.seq2seq import DECODE, ENCODE, HIDDEN, MASK, PAST, PREFILL, TOKENS
+
+logger = logging.getLogger(__name__)
+
+PROMPT, MOST_TOKENS = "prompt", "max_new_tokens"
+"""What an item brings beside the encoder's inputs: the first tokens of the decoder, `[N]`, and a number."""
+DETECT, NO_TOKEN = -1, -2
+"""In a prompt: the most likely language; filled up to the longest of a micro-batch. Answers are filled up likewise."""
+
+# Keys of generation_config.json that would change greedy answers, with the values that change nothing.
+_NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+    "guidance_scale": (None, 1, 1.0),
+    "sequence_bias": (None,),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "stop_strings": (None,),
+}
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+def read_generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+    """What the folder says of generation: its generation_config.json, else what config.json says.
+
+    Raises:
+        CheckpointError: it cannot be read, names no token to start with, or asks for what cannot be served.
+    """
+    try:
+        has_own = (folder / "generation_config.json").is_file()
+        own = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_own else None
+    except (OSError, ValueError, TypeError) as error:
+        first, *_ = str(error).splitlines()
+        raise CheckpointError(f"cannot read {folder / 'generation_config.json'}: {first}") from None
+    generation = own or GenerationConfig.from_model_config(config)
+    if generation.decoder_start_token_id is None:
+        generation.decoder_start_token_id = getattr(config, "decoder_start_token_id", None)
+    if not isinstance(generation.decoder_start_token_id, int):
+        raise CheckpointError(
+            f"decoder_start_token_id of {folder} is {generation.decoder_start_token_id}, not a token id"
+        )
+    for key, idle in _NOT_FOLLOWED.items():
+        if (value := getattr(generation, key, None)) not in idle:
+            raise CheckpointError(f"{key} {value!r} of {folder}'s generation cannot be served: remove it")
+    if (generation.num_beams or 1) > 1:
+        logger.info("generation_config.json asks for %d beams; answers are greedy", generation.num_beams)
+    return generation
+
+
+class Rules:
+    """How the next token is chosen of a model's logits."""
+
+    def __init__(self, generation: GenerationConfig) -> None:
+        self._own = generation
+        eos = generation.eos_token_id
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        languages: Mapping[str, int] = getattr(generation, "lang_to_id", None) or {}
+        self._languages = sorted(languages.values())
+        self.padding = generation.pad_token_id or 0
+
+    def language(self, logits: torch.Tensor) -> int:
+        """The most likely one, of logits `[V]`."""
+        return self._languages[int(logits[self._languages].argmax())]
+
+    def processors(self, prompt_length: int, max_length: int) -> LogitsProcessorList:
+        """In the order in which `generate` applies them, for an answer that has `max_length` tokens with its prompt."""
+        own, made = self._own, LogitsProcessorList()
+        eos = torch.tensor(sorted(self.eos_ids))
+        if own.repetition_penalty not in (None, 1.0):
+            made.append(RepetitionPenaltyLogitsProcessor(own.repetition_penalty))
+        if own.no_repeat_ngram_size:
+            made.append(NoRepeatNGramLogitsProcessor(own.no_repeat_ngram_size))
+        if own.bad_words_ids is not None:
+            made.append(NoBadWordsLogitsProcessor(own.bad_words_ids, eos))
+        if own.min_length and self.eos_ids:
+            made.append(MinLengthLogitsProcessor(own.min_length, eos))
+        if own.min_new_tokens and self.eos_ids:
+            made.append(MinNewTokensLengthLogitsProcessor(prompt_length, own.min_new_tokens, eos))
+        if own.forced_bos_token_id is not None:
+            made.append(ForcedBOSTokenLogitsProcessor(own.forced_bos_token_id))
+        if own.forced_eos_token_id is not None:
+            made.append(ForcedEOSTokenLogitsProcessor(max_length, own.forced_eos_token_id))
+        if own.remove_invalid_values:
+            made.append(InfNanRemoveLogitsProcessor())
+        if own.suppress_tokens:
+            made.append(SuppressTokensLogitsProcessor(own.suppress_tokens))
+        if own.begin_suppress_tokens:
+            is_after_forced = prompt_length == 1 and own.forced_bos_token_id is not None
+            begin = prompt_length + is_after_forced
+            made.append(SuppressTokensAtBeginLogitsProcessor(own.begin_suppress_tokens, begin))
+        return made
+
+
+class _Answer:
+    """One item's tokens, the prompt's first."""
+
+    def __init__(self, prompt: Sequence[int], max_new_tokens: int, rules: Rules) -> None:
+        self._prompt = [token for token in prompt if token != NO_TOKEN]
+        self._max_length = len(self._prompt) + max_new_tokens
+        self._rules = rules
+        self._processors = rules.processors(len(self._prompt), self._max_length)
+        self.tokens: list[int] = []
+        self.is_done = False
+
+    def num_known(self) -> int:
+        """How many tokens the prompt begins with before one that is to be found out."""
+        return self._prompt.index(DETECT) if DETECT in self._prompt else len(self._prompt)
+
+    def begin(self, length: int) -> list[int]:
+        """The first `length` tokens."""
+        self.tokens = self._prompt[:length]
+        return self.tokens
+
+    def next(self, logits: torch.Tensor) -> int:
+        """The token after those that are there, of logits `[V]`; padding once the answer has ended."""
+        if self.is_done:
+            return self._rules.padding
+        token = self._choose(logits.float())
+        self.tokens.append(token)
+        num_new = len(self.tokens) - len(self._prompt)
+        self.is_done = num_new > 0 and (token in self._rules.eos_ids or len(self.tokens) == self._max_length)
+        return token
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        if len(self.tokens) < len(self._prompt):
+            forced = self._prompt[len(self.tokens)]
+            return self._rules.language(logits) if forced == DETECT else forced
+        scores = self._processors(torch.tensor([self.tokens]), logits.unsqueeze(0))
+        return int(scores.argmax())
+
+    def new_tokens(self) -> torch.Tensor:
+        return torch.tensor(self.tokens[len(self._prompt) :], dtype=torch.int64)
+
+
+@dataclass
+class _MicroBatch:
+    """Items that advance together. `inputs` are those of the decoder's parts that do not change."""
+
+    number: int
+    inputs: dict[str, torch.Tensor]
+    answers: list[_Answer]
+    num_before: int = 0
+    last: list[int] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return all(answer.is_done for answer in self.answers)
+
+    def prefill(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs of the first part of the decoder."""
+        self.num_before = min(answer.num_known() for answer in self.answers)
+        tokens = torch.tensor([answer.begin(self.num_before) for answer in self.answers])
+        return {TOKENS: tokens, HIDDEN: hidden, **self.inputs}
+
+    def decode(self) -> dict[str, torch.Tensor]:
+        """The inputs of one more step."""
+        past = torch.zeros(self.num_before, dtype=torch.int64)
+        self.num_before += 1
+        return {TOKENS: torch.tensor(self.last).unsqueeze(1), PAST: past, **self.inputs}
+
+    def take(self, logits: torch.Tensor) -> None:
+        """`[B, V]` → a token more of each answer."""
+        self.last = [answer.next(row) for answer, row in zip(self.answers, logits, strict=True)]
+
+
+class Parts(Protocol):
+    """What the loop needs of `runtime.part_runner.PartRunner`."""
+
+    def run(self, part: int, batches: Iterable[tuple[int, Inputs]]) -> Iterator[torch.Tensor]: ...
+
+    def forget(self, numbers: Sequence[int]) -> None: ...
+
+
+class GreedyRunner:
+    """Owns the answers under way. What a `MicroBatcher` runs: micro-batches of items → their new tokens."""
+
+    def __init__(self, parts: Parts, rules: Rules) -> None:
+        self._parts = parts
+        self._rules = rules
+        self._numbers = count()
+
+    def run(self, batches: Iterable[Inputs]) -> Generator[torch.Tensor, None, None]:
+        """Each micro-batch's answers `[B, N]`, filled up with `NO_TOKEN`; the first comes once all have ended.
+
+        Raises:
+            EngineError: an earlier run was broken off by an error, and other ranks wait for what will not come.
+        """
+        begun: list[_MicroBatch] = []
+        try:
+            hidden = list(self._parts.run(ENCODE, self._encoded(batches, begun)))
+            first = ((batch.number, batch.prefill(states)) for batch, states in zip(begun, hidden, strict=True))
+            for batch, logits in zip(begun, self._parts.run(PREFILL, first), strict=True):
+                batch.take(logits)
+            del hidden
+            while active := [batch for batch in begun if not batch.is_done]:
+                steps = ((batch.number, batch.decode()) for batch in active)
+                for batch, logits in zip(active, self._parts.run(DECODE, steps), strict=True):
+                    batch.take(logits)
+        finally:
+            self._parts.forget([batch.number for batch in begun])
+        for batch in begun:
+            rows = [answer.new_tokens() for answer in batch.answers]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
+
+    def _encoded(self, batches: Iterable[Inputs], begun: list[_MicroBatch]) -> Iterator[tuple[int, Inputs]]:
+        """What the encoder is to compute, each as soon as it is there. What becomes of it goes to `begun`."""
+        for inputs in batches:
+            given = dict(inputs)
+            prompts, limits = given.pop(PROMPT).tolist(), given.pop(MOST_TOKENS).tolist()
+            answers = [_Answer(*item, self._rules) for item in zip(prompts, limits, strict=True)]
+            shared = {MASK: given[MASK]} if MASK in given else {}
+            begun.append(_MicroBatch(next(self._numbers), shared, answers))
+            yield begun[-1].number, given

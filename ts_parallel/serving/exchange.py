@@ -1,0 +1,133 @@
+"""What passes between whatever carries requests and whatever answers them: raw requests, replies, open jobs, news.
+
+Knows no route and no transport: `torchserve` carries, `openai` and `batch` answer, and neither knows the other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from ts_parallel.errors import RequestError
+
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+EVENTS = "text/event-stream"
+_LONGEST_ECHO = 60  # characters of a bad value that an error repeats
+
+
+@dataclass(frozen=True)
+class RawRequest:
+    """One request as TorchServe hands it over: a route (`v1/completions`, empty for the model's own URL) and a body.
+
+    The body is parsed already where it was called JSON and is, else bytes or text, or None where there was none.
+    """
+
+    route: str
+    body: Any
+    content_type: str
+
+    def text(self) -> str | None:
+        """The body as raw text; None where it is JSON.
+
+        Raises:
+            RequestError: it is a form, which TorchServe has taken apart, or no text.
+        """
+        if "x-www-form-urlencoded" in self.content_type:
+            raise RequestError("the body came as a form; send it with 'Content-Type: application/json' or 'text/plain'")
+        if "json" in self.content_type or not isinstance(self.body, (bytes, bytearray, str)):
+            return None
+        try:
+            text = self.body if isinstance(self.body, str) else bytes(self.body).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the body is neither JSON nor UTF-8 text: {error}") from None
+        return None if text.lstrip().startswith("{") else text
+
+    def fields(self) -> dict[str, Any]:
+        """The body as a JSON object.
+
+        Raises:
+            RequestError: it is none.
+        """
+        value = self.body
+        if isinstance(value, (bytes, bytearray, str)):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"the body is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise RequestError(f"the body must be a JSON object, got {echo(value)}")
+        return value
+
+
+def error_body(error: RequestError) -> str:
+    """An error in OpenAI's shape, which the native route shares."""
+    body = {"message": str(error), "type": error.kind, "param": error.parameter, "code": error.status}
+    return json.dumps({"error": body})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one job is sent now; `status` and `content_type` count only the first time."""
+
+    body: str
+    is_first: bool
+    is_last: bool
+    status: int = 200
+    content_type: str = JSON
+
+    @property
+    def stream_ends(self) -> bool | None:
+        """What TorchServe is told: an answer that is first and last is no stream at all, and says nothing of one."""
+        return None if self.is_first and self.is_last else self.is_last
+
+    @staticmethod
+    def whole(body: str, content_type: str = JSON) -> Reply:
+        return Reply(body, is_first=True, is_last=True, content_type=content_type)
+
+    @staticmethod
+    def refusal(error: RequestError) -> Reply:
+        return Reply(error_body(error), is_first=True, is_last=True, status=error.status)
+
+
+News = TypeVar("News", contravariant=True)
+MoreNews = TypeVar("MoreNews", covariant=True)
+
+
+class OpenJob(Protocol[News]):
+    """An answer on its way, to which there is news now and then."""
+
+    def advance(self, delivery: News, /) -> Reply | None:
+        """What to send for the news; None where there is nothing to send."""
+        ...
+
+    def fail(self, error: RequestError, /) -> Reply:
+        """The last reply, where it cannot go on."""
+        ...
+
+
+class Mailboxes(Protocol[MoreNews]):
+    def wait(self, seconds: float, /) -> bool:
+        """Whether there is news that is to go out, at the latest after `seconds`."""
+        ...
+
+    def take(self, request_id: str, /) -> MoreNews:
+        """The news for one job since it was last asked for."""
+        ...
+
+
+class Door(Protocol[MoreNews]):
+    """Where the news comes from: the engine's thread, or a handler's own threads (`streaming`)."""
+
+    @property
+    def router(self) -> Mailboxes[MoreNews]: ...
+
+    def abort(self, request_id: str) -> None:
+        """Nobody wants its news any more, be it that it has ended."""
+        ...
+
+
+def echo(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "…"

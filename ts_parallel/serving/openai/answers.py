@@ -1,0 +1,296 @@
+"""How a request is answered: in which shape, in pieces or at once. Knows texts and counts, no engine, no transport."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ts_parallel.errors import RequestError
+from ts_parallel.serving.exchange import EVENTS, JSON, TEXT, error_body
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at every call
+_DONE = "data: [DONE]\n\n"  # the end of every stream of OpenAI's, also of one that failed
+_NEVER = -9999.0  # the log-probability of what cannot be
+
+
+@dataclass(frozen=True)
+class Usage:
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int = 0
+    """Of the prompt's, those that an earlier request had computed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        usage: dict[str, Any] = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+        }
+        if self.num_cached_tokens:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.num_cached_tokens}
+        return usage
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and how likely it was."""
+
+    text: str
+    raw: bytes | None
+    """None where the token shows nowhere but here."""
+    logprob: float | None
+    """None for a prompt's first token, which nothing comes before."""
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token of an answer, or of a prompt that is part of it, and the most likely ones in its place."""
+
+    own: Likelihood
+    best: tuple[Likelihood, ...]
+    offset: int
+    """Where its text begins in the choice's text."""
+
+
+class Answer(ABC):
+    """One request's answer of one or more choices, each of which ends with a finish reason."""
+
+    content_type: str
+
+    @abstractmethod
+    def advance(
+        self,
+        text: str,
+        usage: Usage,
+        finish_reason: str | None,
+        choice: int = 0,
+        tokens: Sequence[ScoredToken] | None = None,
+    ) -> str | None:
+        """What to send for a new piece of one choice; None where nothing is.
+
+        Args:
+            usage: of all choices, up to now.
+            tokens: those whose text is in the piece; None where log-probabilities are not wanted.
+        """
+
+    def fail(self, error: RequestError) -> str:
+        """What to send where a stream that has begun cannot go on."""
+        return error_body(error)
+
+
+class TextStream(Answer):
+    """The text itself, as it comes."""
+
+    content_type = TEXT
+
+    def advance(
+        self,
+        text: str,
+        usage: Usage,
+        finish_reason: str | None,
+        choice: int = 0,
+        tokens: Sequence[ScoredToken] | None = None,
+    ) -> str | None:
+        return text if text or finish_reason else None
+
+
+@dataclass
+class _Choice:
+    """A choice as far as it is known."""
+
+    text: str = ""
+    tokens: list[ScoredToken] | None = None
+    finish_reason: str | None = None
+
+
+class WholeText(Answer):
+    """One JSON object: `text`, `finish_reason`, `usage`, and `logprobs` where they are wanted."""
+
+    content_type = JSON
+
+    def __init__(self, num_choices: int = 1) -> None:
+        self._choices = [_Choice() for _ in range(num_choices)]
+
+    def advance(
+        self,
+        text: str,
+        usage: Usage,
+        finish_reason: str | None,
+        choice: int = 0,
+        tokens: Sequence[ScoredToken] | None = None,
+    ) -> str | None:
+        own = self._choices[choice]
+        own.text += text
+        if tokens is not None:
+            own.tokens = [*(own.tokens or ()), *tokens]
+        own.finish_reason = finish_reason
+        return self._body(usage) if all(choice.finish_reason for choice in self._choices) else None
+
+    def _body(self, usage: Usage) -> str:
+        (own,) = self._choices
+        body = {"text": own.text, "finish_reason": own.finish_reason, "usage": usage.as_dict()}
+        if own.tokens is not None:
+            body["logprobs"] = completion_logprobs(own.tokens)
+        return json.dumps(body)
+
+
+class Completion(WholeText):
+    """One OpenAI completion object."""
+
+    def __init__(self, request_id: str, model: str, num_choices: int = 1) -> None:
+        super().__init__(num_choices)
+        self._head = completion_head(request_id, model)
+
+    def _body(self, usage: Usage) -> str:
+        choices = [
+            _completion_choice(index, own.text, own.finish_reason, own.tokens)
+            for index, own in enumerate(self._choices)
+        ]
+        return json.dumps({**self._head, "choices": choices, "usage": usage.as_dict()})
+
+
+class CompletionStream(Answer):
+    """OpenAI completion chunks as server-sent events, closed by `[DONE]`."""
+
+    content_type = EVENTS
+
+    def __init__(
+        self, request_id: str, model: str, num_choices: int = 1, *, include_usage: bool, has_usage_in_each: bool
+    ) -> None:
+        self._head = self._make_head(request_id, model)
+        self._num_open = num_choices
+        self._include_usage = include_usage
+        self._has_usage_in_each = has_usage_in_each
+
+    def advance(
+        self,
+        text: str,
+        usage: Usage,
+        finish_reason: str | None,
+        choice: int = 0,
+        tokens: Sequence[ScoredToken] | None = None,
+    ) -> str | None:
+        if not text and not finish_reason and not tokens:
+            return None
+        chunk = {**self._head, "choices": [self._choice(choice, text, finish_reason, tokens)]}
+        if self._include_usage:
+            chunk["usage"] = usage.as_dict() if self._has_usage_in_each else None
+        events = _event(chunk)
+        self._num_open -= finish_reason is not None
+        if self._num_open:
+            return events
+        if self._include_usage:
+            events += _event({**self._head, "choices": [], "usage": usage.as_dict()})
+        return events + _DONE
+
+    def fail(self, error: RequestError) -> str:
+        return f"data: {error_body(error)}\n\n{_DONE}"
+
+    def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
+        return completion_head(request_id, model)
+
+    def _choice(
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
+    ) -> dict[str, Any]:
+        return _completion_choice(index, text, finish_reason, tokens)
+
+
+class ChatCompletion(WholeText):
+    """One OpenAI chat completion object."""
+
+    def __init__(self, request_id: str, model: str, num_choices: int = 1) -> None:
+        super().__init__(num_choices)
+        self._head = chat_head(request_id, model, "chat.completion")
+
+    def _body(self, usage: Usage) -> str:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": own.text},
+                "logprobs": chat_logprobs(own.tokens),
+                "finish_reason": own.finish_reason,
+            }
+            for index, own in enumerate(self._choices)
+        ]
+        return json.dumps({**self._head, "choices": choices, "usage": usage.as_dict()})
+
+
+class ChatCompletionStream(CompletionStream):
+    """OpenAI chat completion chunks as server-sent events; the first of each choice says who speaks."""
+
+    def __init__(
+        self, request_id: str, model: str, num_choices: int = 1, *, include_usage: bool, has_usage_in_each: bool
+    ) -> None:
+        super().__init__(
+            request_id, model, num_choices, include_usage=include_usage, has_usage_in_each=has_usage_in_each
+        )
+        self._silent = set(range(num_choices))
+
+    def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
+        return chat_head(request_id, model, "chat.completion.chunk")
+
+    def _choice(
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
+    ) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": text} if index in self._silent else {"content": text}
+        self._silent.discard(index)
+        return {"index": index, "delta": delta, "logprobs": chat_logprobs(tokens), "finish_reason": finish_reason}
+
+
+def completion_logprobs(tokens: Sequence[ScoredToken] | None) -> dict[str, Any] | None:
+    """OpenAI's for completions; the token itself is among the most likely ones, be it one of them or not."""
+    if tokens is None:
+        return None
+    best = [{other.text: _finite(other.logprob) for other in (*token.best, token.own)} for token in tokens]
+    return {
+        "tokens": [token.own.text for token in tokens],
+        "token_logprobs": [_finite(token.own.logprob) for token in tokens],
+        "top_logprobs": [None if token.own.logprob is None else own for token, own in zip(tokens, best, strict=True)],
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def chat_logprobs(tokens: Sequence[ScoredToken] | None) -> dict[str, Any] | None:
+    """OpenAI's for chat completions."""
+
+    def entry(token: Likelihood) -> dict[str, Any]:
+        raw = None if token.raw is None else list(token.raw)
+        return {"token": token.text, "logprob": _finite(token.logprob), "bytes": raw}
+
+    if tokens is None:
+        return None
+    content = [{**entry(token.own), "top_logprobs": [entry(other) for other in token.best]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON knows no infinity; OpenAI's clients take this for one."""
+    return None if logprob is None else max(logprob, _NEVER)
+
+
+def chat_head(request_id: str, model: str, kind: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{request_id}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def completion_head(request_id: str, model: str) -> dict[str, Any]:
+    return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": model}
+
+
+def model_list(model: str, created: int, max_model_len: int) -> str:
+    """OpenAI's `GET v1/models`."""
+    entry = {"id": model, "object": "model", "created": created, "owned_by": "ts_parallel"}
+    return json.dumps({"object": "list", "data": [{**entry, "max_model_len": max_model_len}]})
+
+
+def _completion_choice(
+    index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": completion_logprobs(tokens), "finish_reason": finish_reason}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {_to_json(body)}\n\n"

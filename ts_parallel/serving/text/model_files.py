@@ -1,0 +1,56 @@
+"""What serving reads of a checkpoint folder beside its weights. Nothing is fetched, no code of it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request leaves open, as the model's generation_config.json has it."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+def read_tokenizer(folder: Path) -> Any:
+    folder = settings_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
+    names = sorted(tokenizer.vocab_files_names.values())
+    if names and not any((folder / name).is_file() for name in names):
+        # transformers makes a tokenizer with an empty vocabulary then.
+        raise CheckpointError(f"no usable tokenizer in {folder}: it has none of {names}")
+    return tokenizer
+
+
+def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]:
+    """The tokens that end an answer: generation_config.json's where there is one, else config.json's."""
+    folder = settings_folder(folder)
+    eos: int | list[int] | None = model_config.get_text_config().eos_token_id
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
+    return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+
+def read_sampling_defaults(folder: Path) -> SamplingDefaults:
+    """What generation_config.json says of sampling; what it leaves open keeps OpenAI's defaults."""
+    folder = settings_folder(folder)
+    if not (folder / "generation_config.json").is_file():
+        return SamplingDefaults()
+    config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    named = {name: getattr(config, name, None) for name in SamplingDefaults.__dataclass_fields__}
+    return SamplingDefaults(**{name: value for name, value in named.items() if value is not None})

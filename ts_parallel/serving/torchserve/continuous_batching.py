@@ -1,0 +1,190 @@
+"""TorchServe's continuous batching as a drain: each `handle()` call takes what the engine has ready and comes back.
+
+The front end sends all open jobs, waits for one reply, forwards it and asks again. So a call registers the jobs that
+are new, drops those whose clients left, waits a moment for a token of any, and answers the jobs that have news. A job
+without news is taken out of the reply, which keeps it open and leaves its status and headers free for later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any, Generic, NoReturn, TypeVar
+
+from ts_parallel.errors import EngineError
+from ts_parallel.serving.exchange import Door, OpenJob, RawRequest, Reply
+from ts_parallel.serving.torchserve.front_end import FrontEnd, exit_now
+from ts_parallel.serving.torchserve.keep_open import ROUTE as KEEP_OPEN
+
+logger = logging.getLogger(__name__)
+
+# New requests join between two calls, so this bounds how long one of them waits while no token goes out.
+SECONDS_PER_DRAIN = 0.04
+# Who was answered often asks again. The front end tells of that in the next round trip, so one is made soon.
+_SECONDS_TO_ASK_AGAIN = 0.004
+# A job that has ended may be named once more in the next call.
+_NUM_ENDED_REMEMBERED = 4096
+
+
+D = TypeVar("D")
+
+
+class OpenJobs(Generic[D]):
+    """Owns the open jobs, whatever carries their replies.
+
+    `open_job` turns a raw request into a running job, or into a reply that is ready at once.
+    """
+
+    def __init__(self, door: Door[D], open_job: Callable[[str, RawRequest], OpenJob[D] | Reply]) -> None:
+        self._door = door
+        self._open_job = open_job
+        self._jobs: dict[str, OpenJob[D]] = {}
+        self._ready: dict[str, Reply] = {}
+
+    def _register(self, request_id: str, request: RawRequest) -> None:
+        opened = self._open_job(request_id, request)
+        if isinstance(opened, Reply):
+            self._ready[request_id] = opened
+        else:
+            self._jobs[request_id] = opened
+
+    def _collect(self, request_id: str) -> Reply | None:
+        if request_id in self._ready:
+            return self._ready.pop(request_id)
+        if request_id not in self._jobs:
+            return None
+        reply = self._advance(request_id)
+        if reply is not None and reply.is_last:
+            self._forget(request_id)
+        return reply
+
+    def _advance(self, request_id: str) -> Reply | None:
+        job = self._jobs[request_id]
+        try:
+            return job.advance(self._door.router.take(request_id))
+        except Exception as error:  # whatever it was, the other jobs must not end by it
+            logger.exception("a request failed")
+            return job.fail(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _forget(self, request_id: str) -> None:
+        del self._jobs[request_id]
+        self._door.abort(request_id)
+
+
+class ContinuousBatchingDrain(OpenJobs[D]):
+    """The jobs of `continuousBatching: true`. Where there are replicas (`keep_open`), one request to `keep_open.ROUTE`
+    is never answered.
+
+    A job that came by gRPC is answered in one piece. TorchServe 0.12 takes it for closed after its first
+    (`GRPCJob.isOpen` says the opposite), and this process for dead where a piece does not say whether it is the last.
+    """
+
+    def __init__(
+        self,
+        door: Door[D],
+        open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
+        has_replicas: bool = False,
+    ) -> None:
+        super().__init__(door, open_job)
+        self._has_replicas = has_replicas
+        self._kept_open: str | None = None
+        self._gathered: dict[str, list[str]] = {}  # what a job that came by gRPC has been answered so far
+        self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
+        self._has_ended = False  # since the last wait for news
+        self._front_end = FrontEnd()
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> NoReturn:
+        """The first round trip and all that follow it, which go by TorchServe's loop: ends with this process alone."""
+        try:
+            while True:
+                data = self._front_end.exchange(self.round_trip(data, context), context)
+        except Exception:  # whose requests these are TorchServe's loop does not know: it must not answer them
+            logger.exception("a round trip failed")
+            exit_now()
+
+    def round_trip(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+        """Take what there is for each job. `context` is TorchServe's; it is told of each one's status, type and end."""
+        names: dict[int, str] = dict(context.request_ids)
+        for request_id in self._jobs.keys() - set(names.values()):
+            self._forget(request_id)
+            self._gathered.pop(request_id, None)
+        if self._kept_open not in names.values():
+            self._kept_open = None
+        for index, request_id in names.items():
+            if request_id not in self._jobs and request_id not in self._ended and request_id != self._kept_open:
+                if is_grpc(context, index):
+                    self._gathered[request_id] = []
+                self._register(request_id, raw_request(data[index], context, index))
+        context.stopping_criteria = {}
+        bodies = [""] * len(data)
+        if not self._ready and not self._has_news():
+            context.request_ids.clear()
+            return bodies
+        for index, request_id in names.items():
+            reply = self._collect(request_id)
+            if reply is None:
+                del context.request_ids[index]
+                continue
+            bodies[index] = reply.body
+            announce(reply, context, index)
+            context.stopping_criteria[index] = lambda _, ends=reply.stream_ends: ends
+        return bodies
+
+    def _has_news(self) -> bool:
+        if not self._jobs and not self._kept_open:
+            return False
+        seconds = _SECONDS_TO_ASK_AGAIN if self._has_ended else SECONDS_PER_DRAIN
+        self._has_ended = False
+        return self._door.router.wait(seconds)
+
+    def _register(self, request_id: str, request: RawRequest) -> None:
+        if self._has_replicas and request.route == KEEP_OPEN:
+            if self._kept_open is None:
+                self._kept_open = request_id
+            else:
+                self._ready[request_id] = Reply.whole("{}")
+            return
+        super()._register(request_id, request)
+
+    def _collect(self, request_id: str) -> Reply | None:
+        reply = super()._collect(request_id)
+        if reply is not None and request_id in self._gathered:
+            self._gathered[request_id].append(reply.body)
+            if not reply.is_last:
+                return None
+            # Not the first, though it is: so that it says that it is the last.
+            reply = replace(reply, body="".join(self._gathered.pop(request_id)), is_first=False)
+        if reply is not None and reply.is_last:
+            self._ended.append(request_id)
+            self._has_ended = True
+        return reply
+
+
+def announce(reply: Reply, context: Any, index: int) -> None:
+    """Tell TorchServe's context of a reply's status and type."""
+    context.set_response_status(reply.status, HTTPStatus(reply.status).phrase, index)
+    context.set_response_content_type(index, reply.content_type)
+
+
+def raw_request(data: dict[str, Any], context: Any, index: int) -> RawRequest:
+    """One element of TorchServe's `data`, with what its headers say; by gRPC an input `url_path` is the route."""
+    body = data.get("body", data.get("data"))
+    if is_grpc(context, index):
+        return RawRequest(bytes(data.get("url_path", b"")).decode(errors="replace").strip("/"), body, "")
+    headers = {str(name).lower(): str(value) for name, value in context.get_all_request_header(index).items()}
+    return RawRequest(headers.get("url_path", "").strip("/"), body, headers.get("content-type", ""))
+
+
+def end_grpc(context: Any, index: int) -> None:
+    """Where an answer that is no stream goes to gRPC, say that it is the last. TorchServe 0.12 takes this process for
+    dead otherwise; of HTTP's it must not be said."""
+    if is_grpc(context, index):
+        context.set_response_header(index, "ts_stream_next", "false")
+
+
+def is_grpc(context: Any, index: int) -> bool:
+    """Whether a request came by gRPC: it has no headers then, but one entry for each input."""
+    return not any(isinstance(value, str) for value in context.get_all_request_header(index).values())
