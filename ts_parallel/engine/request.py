@@ -80,6 +80,8 @@ class Request:
     """Those of the prompt's tokens from the second on, where `scores_prompt`; whole before the first token is there."""
     guide: TokenGuide | None = None
     arrived: float = field(default_factory=time.perf_counter)
+    place: int = 0
+    """Its number among those that the scheduler was given: of two with one priority, the lower is admitted first."""
 
     @property
     def num_tokens(self) -> int:
