@@ -77,6 +77,24 @@ def test_request_that_runs_shares_its_blocks_and_keeps_them() -> None:
     assert {request.num_cached for request in requests} == {0, 8}
 
 
+@pytest.mark.parametrize(("num_prompt", "is_enough"), [(12, True), (13, False)])
+def test_paused_request_gives_only_what_it_shares_with_nobody(num_prompt: int, is_enough: bool) -> None:
+    bench = Bench(num_blocks=6)
+    slow, other = (Request(name, (*numbers(0, 8), last), 3) for name, last in (("slow", 50), ("other", 60)))
+    bench.engine.add(slow)
+    bench.engine.step()
+    bench.engine.add(other)
+    bench.engine.step({"slow"})
+    assert slow.block_ids[:2] == other.block_ids[:2] and bench.blocks.num_free == 2
+    bench.engine.add(Request("new", numbers(70, num_prompt), 1))
+    bench.engine.step({"slow"})
+    assert [len(plan.chunks) for plan in bench.runner.plans] == [1, 1, 2 if is_enough else 1]
+    assert len(slow.block_ids) == (0 if is_enough else 3)
+    while bench.engine.has_requests:
+        bench.engine.step()
+    assert slow.output_ids == answer(slow.prompt_ids, 3)
+
+
 def test_longest_unused_is_forgotten_first_and_ends_before_beginnings() -> None:
     bench = Bench(num_blocks=6)
     bench.run(numbers(0, 9), max_tokens=1)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ts_parallel.engine.request import GenerationParams, Request, make_request
+from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import RequestError
 from ts_parallel.step_plan import SamplingParams, TokenLogprobs
 
 EOS = frozenset({7, 8})
+VOCABULARY = Vocabulary(100, {100: "<|extra|>"}.get)
+PARAMETERS = ("prompt", "logit_bias", "stop_token_ids")
 
 
 def make(prompt_ids: list[int], params: GenerationParams, max_model_len: int = 10) -> Request:
-    return make_request("a", prompt_ids, params, eos_ids=EOS, max_model_len=max_model_len)
+    return make_request("a", prompt_ids, params, eos_ids=EOS, max_model_len=max_model_len, vocabulary=VOCABULARY)
 
 
 def test_empty_prompt_is_refused() -> None:
@@ -53,6 +61,46 @@ def test_request_keeps_what_the_client_asked_for() -> None:
     sampling = SamplingParams(temperature=0.5, top_p=0.9, seed=3)
     made = make([1, 2, 3], GenerationParams(2, sampling))
     assert (made.request_id, made.prompt_ids, made.sampling, made.eos_ids) == ("a", (1, 2, 3), sampling, EOS)
+
+
+@pytest.mark.parametrize("token_id", [100, -1, 10**7, 10**30])
+@pytest.mark.parametrize("parameter", ["prompt", "logit_bias", "stop_token_ids"])
+def test_token_id_that_the_model_has_not_is_refused_with_its_place(parameter: str, token_id: int) -> None:
+    prompt, bias, stops = ([1, 99, token_id] if name == parameter else [1] for name in PARAMETERS)
+    sampling = SamplingParams(logit_bias=tuple((own, 1.0) for own in bias))
+    name = r" \('<\|extra\|>'\)" if token_id == 100 else ""
+    says = f"^token id {token_id}{name} at position 2 of {parameter} is outside the model's vocabulary of 100$"
+    with pytest.raises(RequestError, match=says) as refusal:
+        make(prompt, GenerationParams(2, sampling, stop_token_ids=tuple(stops)))
+    assert refusal.value.parameter == parameter
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, [1], np.bool_(True), np.float32(1), torch.tensor([1, 2])])
+@pytest.mark.parametrize("parameter", ["prompt", "logit_bias", "stop_token_ids"])
+def test_what_is_no_token_id_is_refused_with_its_place(parameter: str, value: Any) -> None:
+    prompt, bias, stops = ([1, value] if name == parameter else [1] for name in PARAMETERS)
+    sampling = SamplingParams(logit_bias=tuple((own, 1.0) for own in bias))
+    says = f"{re.escape(repr(value))} at position 1 of {parameter} is no token id"
+    with pytest.raises(RequestError, match=says) as refusal:
+        make(prompt, GenerationParams(2, sampling, stop_token_ids=tuple(stops)))
+    assert refusal.value.parameter == parameter
+
+
+def test_whole_numbers_of_other_types_are_token_ids() -> None:
+    wholes: Any = [np.array([0, 99]), [np.int32(0), torch.tensor(99)], torch.tensor([0, 99])]
+    for prompt in wholes:
+        sampling = SamplingParams(logit_bias=((prompt[1], 1.0),))
+        made = make(prompt, GenerationParams(2, sampling, stop_token_ids=(prompt[1],)))
+        assert (made.prompt_ids, made.sampling.logit_bias, made.eos_ids) == ((0, 99), ((99, 1.0),), EOS | {99})
+        assert {type(own) for own in (*made.prompt_ids, *made.eos_ids, made.sampling.logit_bias[0][0])} == {int}
+
+
+@pytest.mark.parametrize("num_logprobs", [-1, 101])
+def test_more_tokens_than_the_model_has_cannot_be_named(num_logprobs: int) -> None:
+    with pytest.raises(RequestError, match=f"logprobs is {num_logprobs}, not between 0 and 100") as refusal:
+        make([1], GenerationParams(2, SamplingParams(num_logprobs=num_logprobs)))
+    assert refusal.value.parameter == "logprobs"
+    assert make([1], GenerationParams(2, SamplingParams(num_logprobs=100))).sampling.num_logprobs == 100
 
 
 def test_new_request_is_behind_by_its_prompt() -> None:
@@ -128,7 +176,9 @@ class OneToken:
 
 def test_answer_ends_where_its_guide_is_finished() -> None:
     guide = OneToken()
-    made = make_request("a", [1], GenerationParams(5), eos_ids=EOS, max_model_len=10, guide=guide)
+    made = make_request(
+        "a", [1], GenerationParams(5), eos_ids=EOS, max_model_len=10, vocabulary=VOCABULARY, guide=guide
+    )
     assert made.finish_reason() is None
     made.append(5)
     assert made.output_ids == [5] and made.finish_reason() == "stop"

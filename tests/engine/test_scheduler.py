@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
+from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.step_plan import SamplingParams, StepPlan
@@ -261,15 +262,101 @@ def test_newest_request_steps_back_rather_than_take_blocks_of_older_ones() -> No
     assert new.block_ids == []
 
 
-def test_paused_request_keeps_its_blocks_from_newer_ones() -> None:
+def test_paused_request_gives_its_blocks_to_those_that_run() -> None:
     bench = Bench(num_blocks=4)
     old, new = bench.add("old", 8, 4), bench.add("new", 7, 4)
     assert bench.step() == [("old", 8), ("new", 7)]
     assert bench.step(paused={"old"}) == [("new", 1)]
-    assert bench.step(paused={"old"}) == []
-    assert (old.num_computed, new.num_computed) == (8, 0)
+    assert len(old.block_ids) == 2  # as long as nobody needs them
+    assert bench.step(paused={"old"}) == [("new", 1)]
+    assert (old.num_computed, old.block_ids) == (0, [])
     bench.finish()
-    assert new.output_ids == answer(new.prompt_ids, 4)
+    for request in (old, new):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 4)
+
+
+def test_request_that_was_preempted_and_paused_holds_up_nobody_and_keeps_its_place() -> None:
+    bench = Bench(num_blocks=4)
+    first, slow = bench.add("first", 8, 6), bench.add("slow", 8, 6)
+    bench.step()
+    bench.step()
+    assert (len(first.block_ids), slow.block_ids) == (3, [])
+    paused = {"slow"}
+    while bench.scheduler.running:
+        bench.step(paused)
+    bench.add("new", 13, 2)
+    bench.add("later", 13, 1)
+    assert bench.step(paused) == [("new", 13)]
+    assert bench.step() == [("new", 1)]  # the reader is back, the blocks are not free yet
+    assert bench.step() == [("slow", 9)]  # its prompt and the token it had; "later" has not passed it
+    bench.finish()
+    assert bench.tokens("slow") == slow.output_ids == answer(slow.prompt_ids, 6)
+    assert [output.request_id for output in bench.outputs if output.finish_reason] == ["first", "new", "slow", "later"]
+
+
+def test_paused_request_gives_its_seat_to_one_that_waits_and_is_the_next_to_get_one() -> None:
+    bench = Bench(max_num_seqs=2)
+    slow, other = bench.add("slow", 3, 4), bench.add("other", 3, 4)
+    bench.add("new", 3, 2)
+    bench.add("later", 3, 2)
+    assert bench.step() == [("slow", 3), ("other", 3)]
+    assert bench.step(paused={"slow"}) == [("other", 1), ("new", 3)]
+    assert [request.request_id for request in bench.scheduler.waiting] == ["slow", "later"]
+    assert bench.step() == [("other", 1), ("new", 1)]
+    assert bench.step() == [("other", 1), ("slow", 4)]
+    bench.finish()
+    for request in (slow, other):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 4)
+
+
+def test_paused_request_keeps_what_it_has_where_it_would_not_be_enough() -> None:
+    bench = Bench(num_blocks=4, max_num_seqs=2)
+    slow = bench.add("slow", 3, 3)
+    bench.add("other", 3, 3)
+    bench.step()
+    bench.add("big", 13, 1)
+    assert bench.step(paused={"slow"}) == [("other", 1)]
+    assert (slow.num_computed, len(slow.block_ids)) == (3, 1)
+
+
+def test_requests_that_were_preempted_wait_in_order_of_arrival_whoever_was_the_first() -> None:
+    bench = Bench(num_blocks=6, max_num_batched_tokens=32)
+    for name in "abc":
+        bench.add(name, 8, 9)
+    bench.step()
+    bench.step(paused={"b", "c"})  # "a" takes the blocks of the latest
+    assert [request.request_id for request in bench.scheduler.waiting] == ["c"]
+    for _ in range(4):
+        bench.step(paused={"c"})
+    bench.add("later", 1, 1)
+    assert [request.request_id for request in bench.scheduler.waiting] == ["b", "c", "later"]
+    ran = [name for _ in range(40) for name, _ in bench.step()]
+    assert list(dict.fromkeys(ran)) == ["a", "b", "c", "later"]
+
+
+def test_paused_one_in_flight_is_waited_for_and_then_preempted() -> None:
+    bench = Bench(num_blocks=4, num_stages=2)
+    slow, new = bench.add("slow", 8, 6), bench.add("new", 7, 6)
+    assert [bench.step(), bench.step()] == [[("slow", 8)], [("new", 7)]]
+    assert bench.step({"slow"}) == []  # "new" is in flight, and alone
+    assert bench.step({"slow"}) == [("new", 1)]
+    assert bench.step({"slow"}) == []
+    assert bench.step({"slow"}) == [("new", 1)]
+    assert slow.block_ids == []
+    bench.finish()
+    for request in (slow, new):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)
+
+
+def test_prompt_is_not_paced_for_the_sake_of_one_that_is_paused() -> None:
+    pacer = PrefillPacer(1.1)
+    scheduler = Scheduler(BlockManager(99, 4), max_num_seqs=4, max_num_batched_tokens=200, pacer=pacer)
+    scheduler.add(Request("slow", (1,), 9))
+    scheduler.schedule()
+    scheduler.update([1])
+    scheduler.add(Request("new", (2,) * 150, 9))
+    chunks = scheduler.schedule(paused={"slow"}).chunks
+    assert [(chunk.request_id, len(chunk.token_ids)) for chunk in chunks] == [("new", 150)]
 
 
 def test_request_that_is_in_the_step_already_keeps_its_blocks_in_it() -> None:
@@ -322,11 +409,11 @@ def test_abort_of_one_leaves_the_others() -> None:
 
 
 def test_blocks_of_an_aborted_request_let_a_waiting_one_in() -> None:
-    bench = Bench(num_blocks=2)
-    bench.add("a", 7, 2)
+    bench = Bench(num_blocks=3)
+    bench.add("a", 7, 5)
     bench.step()
     bench.add("b", 7, 1)
-    assert bench.step(paused={"a"}) == []
+    assert bench.step() == [("a", 1)]
     bench.engine.abort("a")
     assert bench.step() == [("b", 7)]
 
@@ -433,7 +520,7 @@ def test_nobody_is_admitted_while_one_that_runs_lacks_blocks() -> None:
     assert [bench.step() for _ in range(4)] == [[("old", 4)], [("long", 8)], [("old", 1)], [("long", 8)]]
     bench.add("small", 1, 1)
     assert (bench.blocks.num_free, long.num_in_flight) == (1, 1)
-    assert bench.step(paused={"old"}) == []
+    assert bench.step() == [("old", 1)]
     bench.finish()
     assert [output.request_id for output in bench.outputs if output.finish_reason] == ["old", "long", "small"]
 
@@ -532,6 +619,46 @@ def test_oldest_running_request_is_in_every_step(
     for _ in range(num_stages * sum(num_prompt + max_tokens for num_prompt, max_tokens, _ in sizes)):
         step()
     assert {output.request_id for output in bench.outputs if output.finish_reason} == set(map(str, range(len(sizes))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 10), st.integers(0, 3)), min_size=1, max_size=8),
+    slow=st.sets(st.integers(0, 7)),
+    num_blocks=st.integers(6, 10),
+    max_num_seqs=st.integers(1, 4),
+    max_num_batched_tokens=st.integers(1, 12),
+    num_stages=st.integers(1, 4),
+)
+def test_requests_whose_readers_never_come_back_hold_up_nobody(
+    sizes: list[tuple[int, int, int]],
+    slow: set[int],
+    num_blocks: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    num_stages: int,
+) -> None:
+    """Requests come some steps apart, and all run; from then on some are paused, until the others are done."""
+    bench = Bench(
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_stages=num_stages,
+    )
+    added = []
+    for index, (num_prompt, max_tokens, num_steps) in enumerate(sizes):
+        added.append(bench.add(str(index), num_prompt, max_tokens))
+        for _ in range(num_steps):
+            bench.step()
+    paused = {str(index) for index in slow}
+    for _ in range(4000):
+        done = {output.request_id for output in bench.outputs if output.finish_reason}
+        if not bench.engine.step(paused, bench.outputs.extend):
+            break
+    assert done >= {request.request_id for request in added} - paused
+    bench.finish()
+    for request in added:
+        assert bench.tokens(request.request_id) == answer(request.prompt_ids, request.max_tokens)
 
 
 def check_step(

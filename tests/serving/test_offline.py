@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, save_random_model
 from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,7 @@ from ts_parallel.engine.request import GenerationParams, Request
 from ts_parallel.errors import RequestError, StartupError
 from ts_parallel.serving import offline
 from ts_parallel.serving.offline import open_model
+from ts_parallel.step_plan import SamplingParams
 
 SCRIPT, DEMO_MODEL = ROOT / "examples" / "offline.py", ROOT / "examples" / "demo_model"
 PROMPTS = ["Return a list of", "Open the file"]
@@ -67,6 +69,30 @@ def test_one_model_answers_again_and_again(expected: list[str]) -> None:
         assert (len(ids.token_ids), ids.finish_reason) == (4, "length")
         with pytest.raises(RequestError, match="empty"):
             model.generate([""], GenerationParams(4))
+
+
+def test_tokens_that_the_model_has_not_are_refused_and_it_answers_on(tmp_path: Path) -> None:
+    """Over a weight that embedding and head share, which kernels read; the tokenizer knows a token more, and so does
+    what it says of ends."""
+    folder = tmp_path / "model"
+    save_random_model(folder, FAMILIES["llama"](vocab_size=2048, tie_word_embeddings=True), dtype=torch.bfloat16)
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True)
+    tokenizer.add_tokens(["<|extra|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2048]}')
+    with open_model(folder, device="cpu", kv_cache_memory="4MiB") as model:
+        for ids in ([10**7], [-1], [5, 2048], [True], [5.0]):
+            with pytest.raises(RequestError, match=f"position {len(ids) - 1} of prompt is "):
+                model.generate([[5, 6], ids], GenerationParams(4))
+        with pytest.raises(RequestError, match=r"token id 2048 \('<\|extra\|>'\) at .* vocabulary of 2048"):
+            model.generate(["a <|extra|>"], GenerationParams(4))
+        for bias in (((2048, 1.0),), ((-1, 1.0),)):
+            with pytest.raises(RequestError, match="logit_bias"):
+                model.generate(["a"], GenerationParams(4, SamplingParams(logit_bias=bias)))
+        with pytest.raises(RequestError, match="stop_token_ids"):
+            model.generate(["a"], GenerationParams(4, stop_token_ids=(2048,), min_tokens=2))
+        (answer,) = model.generate([torch.tensor([5, 6])], GenerationParams(4, min_tokens=4))  # type: ignore[list-item]
+        assert len(answer.token_ids) == 4
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:

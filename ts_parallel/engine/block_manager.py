@@ -7,7 +7,8 @@ content until it is given away again, the one longest unused first.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from itertools import count
 
 from ts_parallel.engine.request import Request
@@ -34,6 +35,10 @@ class BlockManager:
     def num_free(self) -> int:
         """How many blocks nobody holds, whatever they remember."""
         return len(self._free)
+
+    def num_free_without(self, others: Sequence[Request]) -> int:
+        """How many blocks nobody would hold, had `others` given back theirs."""
+        return len(self._free) + len(self._given_back(others))
 
     def num_missing(self, request: Request, num_tokens: int) -> int:
         """How many blocks `request` lacks for its first `num_tokens` tokens; below 0 where it has more."""
@@ -64,10 +69,13 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def can_admit(self, request: Request, prefix: list[int]) -> bool:
-        """Whether `request`, which has no blocks, can hold all its tokens if it begins with the blocks `prefix`."""
-        num_taken = sum(block in self._free for block in prefix)
-        return self.num_missing(request, request.num_tokens) - len(prefix) <= len(self._free) - num_taken
+    def can_admit(self, request: Request, prefix: list[int], others: Sequence[Request] = ()) -> bool:
+        """Whether `request`, which has no blocks, can hold all its tokens if it begins with the blocks `prefix`, and
+        `others` give back theirs."""
+        given_back = self._given_back(others)
+        num_free = len(self._free) + len(given_back)
+        num_taken = sum(block in self._free or block in given_back for block in prefix)
+        return self.num_missing(request, request.num_tokens) - len(prefix) <= num_free - num_taken
 
     def take_prefix(self, request: Request, prefix: list[int]) -> int:
         """Let `request` hold `prefix` too; how many tokens that is."""
@@ -111,6 +119,11 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
         request.block_ids.clear()
         request.num_remembered = 0
+
+    def _given_back(self, others: Sequence[Request]) -> set[int]:
+        """The blocks that nobody but `others` holds."""
+        held = Counter(block for other in others for block in other.block_ids)
+        return {block for block, num_holders in held.items() if num_holders == self._num_holders[block]}
 
     def _forget(self, block: int) -> None:
         key, _ = self._of_block.pop(block, (None, None))

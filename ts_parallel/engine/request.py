@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import RequestError
 from ts_parallel.step_plan import SamplingParams, TokenLogprobs
 
@@ -80,6 +82,8 @@ class Request:
     """Those of the prompt's tokens from the second on, where `scores_prompt`; whole before the first token is there."""
     guide: TokenGuide | None = None
     arrived: float = field(default_factory=time.perf_counter)
+    place: int = 0
+    """Its number among those that the scheduler was given: of two with one priority, the lower is admitted first."""
 
     @property
     def num_tokens(self) -> int:
@@ -128,27 +132,32 @@ class Request:
 
 def make_request(
     request_id: str,
-    prompt_ids: list[int],
+    prompt_ids: Sequence[int],
     params: GenerationParams,
     *,
     eos_ids: frozenset[int],
     max_model_len: int,
+    vocabulary: Vocabulary,
     guide: TokenGuide | None = None,
+    prompt_field: str = "prompt",
 ) -> Request:
-    """A request whose lengths are within the engine's.
+    """A request whose lengths are within the engine's, and whose tokens are the model's. Whoever asks passes here.
+
+    Args:
+        prompt_field: where the prompt comes from.
 
     Raises:
-        RequestError: the prompt is empty or leaves no room for an answer within `max_model_len`, or `max_tokens` is
-            more than the room it leaves.
+        RequestError: the prompt is empty or leaves no room for an answer within `max_model_len`, `max_tokens` is more
+            than the room it leaves, a token id is none of the model's, or more tokens are to be named than it has.
     """
-    if not prompt_ids:
-        raise RequestError("the prompt is empty", "prompt")
+    if len(prompt_ids) == 0:
+        raise RequestError("the prompt is empty", prompt_field)
     room = max_model_len - len(prompt_ids)
     least, wanted = (0, "") if params.max_tokens == 0 else (1, " with at least one for the answer")
     if room < least:
         raise RequestError(
             f"the prompt has {len(prompt_ids)} tokens, the model's limit (max_model_len) is {max_model_len}{wanted}",
-            "prompt",
+            prompt_field,
         )
     max_tokens = room if params.max_tokens is None else params.max_tokens
     if max_tokens > room:
@@ -162,15 +171,29 @@ def make_request(
             f"min_tokens is {params.min_tokens}, more than max_tokens, {max_tokens}",
             "min_tokens",
         )
-    ends = (frozenset() if params.ignore_eos else eos_ids) | frozenset(params.stop_token_ids)
+    stops = vocabulary.known(params.stop_token_ids, "stop_token_ids")
     return Request(
         request_id,
-        tuple(prompt_ids),
+        vocabulary.known(prompt_ids, prompt_field),
         max(1, max_tokens),  # a step makes a token all the same, which needs no room: nothing follows it
-        params.sampling,
-        ends,
+        _known_sampling(params.sampling, vocabulary),
+        (frozenset() if params.ignore_eos else eos_ids) | frozenset(stops),
         params.min_tokens,
         params.priority,
         scores_prompt=params.scores_prompt,
         guide=guide,
     )
+
+
+def _known_sampling(sampling: SamplingParams, vocabulary: Vocabulary) -> SamplingParams:
+    """
+    Raises:
+        RequestError: a token with a bias is none of the model's, or more tokens are to be named than it has.
+    """
+    if sampling.num_logprobs is not None and not 0 <= sampling.num_logprobs <= vocabulary.size:
+        raise RequestError(f"logprobs is {sampling.num_logprobs}, not between 0 and {vocabulary.size}", "logprobs")
+    if not sampling.logit_bias:
+        return sampling
+    token_ids = vocabulary.known((token_id for token_id, _ in sampling.logit_bias), "logit_bias")
+    biases = (bias for _, bias in sampling.logit_bias)
+    return replace(sampling, logit_bias=tuple(zip(token_ids, biases, strict=True)))

@@ -1,5 +1,8 @@
 """What runs in the next step: first come, first served, within a budget of tokens and blocks.
 
+A request whose reader is slow is paused. It keeps its place, but holds up nobody: others pass it, and it gives them its
+seat and its blocks where they need them.
+
 Where a model is cut into pipeline stages, one step is in flight for each; every stage runs them in the order they were
 scheduled. So a step may use the keys and values that an earlier one will write, and a block that is given back may be
 given away at once: whoever still reads it does so earlier on every stage.
@@ -8,10 +11,11 @@ given away at once: whoever still reads it does so earlier on every stage.
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.pacing import PrefillPacer
@@ -51,6 +55,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_stages = num_stages
         self._pacer = pacer
+        self._places = count()
         self._stats = EngineStats()
 
     @property
@@ -65,11 +70,8 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let it wait behind all whose priority is not worse."""
-        behind = next(
-            (at for at, other in enumerate(self.waiting) if other.priority > request.priority),
-            None,
-        )
-        self.waiting.insert(len(self.waiting) if behind is None else behind, request)
+        request.place = next(self._places)
+        insort(self.waiting, request, key=_turn)
 
     def abort(self, request_id: str, reason: str = ABORTED) -> None:
         """Forget a request; one that is not here any more is nobody's loss. `reason` is for the counts alone."""
@@ -82,34 +84,32 @@ class Scheduler:
     def schedule(self, paused: Collection[str] = ()) -> StepPlan:
         """The next step. Decoding requests come first: a long prompt does not hold them up; `paused` ones sit out.
 
-        A running request that finds no free block takes those of the one that was admitted last, which starts over
-        later: its tokens are recomputed, so they stay the same. One that is in flight keeps its blocks, and is waited
-        for. So an empty step says that the oldest result in flight is needed first, or, without any, nobody can run.
+        A running request that finds no free block takes those of a paused one, else of the one that was admitted last.
+        Who loses them starts over later: its tokens are recomputed, so they stay the same. One that is in flight keeps
+        its blocks, and is waited for. So an empty step says that the oldest result in flight is needed first, or,
+        without any, nobody but the paused ones is there.
         """
         budget, num_seats = self._max_num_batched_tokens, self._num_seats(paused)
-        prefill_budget = self._most_prefill_tokens()
+        prefill_budget = self._most_prefill_tokens(paused)
         step: list[tuple[Request, Chunk]] = []
-        active = [request for request in self.running if request.num_behind and request.request_id not in paused]
+        active = [request for request in _awake(self.running, paused) if request.num_behind]
         for request in sorted(active, key=lambda request: request.num_behind > 1):
             is_prefill = request.num_behind > 1
             num_tokens = min(request.num_behind, budget, prefill_budget if is_prefill else 1)
             if not num_tokens or len(step) == num_seats:
                 break
-            if request in self.running and self._make_room(request, request.num_computed + num_tokens):
+            if request in self.running and self._make_room(request, request.num_computed + num_tokens, paused):
                 step.append((request, self._chunk(request, num_tokens)))
                 budget -= num_tokens
                 prefill_budget -= num_tokens * is_prefill
             elif request in self.running:
                 budget = 0  # it waits for blocks of others, who may neither start anew nor be joined in the meantime
-        while budget and prefill_budget and len(step) < num_seats and self._can_admit(paused):
-            request = self.waiting.popleft()
-            request.num_computed = self._blocks.take_prefix(request, self._blocks.find_prefix(request))
-            if request.num_cached is None:
-                request.num_cached = request.num_computed
-                self._stats.admitted(request, request.num_cached)
-            num_tokens = min(request.num_behind, budget, prefill_budget)
-            self.running.append(request)
-            step.append((request, self._chunk(request, num_tokens)))
+        while budget and prefill_budget and len(step) < num_seats:
+            admitted = self._next_admitted(paused)
+            if admitted is None:
+                break
+            num_tokens = min(admitted.num_behind, budget, prefill_budget)
+            step.append((admitted, self._chunk(admitted, num_tokens)))
             budget -= num_tokens
             prefill_budget -= num_tokens
         if step:
@@ -149,32 +149,56 @@ class Scheduler:
                 self._stats.ended(request, FAILED if error else reason)
         return outputs
 
-    def _most_prefill_tokens(self) -> int:
+    def _most_prefill_tokens(self, paused: Collection[str]) -> int:
         """How many tokens of prompts a step may have: all that fit, unless somebody waits for a next token."""
-        num_decoding = sum(bool(request.output_ids) for request in self.running)
+        running = list(_awake(self.running, paused))
+        num_decoding = sum(bool(request.output_ids) for request in running)
         if self._pacer is None or not num_decoding:
             return self._max_num_batched_tokens
-        seats = self._max_num_seqs - len(self.running)
-        num_prompts = len(self.running) - num_decoding + min(seats, len(self.waiting))
+        waiting = islice(_awake(self.waiting, paused), self._max_num_seqs - len(running))
+        num_prompts = len(running) - num_decoding + sum(1 for _ in waiting)
         return self._pacer.most_prefill_tokens(max(1, num_prompts))
 
     def _num_seats(self, paused: Collection[str]) -> int:
         """How many requests one step may take, so that those which can run make a step for each stage."""
-        num_requests = sum(request.request_id not in paused for request in self.running)
-        num_free = self._blocks.num_free
-        for request in islice(self.waiting, self._max_num_seqs - len(self.running)):
+        yielding = self._yielding(paused)
+        num_requests = sum(1 for _ in _awake(self.running, paused))
+        num_free = self._blocks.num_free_without(yielding)
+        seats = self._max_num_seqs - (len(self.running) - len(yielding))
+        for request in islice(_awake(self.waiting, paused), seats):
             num_free -= self._blocks.num_missing(request, request.num_tokens)
-            if num_free < 0 or request.request_id in paused:
+            if num_free < 0:
                 break
             num_requests += 1
         return -(-num_requests // self._num_stages)
 
-    def _can_admit(self, paused: Collection[str]) -> bool:
-        """Whether the first who waits may run: where it may not, nobody overtakes it."""
-        if not self.waiting or len(self.running) == self._max_num_seqs:
-            return False
-        request = self.waiting[0]
-        return request.request_id not in paused and self._blocks.can_admit(request, self._blocks.find_prefix(request))
+    def _next_admitted(self, paused: Collection[str]) -> Request | None:
+        """Let the first who waits and is not paused run, after preempting paused ones that are in its way.
+
+        None where it may not: then nobody overtakes it.
+        """
+        request = next(_awake(self.waiting, paused), None)
+        if request is None:
+            return None
+        yielding, prefix = self._yielding(paused), self._blocks.find_prefix(request)
+        num_seated = len(self.running) - len(yielding)
+        if num_seated == self._max_num_seqs or not self._blocks.can_admit(request, prefix, yielding):
+            return None
+        while len(self.running) == self._max_num_seqs or not self._blocks.can_admit(request, prefix):
+            self._preempt(yielding.pop(0))
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.num_computed = self._blocks.take_prefix(request, prefix)
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+            self._stats.admitted(request, request.num_cached)
+        return request
+
+    def _yielding(self, paused: Collection[str]) -> list[Request]:
+        """The running requests that give way to whoever can run, the first first: paused, and not in flight."""
+        if not paused:
+            return []
+        return [own for own in reversed(self.running) if own.request_id in paused and not own.num_in_flight]
 
     def _chunk(self, request: Request, num_tokens: int) -> Chunk:
         start, end = request.num_computed, request.num_computed + num_tokens
@@ -197,17 +221,20 @@ class Scheduler:
             allowed=request.guide.allowed() if request.guide and end == request.num_tokens else b"",
         )
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Whether `request` can hold `num_tokens`, after preempting the latest requests, at worst itself.
+    def _make_room(self, request: Request, num_tokens: int, paused: Collection[str]) -> bool:
+        """Whether `request` can hold `num_tokens`, after preempting paused requests, then the latest, at worst itself.
 
-        Where the latest is in flight, `request` waits for it: so the requests never change their order.
+        Where the next of them is in flight, `request` waits for it: so those that can run never change their order.
         """
         while not self._blocks.can_hold(request, num_tokens):
-            latest = self.running[-1]
-            if latest.num_in_flight or len(self.running) == 1:
+            if len(self.running) == 1:
                 return False
-            self._preempt(latest)
-            if latest is request:
+            in_flight = [own for own in self.running if own.request_id in paused and own.num_in_flight]
+            first = (self._yielding(paused) or in_flight or [self.running[-1]])[0]
+            if first.num_in_flight:
+                return False
+            self._preempt(first)
+            if first is request:
                 return False
         return True
 
@@ -216,5 +243,14 @@ class Scheduler:
         self._blocks.release(request)
         request.num_computed = 0
         self.running.remove(request)
-        ahead = next((at for at, other in enumerate(self.waiting) if other.priority >= request.priority), None)
-        self.waiting.insert(len(self.waiting) if ahead is None else ahead, request)
+        insort(self.waiting, request, key=_turn)
+
+
+def _awake(requests: Iterable[Request], paused: Collection[str]) -> Iterator[Request]:
+    """Those that are not paused."""
+    return (request for request in requests if request.request_id not in paused)
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    """What those who wait are sorted by: one that was preempted is where it would be, had it never run."""
+    return request.priority, request.place

@@ -43,7 +43,8 @@ class OfflineModel:
             prompts: texts, or token ids.
 
         Raises:
-            RequestError: a prompt is empty or too long, or `max_tokens` is more than the room it leaves.
+            RequestError: a prompt is empty or too long, `max_tokens` is more than the room it leaves, or a token id,
+                a tokenizer's too, is none of the model's.
         """
         return []
 
@@ -59,13 +60,14 @@ class _Leader(OfflineModel):
     def __init__(self, engine: Engine, config: HandlerConfig, folder: Path) -> None:
         # Not above: the ranks that follow need no transformers, and save its memory.
         from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
-        from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer
+        from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer, vocabulary_of
 
         settings = settings_folder(folder, config.config_folder)
         model_config = read_model_config(settings)
         self._engine = engine
         self._tokenizer = read_tokenizer(settings)
         self._eos_ids = read_eos_ids(settings, model_config)
+        self._vocabulary = vocabulary_of(model_config, self._tokenizer)
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
         self._names = map(str, count())
         self._engine_free = threading.Lock()
@@ -91,14 +93,19 @@ class _Leader(OfflineModel):
 
     def _request(self, prompt: str | Sequence[int], params: GenerationParams) -> Request:
         return make_request(
-            next(self._names), self._token_ids(prompt), params, eos_ids=self._eos_ids, max_model_len=self._max_model_len
+            next(self._names),
+            self._token_ids(prompt),
+            params,
+            eos_ids=self._eos_ids,
+            max_model_len=self._max_model_len,
+            vocabulary=self._vocabulary,
         )
 
-    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _token_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
         """None for an empty text, though a tokenizer may begin each with a token of its own."""
         if isinstance(prompt, str):
             return list(self._tokenizer(prompt).input_ids) if prompt else []
-        return list(prompt)
+        return prompt
 
     def _generation(self, request: Request) -> Generation:
         reason = request.finish_reason()

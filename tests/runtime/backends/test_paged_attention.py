@@ -178,9 +178,12 @@ def random_sequences(shapes: list[Shape]) -> list[dict[str, Tensors]]:
     return [{name: Tensors.random(shape, generator) for name in NAMES} for shape in shapes]
 
 
+# What a sum in another order may differ by. In bfloat16 the weights of the values are rounded too.
+LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
 def check(shapes: list[Shape], schedule: Steps, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> None:
-    sequences = random_sequences(shapes)
-    error = 1e-5 if dtype == torch.float32 else 0.02  # the weights of the values are rounded too
+    sequences, error = random_sequences(shapes), LARGEST_ERROR[dtype]
     for site, outputs in enumerate(paged(shapes, schedule, sequences, dtype, block_size)):
         assert outputs.keys() == {name for step in schedule for name in step}
         for name, output in outputs.items():
@@ -297,13 +300,16 @@ def test_step_that_samples_nothing_has_no_sampled_rows() -> None:
 
 @both_dtypes
 def test_heads_whose_numbers_lie_apart_are_attended_to_as_those_side_by_side(dtype: torch.dtype) -> None:
+    """With the same bits by the kernels; torch itself may multiply them in another order."""
     shape, (plan, *_) = Shape(num_kv_heads=2), plans([{"a": 11, "b": 4, "c": 1}])
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(1, count, 16, 8, generator=generator).to(dtype) for count in (4, 2, 2)]
     apart = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in heads]
-    answers = []
+    answers, error = [], LARGEST_ERROR[dtype]
     for query, key, value in (heads, apart):
         attention = make_attention([shape], dtype)
         layout = attention.lay_out(plan)
         answers.append(attention(layout, query, key, value, 0))
-    torch.testing.assert_close(*answers)
+        if isinstance(attention, KernelAttention):
+            error = 0.0
+    torch.testing.assert_close(*answers, rtol=error, atol=error)

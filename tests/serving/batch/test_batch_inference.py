@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,19 @@ def test_bad_text_is_refused_alone(embedder: Worker, body: Any, says: str, param
     assert (first, status, last) == (200, 400, 200)
     assert says in answer["error"]["message"]
     assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", parameter)
+
+
+def test_text_with_a_token_that_the_model_has_not_is_refused_alone(reviews: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reviews"
+    shutil.copytree(reviews, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    good = {"text": "a film"}
+    (first, _), (status, answer), (last, _) = Worker("text_classification", folder).ask(good, b"a <extra>", good)
+    assert (first, status, last) == (200, 400, 200)
+    says = "token id 30522 ('<extra>') at position 2 of text is outside the model's vocabulary of 30522"
+    assert (answer["error"]["message"], answer["error"]["param"]) == (says, "text")
 
 
 def test_health_is_answered_beside_items_and_other_routes_are_not(embedder: Worker) -> None:

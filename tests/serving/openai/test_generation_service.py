@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,6 @@ from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.serving import causal_lm
 from ts_parallel.serving.exchange import RawRequest, Reply
-from ts_parallel.serving.openai import generation_service
 from ts_parallel.serving.openai.generation_service import GenerationService
 from ts_parallel.step_plan import StepPlan
 from ts_parallel.topology import open_topology
@@ -420,24 +421,38 @@ def knowing(bench: Bench) -> Bench:
 
 
 def test_token_that_the_model_has_not_is_refused_by_name_wherever_it_comes_from(knowing: Bench) -> None:
-    says = "token id 2048 ('<|extra|>') is outside the model's vocabulary of 2048"
+    says = r"token id 2048 \('<\|extra\|>'\) at position (\d+) of (\w+) is outside the model's vocabulary of 2048"
+
+    def place(message: str) -> tuple[int, str]:
+        found = re.fullmatch(says, message)
+        assert found, message
+        return int(found[1]), found[2]
+
+    at = knowing.ask("tokenize", prompt="a <|extra|>")["tokens"].index(2048)
     message = {"role": "user", "content": "a <|extra|>"}
     error = knowing.refuse(prompt="a <|extra|>")
-    assert (error["message"], error["param"]) == (says, "prompt")
-    assert knowing.refuse("", prompt="a <|extra|>")["message"] == says
+    assert (place(error["message"]), error["param"]) == ((at, "prompt"), "prompt")
+    assert place(knowing.refuse("", prompt="a <|extra|>")["message"]) == (at, "prompt")
     status, text = knowing.send("v1/chat/completions", {"messages": [message]})
     assert (status, json.loads(text)["error"]["param"]) == (400, "messages")
-    for fields in ({"prompt": [2048]}, {"logit_bias": {"2048": 1}}, {"stop_token_ids": [2048], "min_tokens": 1}):
-        assert knowing.refuse(**fields)["message"] == says
+    for fields, found in (
+        ({"prompt": [5, 2048]}, (1, "prompt")),
+        ({"prompt": [[5], [2048]], "echo": True}, (0, "prompt")),
+        ({"logit_bias": {"2048": 1}}, (0, "logit_bias")),
+        ({"stop_token_ids": [2048], "min_tokens": 1}, (0, "stop_token_ids")),
+    ):
+        assert place(knowing.refuse(**fields)["message"]) == found
     tokens = knowing.ask("tokenize", prompt="<|extra|>")["tokens"]
     assert 2048 in tokens and knowing.ask("detokenize", tokens=tokens)["prompt"].endswith("<|extra|>")
     assert knowing.complete(max_tokens=1)["text"] and knowing.is_empty()
 
 
-def test_end_tokens_that_the_model_has_not_are_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation_service, "read_eos_ids", lambda *_: frozenset({0, 5000}))
-    config = parse_config({"model_path": str(DEMO_MODEL), "dtype": "float32"})
-    service = GenerationService(DEMO_MODEL, "demo", bench.service.engine, config)
+def test_end_tokens_that_the_model_has_not_are_none(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "demo_model"
+    shutil.copytree(DEMO_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 5000, -1]}')
+    config = parse_config({"model_path": str(folder), "dtype": "float32"})
+    service = GenerationService(folder, "demo", bench.service.engine, config)
     assert service._eos_ids == {0}
     assert replace(bench, service=service).complete(min_tokens=2, max_tokens=3)["text"]
 

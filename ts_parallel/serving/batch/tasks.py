@@ -19,7 +19,7 @@ from ts_parallel.partition.model.encoder import ModelCall, call_of_task
 from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
 from ts_parallel.serving.batch.micro_batching import Collator
 from ts_parallel.serving.exchange import RawRequest
-from ts_parallel.serving.text.model_files import read_tokenizer
+from ts_parallel.serving.text.model_files import read_tokenizer, vocabulary_of
 
 _WHAT: Mapping[Any, str] = {str: "a text", list: "nested lists of numbers"}
 _MOST_LABELS = 5  # as many as transformers' pipeline for images answers with
@@ -47,7 +47,7 @@ def make_task(name: str, folder: Path, dtype: str) -> Task:
     call = call_of_task(name, folder, config, choose_dtype(dtype, config))
     if name == "image_classification":
         return Task(ImageInput(folder, call), Labels(config), Collator())
-    text = TextInput(folder, call)
+    text = TextInput(folder, call, config)
     if name == "text_classification":
         return Task(text, Labels(config), text.collator())
     if name == "text_embedding":
@@ -58,15 +58,17 @@ def make_task(name: str, folder: Path, dtype: str) -> Task:
 class TextInput:
     """A text, raw or as `{"text": …}` → `input_ids` and its like, int64 `[S]` each."""
 
-    def __init__(self, folder: Path, call: ModelCall) -> None:
+    def __init__(self, folder: Path, call: ModelCall, config: PretrainedConfig) -> None:
         self._tokenizer = read_tokenizer(folder)
+        self._vocabulary = vocabulary_of(config, self._tokenizer)
         self._names = tuple(call.inputs)
         self._longest = min(self._tokenizer.model_max_length, call.limits["S"])
 
     def __call__(self, item: RawRequest) -> dict[str, torch.Tensor]:
         """
         Raises:
-            RequestError: the body has no text, an empty one, or one of more tokens than the model takes.
+            RequestError: the body has no text, an empty one, one of more tokens than the model takes, or one with a
+                token that the tokenizer knows and the model has not.
         """
         text = item.text()
         encoded = self._tokenizer(_field(item, "text", str) if text is None else text)
@@ -75,6 +77,7 @@ class TextInput:
             raise RequestError("the text is empty", "text")
         if num_tokens > self._longest:
             raise RequestError(f"the text has {num_tokens} tokens, the model takes at most {self._longest}", "text")
+        self._vocabulary.known(encoded["input_ids"], "text")
         return {name: torch.tensor(encoded[name]) for name in self._names}
 
     def collator(self, trims_by: str | None = None) -> Collator:

@@ -7,12 +7,13 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
-from ts_parallel.engine.request import GenerationParams, make_request
+from ts_parallel.engine.request import make_request
 from ts_parallel.errors import BusyError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.serving.exchange import RawRequest, Reply
@@ -44,6 +45,7 @@ from ts_parallel.serving.text.model_files import (
     read_eos_ids,
     read_sampling_defaults,
     read_tokenizer,
+    vocabulary_of,
 )
 from ts_parallel.serving.text.stop_strings import StopStrings
 from ts_parallel.serving.text.structured_output import GuideMaker
@@ -67,9 +69,8 @@ class GenerationService:
         self._max_seconds = config.max_request_seconds
         self._started_at = int(time.time())
         self._tokenizer = read_tokenizer(folder)
-        # What the model has embeddings and logits for; a tokenizer may know more tokens, or fewer.
-        self._vocabulary: int = model_config.get_text_config().vocab_size
-        self._eos_ids = frozenset(own for own in read_eos_ids(folder, model_config) if own < self._vocabulary)
+        self._vocabulary = vocabulary_of(model_config, self._tokenizer)
+        self._eos_ids = read_eos_ids(folder, model_config)
         self._defaults = read_sampling_defaults(folder)
         self._texts = TokenTexts(self._tokenizer)
         self._guides = GuideMaker(self._tokenizer, self._eos_ids)
@@ -115,9 +116,10 @@ class GenerationService:
         return Reply.whole(json.dumps({"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}))
 
     def _detokenize(self, request_id: str, request: RawRequest) -> Reply:
-        vocabulary = max(self._vocabulary, len(self._tokenizer))  # also what `tokenize` says that the model has not
-        tokens = self._known(parse_plain(DetokenizeBody, request).tokens, "tokens", vocabulary)
-        return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(tokens)}))
+        # Also what `tokenize` says that the model has not.
+        both = replace(self._vocabulary, size=max(self._vocabulary.size, len(self._tokenizer)))
+        tokens = both.known(parse_plain(DetokenizeBody, request).tokens, "tokens")
+        return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(list(tokens))}))
 
     def _open_native(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_native(request)
@@ -132,7 +134,7 @@ class GenerationService:
         answer: Answer = Completion(request_id, self._name, num_choices)
         if body.stream:
             answer = CompletionStream(request_id, self._name, num_choices, **_usage_options(body))
-        prompts = [self._tokens(own) if isinstance(own, str) else self._known(own, "prompt") for own in body.prompts]
+        prompts = [self._tokens(own) if isinstance(own, str) else own for own in body.prompts]
         echoes: list[Echo] | None = None
         if body.echo:
             texts = [own if isinstance(own, str) else self._text(own) for own in body.prompts]
@@ -168,10 +170,11 @@ class GenerationService:
 
     def _tokens(self, text: str) -> list[int]:
         """None for an empty text, though a tokenizer may begin each with a token of its own."""
-        return self._known(list(self._tokenizer(text).input_ids), "prompt") if text else []
+        return list(self._tokenizer(text).input_ids) if text else []
 
     def _text(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        known = list(self._vocabulary.known(token_ids, "prompt"))
+        text: str = self._tokenizer.decode(known, skip_special_tokens=True)
         return text
 
     def _chat_prompt(self, body: ChatBody) -> list[int]:
@@ -189,7 +192,7 @@ class GenerationService:
             raise
         except Exception as error:  # a template is a program of the model's own, and refuses by raising what it likes
             raise RequestError(f"the model's chat template refuses the messages: {error}", "messages") from None
-        return self._known(list(self._tokenizer(text, add_special_tokens=False).input_ids), "messages")
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _temperature(self, body: CompletionBody | ChatBody) -> float:
         return self._defaults.temperature if body.temperature is None else body.temperature
@@ -213,7 +216,6 @@ class GenerationService:
             )
         # Where the body has no seed, each prompt gets one of its own: two that are alike are not to be answered alike.
         params = [body.generation_params(temperature, random.getrandbits(64), self._defaults) for _ in prompts]
-        self._check(params[0])
         form = body.form()
         guides = [None] * num_choices if form is None else self._guides.make(form, num_choices)
         requests = [
@@ -223,7 +225,9 @@ class GenerationService:
                 choice_params(params[number // num_answers], number % num_answers),
                 eos_ids=self._eos_ids,
                 max_model_len=self._max_model_len,
+                vocabulary=self._vocabulary,
                 guide=guide,
+                prompt_field="messages" if isinstance(body, ChatBody) else "prompt",
             )
             for number, guide in enumerate(guides)
         ]
@@ -241,33 +245,6 @@ class GenerationService:
         limits = [seconds for seconds in (body.timeout, self._max_seconds) if seconds is not None]
         self.engine.submit(*requests, seconds=min(limits, default=None))
         return GenerationJob(answer, choices, num_answers, self.engine)
-
-    def _check(self, params: GenerationParams) -> None:
-        """
-        Raises:
-            RequestError: a token id is none of the model's, or more tokens are to be named than it has.
-        """
-        self._known([token_id for token_id, _ in params.sampling.logit_bias], "logit_bias")
-        self._known(list(params.stop_token_ids), "stop_token_ids")
-        if (params.sampling.num_logprobs or 0) > self._vocabulary:
-            raise RequestError(f"{params.sampling.num_logprobs} of {self._vocabulary} tokens", "logprobs")
-
-    def _known(self, token_ids: list[int], parameter: str, vocabulary: int | None = None) -> list[int]:
-        """The same token ids.
-
-        Args:
-            vocabulary: how many tokens there are, if not the model's number of them.
-
-        Raises:
-            RequestError: one is none of these.
-        """
-        vocabulary = vocabulary or self._vocabulary
-        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocabulary):
-            return token_ids
-        outside = next(own for own in token_ids if not 0 <= own < vocabulary)
-        name = self._tokenizer.convert_ids_to_tokens(outside) if 0 <= outside < len(self._tokenizer) else None
-        text = f" ({name!r})" if name else ""
-        raise RequestError(f"token id {outside}{text} is outside the model's vocabulary of {vocabulary}", parameter)
 
 
 def _usage_options(body: CompletionBody | ChatBody) -> dict[str, Any]:

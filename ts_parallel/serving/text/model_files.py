@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import CheckpointError
 
 
@@ -38,12 +39,24 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]:
-    """The tokens that end an answer: generation_config.json's where there is one, else config.json's."""
+    """The tokens that end an answer: generation_config.json's where there is one, else config.json's. One that the
+    model has not ends none."""
     folder = settings_folder(folder)
-    eos: int | list[int] | None = model_config.get_text_config().eos_token_id
+    text_config = model_config.get_text_config()
+    eos: int | list[int] | None = text_config.eos_token_id
     if (folder / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
-    return frozenset([eos] if isinstance(eos, int) else eos or [])
+    return frozenset(own for own in ([eos] if isinstance(eos, int) else eos or []) if 0 <= own < text_config.vocab_size)
+
+
+def vocabulary_of(model_config: PretrainedConfig, tokenizer: Any) -> Vocabulary:
+    """What the model has embeddings and logits for; the tokenizer may know more tokens, or fewer."""
+
+    def name_of(token_id: int) -> str | None:
+        name: str | None = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
+        return name
+
+    return Vocabulary(model_config.get_text_config().vocab_size, name_of)
 
 
 def read_sampling_defaults(folder: Path) -> SamplingDefaults:
