@@ -22,7 +22,7 @@ from http_client import get
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.serve import serve
 from ts_parallel.cli.torchserve import find_java, free_ports, is_loopback
-from ts_parallel.errors import StartupError
+from ts_parallel.errors import ConfigError, StartupError
 
 DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
@@ -164,6 +164,21 @@ def test_hub_id_without_a_network_is_one_line() -> None:
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "nobody/no-such-model is no folder" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["max_request_size", "max_response_size"])
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("much", "'much' is not a size"),
+        ("1kB", "1kB is not between 65536 and 2147483647 bytes"),
+        ("2GiB", "2GiB is not between 65536 and 2147483647 bytes"),
+    ],
+)
+def test_serve_refuses_a_size_that_torchserve_cannot_work_with(option: str, size: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        serve(str(DEMO_MODEL), **{option: size})
+    assert str(refusal.value).startswith(f"--{option.replace('_', '-')}") and says in str(refusal.value)
 
 
 @pytest.mark.torchserve
