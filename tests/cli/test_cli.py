@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from families import FAMILIES
-from http_client import get
+from http_client import get, post
 
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.serve import serve
@@ -184,7 +184,7 @@ def test_serve_refuses_a_size_that_torchserve_cannot_work_with(option: str, size
 @pytest.mark.torchserve
 def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
     port = free_ports(1)[0]
-    shape = ["--pipeline-parallel-size", "2", "--split-points", "2"]
+    shape = ["--pipeline-parallel-size", "2", "--split-points", "2", "--max-response-size", "64KiB"]
     command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", *shape, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -192,6 +192,8 @@ def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
             line = process.stdout.readline()
             assert line == f"ready: http://127.0.0.1:{port}/predictions/demo\n", process.stderr.read()
             assert get(f"http://127.0.0.1:{port}/predictions/demo/1.0/health")[0] == 200
+            status, text = post(f"http://127.0.0.1:{port}/predictions/demo/1.0/tokenize", {"prompt": "a " * 40_000})
+            assert status == 413 and "TorchServe takes 65536 at most" in text
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0

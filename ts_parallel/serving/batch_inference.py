@@ -26,6 +26,7 @@ from ts_parallel.serving.answers import JSON
 from ts_parallel.serving.bodies import RawRequest
 from ts_parallel.serving.continuous_batching import Reply
 from ts_parallel.serving.front_end import exit_now
+from ts_parallel.serving.front_end_settings import max_response_size
 from ts_parallel.serving.greedy import GreedyRunner
 from ts_parallel.serving.micro_batching import MicroBatcher, Runner
 from ts_parallel.serving.plain_batching import PlainBatches
@@ -75,7 +76,7 @@ class BatchInferenceHandler:
         self._streams = Streams()
         self._opened: list[_Item] = []
         self._inference = ThreadPoolExecutor(1, "inference")
-        self._transport = PlainBatches(self._streams, self._open, self._begin)
+        self._transport = PlainBatches(self._streams, self._open, self._begin, max_response_size())
 
     def preprocess(self, item: RawRequest) -> dict[str, torch.Tensor]:
         """One request → the model's inputs by name, without the dim of the batch. The default is the task's.
