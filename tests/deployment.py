@@ -40,19 +40,20 @@ def on_the_cpu(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def served(
-    workspace: Path, settings: Mapping[str, Any], folder: Path, handler: Path | None = None
+    workspace: Path, settings: Mapping[str, Any], folder: Path, handler: Path | None = None, **sizes: int
 ) -> Iterator[TorchServe]:
     """A TorchServe with the checkpoint in `folder` as "demo", once all replicas have loaded and one has answered."""
-    with starting(workspace, settings, folder, handler) as server:
+    with starting(workspace, settings, folder, handler, **sizes) as server:
         wait_until(lambda: num_ready(server) >= settings["minWorkers"] and is_healthy(server), lambda: log_end(server))
         yield server
 
 
 @contextmanager
 def starting(
-    workspace: Path, settings: Mapping[str, Any], folder: Path, handler: Path | None = None
+    workspace: Path, settings: Mapping[str, Any], folder: Path, handler: Path | None = None, **sizes: int
 ) -> Iterator[TorchServe]:
-    """The same without waiting; by default with the file of handlers/ that the settings are for."""
+    """The same without waiting; by default with the file of handlers/ that the settings are for, and TorchServe's own
+    `sizes` of a body."""
     config_file = workspace / "model-config.yaml"
     config_file.write_text(yaml.safe_dump(dict(settings)))
     own = ROOT / "handlers" / ("batch_inference.py" if is_batch(settings) else "text_generation.py")
@@ -61,7 +62,7 @@ def starting(
     command += ["--extra-files", f"{folder}/", "--export-path", str(workspace / "store")]
     (workspace / "store").mkdir()
     subprocess.run(command, check=True, capture_output=True)
-    server = TorchServe(workspace, workspace / "store", "demo", "127.0.0.1", free_ports(1)[0], None)
+    server = TorchServe(workspace, workspace / "store", "demo", "127.0.0.1", free_ports(1)[0], None, **sizes)
     try:
         server.start()
         yield server

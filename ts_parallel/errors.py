@@ -9,6 +9,7 @@ TSParallelError
 ├── RemoteError             a server answers otherwise than its clients expect (`cli/stream_client.py`)
 └── RequestError      400   this request alone is refused
     ├── NotFoundError 404   no such route
+    ├── AnswerTooLargeError 413   the answer has more bytes than TorchServe's front end takes
     ├── BusyError     429   too many requests wait already
     ├── EngineError   500   the engine failed while it ran this request
     └── TimedOutError 504   the request took longer than it may
@@ -55,6 +56,16 @@ class RequestError(TSParallelError):
 class NotFoundError(RequestError):
     status = 404
     kind = "not_found_error"
+
+
+class AnswerTooLargeError(RequestError):
+    status = 413
+
+    def __init__(self, num_bytes: int, most_bytes: int) -> None:
+        super().__init__(
+            f"the answer has {num_bytes} bytes, TorchServe takes {most_bytes} at most: ask for less or for a stream, "
+            "or raise max_response_size of its config.properties (--max-response-size of ts-parallel serve)"
+        )
 
 
 class BusyError(RequestError):

@@ -17,13 +17,13 @@ import psutil
 import pytest
 import yaml
 from families import FAMILIES
-from http_client import get
+from http_client import get, post
 from places import DEMO_MODEL
 
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.server.serve import serve
 from ts_parallel.cli.server.torchserve import find_java, free_ports, is_loopback
-from ts_parallel.errors import StartupError
+from ts_parallel.errors import ConfigError, StartupError
 
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
 
@@ -166,10 +166,25 @@ def test_hub_id_without_a_network_is_one_line() -> None:
     assert "nobody/no-such-model is no folder" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["max_request_size", "max_response_size"])
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("much", "'much' is not a size"),
+        ("1kB", "1kB is not between 65536 and 2147483647 bytes"),
+        ("2GiB", "2GiB is not between 65536 and 2147483647 bytes"),
+    ],
+)
+def test_serve_refuses_a_size_that_torchserve_cannot_work_with(option: str, size: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        serve(str(DEMO_MODEL), **{option: size})
+    assert str(refusal.value).startswith(f"--{option.replace('_', '-')}") and says in str(refusal.value)
+
+
 @pytest.mark.torchserve
 def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
     port = free_ports(1)[0]
-    shape = ["--pipeline-parallel-size", "2", "--split-points", "2"]
+    shape = ["--pipeline-parallel-size", "2", "--split-points", "2", "--max-response-size", "64KiB"]
     command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", *shape, "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -177,6 +192,8 @@ def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
             line = process.stdout.readline()
             assert line == f"ready: http://127.0.0.1:{port}/predictions/demo\n", process.stderr.read()
             assert get(f"http://127.0.0.1:{port}/predictions/demo/1.0/health")[0] == 200
+            status, text = post(f"http://127.0.0.1:{port}/predictions/demo/1.0/tokenize", {"prompt": "a " * 40_000})
+            assert status == 413 and "TorchServe takes 65536 at most" in text
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0

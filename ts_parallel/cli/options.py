@@ -9,6 +9,7 @@ import typer
 
 from ts_parallel.checkpoint.settings import CONFIG_FILE
 from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.config import parse_bytes
 from ts_parallel.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or the id of one on the hub.")]
@@ -45,6 +46,15 @@ Quantization = Annotated[
     typer.Option(help="int8 or int4: integers that bfloat16 weights become as they are read, on a CPU."),
 ]
 KVCacheMemory = Annotated[str, typer.Option(help="KV cache of each rank, such as 2GiB.")]
+MaxRequestSize = Annotated[
+    str, typer.Option(help="Most bytes of a request's body, such as 64MiB; a larger one is answered with 413.")
+]
+MaxResponseSize = Annotated[
+    str, typer.Option(help="Most bytes of an answer that is not streamed; a larger one becomes a 413.")
+]
+
+_LEAST_MESSAGE_SIZE = 1 << 16  # what headers, errors and the list of models are well below
+_MOST_MESSAGE_SIZE = 2**31 - 1  # Java's int
 
 
 def parse_split_points(text: str | None) -> tuple[int, ...] | None:
@@ -59,6 +69,21 @@ def parse_split_points(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise ConfigError(f"--split-points {text!r} is no list of layers such as 6,12") from None
+
+
+def parse_message_size(text: str, option: str) -> int:
+    """`"64MiB"` → bytes of a body, as TorchServe takes them.
+
+    Raises:
+        ConfigError: it is no size, or one that TorchServe cannot work with.
+    """
+    try:
+        size: int = parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+    if not _LEAST_MESSAGE_SIZE <= size <= _MOST_MESSAGE_SIZE:
+        raise ConfigError(f"{option} {text} is not between {_LEAST_MESSAGE_SIZE} and {_MOST_MESSAGE_SIZE} bytes")
+    return size
 
 
 def locate_adapter(adapter: str | None) -> str | None:

@@ -76,6 +76,8 @@ class Reply:
     is_last: bool
     status: int = 200
     content_type: str = JSON
+    is_stream: bool = False
+    """Whether its reader takes the answer in pieces, wherever it is cut."""
 
     @property
     def stream_ends(self) -> bool | None:

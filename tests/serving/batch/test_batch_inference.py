@@ -33,6 +33,7 @@ from transformers import (
 from ts_parallel.cli.server.torchserve import TorchServe
 from ts_parallel.errors import CheckpointError, ConfigError, RequestError
 from ts_parallel.runtime.batch.batch_runner import BatchRunner
+from ts_parallel.serving import batch_inference
 from ts_parallel.serving.batch.tasks import Labels, make_task
 from ts_parallel.serving.batch_inference import BatchInferenceHandler, refuse_continuous_batching
 from ts_parallel.serving.exchange import RawRequest
@@ -239,6 +240,15 @@ def test_encoder_answers_with_a_vector_for_each_token_of_its_own() -> None:
             expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         assert status == 200
         torch.testing.assert_close(torch.tensor(rows), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_answer_that_is_too_large_is_refused_alone_in_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_inference, "max_response_size", lambda: 100_000)
+    (fits, rows), (too_large, error), (again, _) = Worker("encoder", MINILM).ask(
+        {"text": "short"}, {"text": "many words " * 50}, {"text": "short"}
+    )
+    assert (fits, too_large, again) == (200, 413, 200)
+    assert len(rows) == 3 and "max_response_size" in error["error"]["message"]
 
 
 def test_texts_are_labelled_as_by_transformers_pipeline(reviews: Path) -> None:

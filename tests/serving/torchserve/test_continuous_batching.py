@@ -24,8 +24,8 @@ from ts_parallel.serving.exchange import EVENTS, JSON, TEXT, RawRequest, Reply
 from ts_parallel.serving.openai.answers import Answer, CompletionStream, TextStream, WholeText
 from ts_parallel.serving.openai.choices import Choice, GenerationJob
 from ts_parallel.serving.text.stop_strings import StopStrings
-from ts_parallel.serving.torchserve import continuous_batching
-from ts_parallel.serving.torchserve.continuous_batching import ContinuousBatchingDrain, raw_request
+from ts_parallel.serving.torchserve.transports import continuous_batching
+from ts_parallel.serving.torchserve.transports.continuous_batching import ContinuousBatchingDrain, raw_request
 from ts_parallel.step_plan import StepPlan
 
 NUM_BLOCKS = 64

@@ -87,6 +87,14 @@ def test_message_may_come_in_any_parts(worker: Worker, parts: int) -> None:
     assert worker.exchange(sent, parts=parts) == [{"body": {"prompt": "é" * 200}}, {"body": {"prompt": "y"}}]
 
 
+def test_many_large_jobs_are_read_whole_in_any_parts(worker: Worker) -> None:
+    prompts = [letter * 400_000 for letter in "abcdef"]
+    sent = message(*(job(prompt[0], {"prompt": prompt}) for prompt in prompts))
+    assert worker.exchange(sent, parts=20) == [{"body": {"prompt": prompt}} for prompt in prompts]
+    assert worker.exchange(sent) == [{"body": {"prompt": prompt}} for prompt in prompts]
+    assert worker.exchange(message(job("g", {"prompt": "x"})), parts=3) == [{"body": {"prompt": "x"}}]
+
+
 def test_job_that_is_open_still_is_not_read_anew(worker: Worker) -> None:
     first = worker.exchange(message(job("a", {"prompt": "x"})))
     second = worker.exchange(message(job("b", {"prompt": "y"}), job("a", {"prompt": "x"})))

@@ -8,8 +8,8 @@ import pytest
 
 from ts_parallel.engine.router import TokenRouter
 from ts_parallel.serving.exchange import RawRequest, Reply
-from ts_parallel.serving.torchserve.continuous_batching import ContinuousBatchingDrain
 from ts_parallel.serving.torchserve.keep_open import ROUTE, has_replicas
+from ts_parallel.serving.torchserve.transports.continuous_batching import ContinuousBatchingDrain
 
 
 class Engine:

@@ -26,6 +26,8 @@ from ts_parallel.cli.options import (
     EnableExpertParallel,
     KVCacheMemory,
     MaxModelLen,
+    MaxRequestSize,
+    MaxResponseSize,
     Model,
     PipelineParallelSize,
     Quantization,
@@ -33,10 +35,11 @@ from ts_parallel.cli.options import (
     TensorParallelSize,
     config_path,
     locate_adapter,
+    parse_message_size,
     parse_split_points,
 )
 from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
-from ts_parallel.cli.server.torchserve import TorchServe, find_java
+from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, TorchServe, find_java
 from ts_parallel.config import HandlerConfig
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.partition.prepared import prepare_program
@@ -46,6 +49,8 @@ from ts_parallel.runtime.kv_memory import count_blocks
 from ts_parallel.runtime.runner import refuse_unpageable
 from ts_parallel.serving.causal_lm import program_request
 from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer
+
+_MAX_MESSAGE_SIZE = f"{MAX_MESSAGE_SIZE >> 20}MiB"
 
 
 def serve(
@@ -72,9 +77,15 @@ def serve(
             min=1, max=65535, help="Show Prometheus the metrics on this port of 127.0.0.1; else they are logged."
         ),
     ] = None,
+    max_request_size: MaxRequestSize = _MAX_MESSAGE_SIZE,
+    max_response_size: MaxResponseSize = _MAX_MESSAGE_SIZE,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM."""
+    sizes = {
+        "max_request_size": parse_message_size(max_request_size, "--max-request-size"),
+        "max_response_size": parse_message_size(max_response_size, "--max-response-size"),
+    }
     folder = locate_checkpoint(model)
     settings = handler_config(
         folder,
@@ -93,7 +104,7 @@ def serve(
     name = name or default_name(folder)
     with (
         stopped_by_signals() as stop,
-        running(settings, folder, name, host, port, verbose, stop, metrics_port) as server,
+        running(settings, folder, name, host, port, verbose, stop, metrics_port, **sizes) as server,
     ):
         print(f"ready: {server.url}", flush=True)
         if server.key_file is not None:
@@ -111,8 +122,9 @@ def running(
     verbose: bool,
     stop: threading.Event,
     metrics_port: int | None = None,
+    **sizes: int,
 ) -> Iterator[TorchServe]:
-    """A TorchServe that answers for `folder`, ended on leaving.
+    """A TorchServe that answers for `folder`, ended on leaving; `sizes` are its limits of a body.
 
     Raises:
         StartupError: the model cannot be served, or TorchServe did not come up.
@@ -122,7 +134,7 @@ def running(
     with TemporaryDirectory(prefix="tsp-") as workspace:
         store = Path(workspace) / "store"
         write_archive(config, name, store)
-        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port)
+        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port, **sizes)
         try:
             server.start()
             server.wait_until_ready(stop)

@@ -60,6 +60,8 @@ class Answer(ABC):
     """One request's answer of one or more choices, each of which ends with a finish reason."""
 
     content_type: str
+    is_stream: bool
+    """Whether it was asked for in pieces."""
 
     @abstractmethod
     def advance(
@@ -86,6 +88,7 @@ class TextStream(Answer):
     """The text itself, as it comes."""
 
     content_type = TEXT
+    is_stream = True
 
     def advance(
         self,
@@ -111,6 +114,7 @@ class WholeText(Answer):
     """One JSON object: `text`, `finish_reason`, `usage`, and `logprobs` where they are wanted."""
 
     content_type = JSON
+    is_stream = False
 
     def __init__(self, num_choices: int = 1) -> None:
         self._choices = [_Choice() for _ in range(num_choices)]
@@ -157,6 +161,7 @@ class CompletionStream(Answer):
     """OpenAI completion chunks as server-sent events, closed by `[DONE]`."""
 
     content_type = EVENTS
+    is_stream = True
 
     def __init__(
         self, request_id: str, model: str, num_choices: int = 1, *, include_usage: bool, has_usage_in_each: bool

@@ -207,14 +207,18 @@ class GenerationJob:
         if not body and not is_last:
             return None
         is_first, self._has_begun = not self._has_begun, True
-        return Reply(body, is_first, is_last, content_type=self._answer.content_type)
+        return self._reply(body, is_first, is_last)
 
     def fail(self, error: RequestError, body: str = "") -> Reply:
         """The last reply, after what came before the error."""
         if not self._has_begun and not body:
             return Reply.refusal(error)
         body += self._answer.fail(error)
-        return Reply(body, not self._has_begun, True, content_type=self._answer.content_type)
+        return self._reply(body, not self._has_begun, True)
+
+    def _reply(self, body: str, is_first: bool, is_last: bool) -> Reply:
+        answer = self._answer
+        return Reply(body, is_first, is_last, content_type=answer.content_type, is_stream=answer.is_stream)
 
     def _usage(self) -> Usage:
         return Usage(

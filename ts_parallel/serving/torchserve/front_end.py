@@ -42,12 +42,14 @@ class _Incomplete(Exception):
 
 
 class FrontEnd:
-    """Owns what has come and was not read yet, and the jobs of the last round trip."""
+    """Owns what has come and was not answered yet, and the jobs of the last round trip."""
 
     def __init__(self) -> None:
         self._received = bytearray()
+        self._at = len(_PREDICT)  # where the first job begins that has not come to its end
+        self._read: dict[bytes, _Job] = {}  # the jobs before it, by the bytes of their names
         self._last_message = b""
-        self._jobs: dict[bytes, _Job] = {}  # by the bytes of their names
+        self._jobs: dict[bytes, _Job] = {}
 
     def exchange(self, bodies: Sequence[str], context: Any) -> list[dict[str, Any]]:
         """Answer a round trip, as `handle()` would by returning `bodies`, and wait for the next one.
@@ -78,25 +80,28 @@ class FrontEnd:
         Raises:
             _Incomplete: it has not come to its end.
         """
-        received, at = self._received, len(_PREDICT)
+        received = self._received
         if received and received == self._last_message:  # nobody has come or gone
             received.clear()
+            self._at, self._read = len(_PREDICT), {}
             return list(self._jobs.values())
         assert received.startswith(_PREDICT) or not received, received[:1]
-        jobs = {}
-        while (own := _text(received, at)) is not None:
-            name, end_of_name = own
+        while (end_of_name := _end_of_text(received, self._at)) is not None:
+            at = self._at
+            name = bytes(received[at + len(_END_OF_LIST) : end_of_name])
             job = self._jobs.get(name)
             if job is None or not received.startswith(job.message, at):
                 end = _end_of_list(received, end_of_name, _TEXTS_OF_A_HEADER)
                 end = _end_of_list(received, end, _TEXTS_OF_AN_INPUT)
-                job = self._jobs[name] = _read_job(bytes(received[at:end]))
-            jobs[name] = job
-            at += len(job.message)
-        assert len(received) == at + len(_END_OF_LIST), "the front end waits for an answer before it asks again"
-        self._last_message, self._jobs = bytes(received), jobs
+                job = _read_job(bytes(received[at:end]))
+            self._read[name] = job
+            self._at += len(job.message)
+        end = self._at + len(_END_OF_LIST)
+        assert len(received) == end, "the front end waits for an answer before it asks again"
+        self._last_message, self._jobs = bytes(received), self._read
         received.clear()
-        return list(jobs.values())
+        self._at, self._read = len(_PREDICT), {}
+        return list(self._jobs.values())
 
 
 def discard(connection: Any) -> NoReturn:
@@ -125,27 +130,27 @@ def exit_now() -> NoReturn:
     os._exit(1)
 
 
-def _text(received: bytearray, at: int) -> tuple[bytes, int] | None:
-    """The text at a place, and where it ends; None at the end of a list."""
+def _end_of_text(received: bytearray, at: int) -> int | None:
+    """Where the text at a place ends; None at the end of a list."""
     begin = at + len(_END_OF_LIST)
     if len(received) < begin:
         raise _Incomplete
-    (length,) = struct.unpack_from("!i", received, at)
+    length: int = struct.unpack_from("!i", received, at)[0]
     if length < 0:
         return None
     if len(received) < begin + length:
         raise _Incomplete
-    return bytes(received[begin : begin + length]), begin + length
+    return begin + length
 
 
 def _end_of_list(received: bytearray, at: int, num_texts: int) -> int:
     """Where a list ends whose elements are so many texts each."""
-    while (own := _text(received, at)) is not None:
-        at = own[1]
+    while (end := _end_of_text(received, at)) is not None:
+        at = end
         for _ in range(num_texts - 1):
-            own = _text(received, at)
-            assert own is not None
-            at = own[1]
+            end = _end_of_text(received, at)
+            assert end is not None
+            at = end
     return at + len(_END_OF_LIST)
 
 

@@ -13,15 +13,15 @@ import http.client
 import json
 import logging
 import random
-import re
 import threading
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+
+from ts_parallel.serving.torchserve.front_end_settings import find_front_end, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ def _send(path: str) -> None:
     Raises:
         OSError: the front end is not to be found, or ends.
     """
-    front_end = next((parent for parent in psutil.Process().parents() if "java" in parent.name()), None)
+    front_end = find_front_end()
     if front_end is None:
         raise OSError("no Java process among this one's parents")
-    address = urlsplit(_inference_address(front_end))
+    address = urlsplit(_reachable(read_settings(front_end).get("inference_address", _DEFAULT_ADDRESS)))
     connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port or 80)
     try:
         connection.request("POST", path, "{}", _headers(front_end))
@@ -73,14 +73,9 @@ def _send(path: str) -> None:
         connection.close()
 
 
-def _inference_address(front_end: psutil.Process) -> str:
-    """What the front end's own configuration file says, or its default."""
-    command = front_end.cmdline()
-    files = [value for flag, value in pairwise(command) if flag in ("-f", "--ts-config-file")]
-    text = Path(front_end.cwd(), files[0]).read_text() if files else ""
-    found = re.search(r"^\s*inference_address\s*=\s*(\S+)", text, re.MULTILINE)
-    address = found[1] if found else _DEFAULT_ADDRESS
-    return address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+def _reachable(address: str) -> str:
+    """The same by loopback, where the front end listens on all of its machine's addresses."""
+    return address.strip().replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
 
 
 def _headers(front_end: psutil.Process) -> dict[str, str]:

@@ -24,9 +24,10 @@ from typing import Any, TypeVar
 
 from ts_parallel.errors import ConfigError, EngineError, RequestError
 from ts_parallel.serving.exchange import TEXT, Door, OpenJob, RawRequest, Reply, error_body
-from ts_parallel.serving.torchserve.continuous_batching import ContinuousBatchingDrain
+from ts_parallel.serving.torchserve.front_end_settings import max_response_size
 from ts_parallel.serving.torchserve.keep_open import has_replicas
-from ts_parallel.serving.torchserve.plain_batching import PlainBatches
+from ts_parallel.serving.torchserve.transports.continuous_batching import ContinuousBatchingDrain
+from ts_parallel.serving.torchserve.transports.plain_batching import PlainBatches
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def make_transport(
     """
     refuse_unsafe_transport(settings)
     if settings.get("continuousBatching"):
-        return ContinuousBatchingDrain(door, open_job, has_replicas(settings))
-    return PlainBatches(door, open_job)
+        return ContinuousBatchingDrain(door, open_job, has_replicas(settings), max_response_size())
+    return PlainBatches(door, open_job, most_bytes=max_response_size())
 
 
 def refuse_unsafe_transport(settings: Mapping[str, Any]) -> None:
@@ -77,6 +78,8 @@ class ResponseStream:
         self._news = News()
         self._has_ended = False
         self._is_wanted = True
+        self.is_stream = False
+        """Whether anything was sent before the end, so that the answer may leave in any number of pieces."""
         self.content_type = TEXT
         """What it is; to be set before the first piece."""
 
@@ -93,6 +96,7 @@ class ResponseStream:
         with self._changed:
             if self._has_ended or not self._is_wanted:
                 return
+            self.is_stream = True
             self._news.pieces.append(piece)
             self._changed.notify_all()
 
@@ -135,13 +139,17 @@ class StreamJob:
         if news.error is not None:
             return self.fail(news.error, body)
         is_first, self._has_begun = not self._has_begun, True
-        return Reply(body, is_first, news.is_last, content_type=self._stream.content_type)
+        return self._reply(body, is_first, news.is_last)
 
     def fail(self, error: RequestError, body: str = "") -> Reply:
         """The last reply, after a last piece."""
         if not self._has_begun and not body:
             return Reply.refusal(error)
-        return Reply(body + error_body(error), not self._has_begun, True, content_type=self._stream.content_type)
+        return self._reply(body + error_body(error), not self._has_begun, True)
+
+    def _reply(self, body: str, is_first: bool, is_last: bool) -> Reply:
+        stream = self._stream
+        return Reply(body, is_first, is_last, content_type=stream.content_type, is_stream=stream.is_stream)
 
 
 class Streams:

@@ -2,22 +2,26 @@
 
 A piece is a message of its own that names the jobs it is for. Only the last message, which the call returns, ends any:
 whoever is done before the slowest of the batch waits for its end until then, and nobody hears of clients that left.
+What the last message has no room for is sent before it, as a piece that is all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ts_parallel.serving.exchange import Door, OpenJob, RawRequest, Reply
-from ts_parallel.serving.torchserve.continuous_batching import (
+from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MAX_RESPONSE_SIZE
+from ts_parallel.serving.torchserve.transports.continuous_batching import (
     SECONDS_PER_DRAIN,
     OpenJobs,
     announce,
     end_grpc,
+    is_grpc,
     raw_request,
 )
+from ts_parallel.serving.torchserve.transports.message_room import Room
 
 D = TypeVar("D")
 
@@ -30,12 +34,13 @@ class PlainBatches(OpenJobs[D]):
         door: Door[D],
         open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
         begin: Callable[[], Future[None]] | None = None,
+        most_bytes: int = DEFAULT_MAX_RESPONSE_SIZE,
     ) -> None:
         """
         Args:
             begin: called once all jobs of a batch are open; starts the work for them, where that is done together.
         """
-        super().__init__(door, open_job)
+        super().__init__(door, open_job, most_bytes)
         self._begin = begin
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
@@ -57,7 +62,7 @@ class PlainBatches(OpenJobs[D]):
             self._register(request_id, raw_request(data[index], context, index))
         work = self._begin() if self._begin is not None else None
         begun: set[int] = set()
-        ends = [""] * len(data)
+        ends, room = [""] * len(data), Room()
         while waiting:
             if work is not None and work.done():
                 work.result()
@@ -70,13 +75,15 @@ class PlainBatches(OpenJobs[D]):
                     begun.add(index)
                 if reply.is_last:
                     del waiting[index]
-                    ends[index] = reply.body
                     if reply.is_first:
                         end_grpc(context, index)
+                if reply.is_last and (not room.is_full or is_grpc(context, index)):  # gRPC may be promised one message
+                    ends[index] = reply.body
+                    room.take(reply.body)
                 else:
                     pieces[index] = reply.body
-            if pieces:
-                self._send(pieces, context)
+            for message in _messages(pieces):
+                self._send(message, context)
         return ends
 
     def _replies(self, waiting: dict[int, str]) -> list[tuple[int, Reply]]:
@@ -89,3 +96,16 @@ class PlainBatches(OpenJobs[D]):
 
         names = {index: context.request_ids[index] for index in pieces}
         send_intermediate_predict_response(pieces, names, "Intermediate Prediction success", 200, context)
+
+
+def _messages(pieces: dict[int, str]) -> Iterator[dict[int, str]]:
+    """The pieces of as many messages as have room for them."""
+    message, room = {}, Room()
+    for index, piece in pieces.items():
+        message[index] = piece
+        room.take(piece)
+        if room.is_full:
+            yield message
+            message, room = {}, Room()
+    if message:
+        yield message

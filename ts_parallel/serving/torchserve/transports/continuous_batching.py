@@ -14,10 +14,12 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, Generic, NoReturn, TypeVar
 
-from ts_parallel.errors import EngineError
+from ts_parallel.errors import AnswerTooLargeError, EngineError
 from ts_parallel.serving.exchange import Door, OpenJob, RawRequest, Reply
 from ts_parallel.serving.torchserve.front_end import FrontEnd, exit_now
+from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MAX_RESPONSE_SIZE
 from ts_parallel.serving.torchserve.keep_open import ROUTE as KEEP_OPEN
+from ts_parallel.serving.torchserve.transports.message_room import BYTES_OF_A_MESSAGE, Room, cut, num_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,20 @@ class OpenJobs(Generic[D]):
     `open_job` turns a raw request into a running job, or into a reply that is ready at once.
     """
 
-    def __init__(self, door: Door[D], open_job: Callable[[str, RawRequest], OpenJob[D] | Reply]) -> None:
+    def __init__(
+        self,
+        door: Door[D],
+        open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
+        most_bytes: int = DEFAULT_MAX_RESPONSE_SIZE,
+    ) -> None:
+        """
+        Args:
+            most_bytes: of a text that TorchServe takes. A stream's larger piece leaves in several, any other larger
+                answer is refused.
+        """
         self._door = door
         self._open_job = open_job
+        self._most_bytes = most_bytes
         self._jobs: dict[str, OpenJob[D]] = {}
         self._ready: dict[str, Reply] = {}
 
@@ -52,14 +65,21 @@ class OpenJobs(Generic[D]):
             self._jobs[request_id] = opened
 
     def _collect(self, request_id: str) -> Reply | None:
-        if request_id in self._ready:
-            return self._ready.pop(request_id)
-        if request_id not in self._jobs:
-            return None
-        reply = self._advance(request_id)
-        if reply is not None and reply.is_last:
-            self._forget(request_id)
-        return reply
+        reply = self._ready.pop(request_id, None)
+        if reply is None and request_id in self._jobs:
+            reply = self._advance(request_id)
+            if reply is not None and reply.is_last:
+                self._forget(request_id)
+        return None if reply is None else self._sendable(request_id, reply)
+
+    def _sendable(self, request_id: str, reply: Reply) -> Reply:
+        """What can be sent of a reply now; the rest of a stream is ready for the next message."""
+        size, most_of_a_stream = num_bytes(reply.body), min(self._most_bytes, BYTES_OF_A_MESSAGE)
+        if reply.is_stream and size > most_of_a_stream:
+            body, rest = cut(reply.body, most_of_a_stream)
+            self._ready[request_id] = replace(reply, body=rest, is_first=False)
+            return replace(reply, body=body, is_last=False)
+        return Reply.refusal(AnswerTooLargeError(size, self._most_bytes)) if size > self._most_bytes else reply
 
     def _advance(self, request_id: str) -> Reply | None:
         job = self._jobs[request_id]
@@ -87,11 +107,13 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         door: Door[D],
         open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
         has_replicas: bool = False,
+        most_bytes: int = DEFAULT_MAX_RESPONSE_SIZE,
     ) -> None:
-        super().__init__(door, open_job)
+        super().__init__(door, open_job, most_bytes)
         self._has_replicas = has_replicas
         self._kept_open: str | None = None
-        self._gathered: dict[str, list[str]] = {}  # what a job that came by gRPC has been answered so far
+        self._gathered: dict[str, bytearray] = {}  # what a job that came by gRPC has been answered so far
+        self._left_out: str | None = None  # who was first to find the last message full
         self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
         self._has_ended = False  # since the last wait for news
         self._front_end = FrontEnd()
@@ -108,30 +130,52 @@ class ContinuousBatchingDrain(OpenJobs[D]):
     def round_trip(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """Take what there is for each job. `context` is TorchServe's; it is told of each one's status, type and end."""
         names: dict[int, str] = dict(context.request_ids)
-        for request_id in self._jobs.keys() - set(names.values()):
-            self._forget(request_id)
-            self._gathered.pop(request_id, None)
-        if self._kept_open not in names.values():
-            self._kept_open = None
+        self._drop_all_but(set(names.values()))
         for index, request_id in names.items():
-            if request_id not in self._jobs and request_id not in self._ended and request_id != self._kept_open:
+            if not self._knows(request_id):
                 if is_grpc(context, index):
-                    self._gathered[request_id] = []
+                    self._gathered[request_id] = bytearray()
                 self._register(request_id, raw_request(data[index], context, index))
         context.stopping_criteria = {}
         bodies = [""] * len(data)
         if not self._ready and not self._has_news():
             context.request_ids.clear()
             return bodies
-        for index, request_id in names.items():
-            reply = self._collect(request_id)
+        room = Room()
+        for index, request_id in self._in_turn(names):
+            if room.is_full:
+                self._left_out = self._left_out or request_id
+                reply = None
+            else:
+                reply = self._collect(request_id)
             if reply is None:
                 del context.request_ids[index]
                 continue
+            room.take(reply.body)
             bodies[index] = reply.body
             announce(reply, context, index)
             context.stopping_criteria[index] = lambda _, ends=reply.stream_ends: ends
         return bodies
+
+    def _drop_all_but(self, names: set[str]) -> None:
+        """The others' clients have left."""
+        for request_id in (self._jobs.keys() | self._ready.keys()) - names:
+            self._ready.pop(request_id, None)
+            self._gathered.pop(request_id, None)
+            if request_id in self._jobs:
+                self._forget(request_id)
+        if self._kept_open not in names:
+            self._kept_open = None
+
+    def _knows(self, request_id: str) -> bool:
+        is_open = request_id in self._jobs or request_id in self._ready
+        return is_open or request_id in self._ended or request_id == self._kept_open
+
+    def _in_turn(self, names: dict[int, str]) -> list[tuple[int, str]]:
+        """All jobs, beginning with the first for which the last message had no room."""
+        order, (left_out, self._left_out) = list(names.items()), (self._left_out, None)
+        at = next((at for at, (_, request_id) in enumerate(order) if request_id == left_out), 0) if left_out else 0
+        return order[at:] + order[:at]
 
     def _has_news(self) -> bool:
         if not self._jobs and not self._kept_open:
@@ -152,15 +196,28 @@ class ContinuousBatchingDrain(OpenJobs[D]):
     def _collect(self, request_id: str) -> Reply | None:
         reply = super()._collect(request_id)
         if reply is not None and request_id in self._gathered:
-            self._gathered[request_id].append(reply.body)
-            if not reply.is_last:
-                return None
-            # Not the first, though it is: so that it says that it is the last.
-            reply = replace(reply, body="".join(self._gathered.pop(request_id)), is_first=False)
+            reply = self._gather(request_id, reply)
         if reply is not None and reply.is_last:
             self._ended.append(request_id)
             self._has_ended = True
         return reply
+
+    def _gather(self, request_id: str, reply: Reply) -> Reply | None:
+        """The one reply of a job that came by gRPC, once it is whole, or is more than can be sent."""
+        gathered = self._gathered[request_id]
+        gathered += reply.body.encode()
+        if len(gathered) > self._most_bytes:
+            self._ready.pop(request_id, None)
+            if request_id in self._jobs:
+                self._forget(request_id)
+            reply = Reply.refusal(AnswerTooLargeError(len(gathered), self._most_bytes))
+        elif reply.is_last:
+            reply = replace(reply, body=gathered.decode())
+        else:
+            return None
+        del self._gathered[request_id]
+        # Not the first, though it is: so that it says that it is the last.
+        return replace(reply, is_first=False)
 
 
 def announce(reply: Reply, context: Any, index: int) -> None:

@@ -1,0 +1,1 @@
+"""What carries replies to TorchServe: round trips of continuous batching, or the messages of a batch. Knows no answer."""
