@@ -19,6 +19,7 @@ MODEL_DEFAULTS = {
     "dtype": "auto",
     "device": "auto",
     "num_threads": None,
+    "max_step_seconds": 30,
 }
 DEFAULTS = {
     **MODEL_DEFAULTS,
@@ -54,6 +55,7 @@ MODEL_SECTION = {
     "dtype": "bfloat16",
     "device": "cpu",
     "num_threads": 3,
+    "max_step_seconds": 2.5,
 }
 
 
@@ -186,6 +188,7 @@ def test_missing_key_is_named() -> None:
         ("kv_cache_memory", 0, "greater than or equal to 1"),
         ("kv_cache_memory", None, "valid integer"),
         ("num_threads", 0, "greater than or equal to 1"),
+        ("max_step_seconds", 0, "greater than 0"),
     ],
 )
 def test_value_that_does_not_fit_is_shown_with_its_key(key: str, value: Any, says: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ts_parallel.errors import TopologyError
 from ts_parallel.shared_memory import Team, open_team
 
+T = TypeVar("T")
+
 # Ranks wait for each other while the slowest of them loads; a rank that dies is noticed by torchrun, not by this.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Once all have loaded, a rank that hears nothing for so long of what it waits for takes the other one for dead. The
+# engine gives signs of life well within it.
+PATIENCE = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class Topology:
     tensor_parallel: TensorParallelGroup
     num_threads: int = 1
     """CPU threads that this rank may compute with."""
+    patience: timedelta = PATIENCE
+    """Longest that a rank waits for another, once all have loaded."""
 
     @cached_property  # for each step asks, and the mesh looks its groups up
     def stage(self) -> int:
@@ -125,9 +133,13 @@ class Topology:
 
     def gather_errors(self, error: str | None) -> list[str]:
         """Every rank's error, in rank order, empty where all went well. Every rank must call it."""
-        errors: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(errors, error)
-        return [text for text in errors if text is not None]
+        return [text for text in self.gather(error) if text is not None]
+
+    def gather(self, own: T) -> list[T]:
+        """What every rank has given, in rank order. Every rank must call it."""
+        everybody: list[T] = [own] * self.world_size
+        dist.all_gather_object(everybody, own)
+        return everybody
 
 
 def open_topology(
@@ -137,6 +149,7 @@ def open_topology(
     num_threads: int | None = None,
     *,
     pipeline_parallel_size: int = 1,
+    patience: timedelta = PATIENCE,
 ) -> Topology:
     """Join the ranks that torchrun started (or be the only one) and give this rank its device and threads.
 
@@ -155,14 +168,15 @@ def open_topology(
         _join(world_size, chosen)
     shape = (pipeline_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("pp", "tp"))
-    return Topology(dist.get_rank(), world_size, chosen, mesh, open_tensor_parallel(mesh), num_threads)
+    group = open_tensor_parallel(mesh, patience)
+    return Topology(dist.get_rank(), world_size, chosen, mesh, group, num_threads, patience)
 
 
-def open_tensor_parallel(mesh: DeviceMesh) -> TensorParallelGroup:
+def open_tensor_parallel(mesh: DeviceMesh, patience: timedelta = PATIENCE) -> TensorParallelGroup:
     """This rank's group along the mesh's axis `tp`. Every rank of the mesh calls it."""
     group = mesh.get_group("tp")
     size = dist.get_world_size(group)
-    team = open_team(group, COLLECTIVE_TIMEOUT) if size > 1 and mesh.device_type == "cpu" else None
+    team = open_team(group, patience) if size > 1 and mesh.device_type == "cpu" else None
     return TensorParallelGroup(mesh.get_local_rank("tp"), size, group, team)
 
 

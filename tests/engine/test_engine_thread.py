@@ -219,6 +219,34 @@ def test_request_whose_reader_left_makes_room_for_the_next(monkeypatch: pytest.M
         assert len(delivery.token_ids) == MAX_TOKENS_AHEAD and delivery.error is not None
 
 
+@STAGES
+def test_progress_is_told_while_a_step_is_under_way_and_changes_with_each(num_stages: int) -> None:
+    with started(num_stages=num_stages) as bench:
+        assert bench.thread.progress is None
+        bench.submit("a", 4)
+        bench.read_to_the_end("a")
+        wait_until(lambda: bench.thread.progress is None)
+        bench.runner.gate.clear()
+        bench.submit("b", 2)
+        wait_until(lambda: bench.thread.progress is not None)
+        before = bench.thread.progress
+        assert before is not None and before >= 4
+        bench.runner.gate.set()
+        bench.read_to_the_end("b")
+        wait_until(lambda: bench.thread.progress is None)
+
+
+def test_sign_of_life_that_has_to_wait_counts_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SECONDS_BETWEEN_SIGNS_OF_LIFE", 0.02)
+    with started() as bench:
+        seen: list[int | None] = []
+        monkeypatch.setattr(bench.runner, "submit", lambda plan: seen.append(bench.thread.progress))
+        wait_until(lambda: bool(seen))
+        monkeypatch.undo()
+        assert seen[0] == 0
+        wait_until(lambda: bench.thread.progress is None)
+
+
 def test_finished_request_that_nobody_read_for_long_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with started() as bench:
         bench.submit("a", 1)

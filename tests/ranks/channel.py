@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from ts_parallel import shared_memory
-from ts_parallel.runtime import channel as channel_module
 from ts_parallel.runtime.channel import FIRST_MESSAGE, StepChannel
 from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import Topology, open_topology
@@ -195,8 +195,8 @@ def check_wrong_length(channel: StepChannel, topology: Topology) -> None:
 def check_patience(topology: Topology) -> None:
     """Last of all: a group in which somebody has waited in vain is of no more use."""
     dist.barrier()
-    channel_module.PATIENCE = timedelta(seconds=5)  # the ranks have to find each other within it, on a busy machine too
-    channel = StepChannel(topology)
+    # The ranks have to find each other within it, on a busy machine too.
+    channel = StepChannel(replace(topology, patience=timedelta(seconds=5)))
     waits: list[Callable[[], object]] = [channel.receive_plan, lambda: channel.receive_inward([((1,), torch.float32)])]
     if 0 < topology.rank <= len(waits):
         started = time.monotonic()

@@ -122,6 +122,22 @@ def test_error_in_a_step_is_raised_and_no_run_begins_after_it(value: float, fail
     assert len(channel.sent) == num_sent
 
 
+def test_progress_is_told_while_a_result_is_waited_for_and_changes_with_each() -> None:
+    runner, channel = runner_of(2)
+    seen: list[int | None] = []
+
+    def receive_result(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        seen.append(runner.progress)
+        return torch.zeros(*shape, dtype=dtype)
+
+    channel.receive_result = receive_result  # type: ignore[method-assign]
+    between = [runner.progress]
+    for _ in runner.run([{"x": torch.ones(3)}] * 4):
+        between.append(runner.progress)
+    assert seen == [0, 1, 2, 3]
+    assert between == [None] * 5
+
+
 def test_error_on_a_lone_rank_harms_no_later_run() -> None:
     runner, _ = runner_of(1)
     with pytest.raises(ArithmeticError):

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS_AHEAD = 64
 # A mailbox that nobody has emptied for so long belongs, as far as anybody can know, to a client that is gone.
 SECONDS_TO_FORGET = 60.0
-# Ranks that follow hear from rank 0 at least this often, well within their patience (runtime.channel.PATIENCE).
+# Ranks that follow hear from rank 0 at least this often, well within their patience (topology.PATIENCE).
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0
 _SECONDS_BETWEEN_LOOKS_WHEN_PAUSED = 0.005
 
@@ -54,6 +54,12 @@ class Engine:
         self._scheduler = scheduler
         self._started: deque[float] = deque()  # when each step in flight was
         self._last_result = 0.0
+        self._num_done = 0
+
+    @property
+    def progress(self) -> int | None:
+        """How many steps are done, while another is under way; None while none is. From any thread."""
+        return self._num_done if self._started else None
 
     @property
     def has_requests(self) -> bool:
@@ -88,6 +94,7 @@ class Engine:
         if not self._scheduler.num_in_flight:
             return False
         numbers = self._runner.collect()
+        self._num_done += 1
         now = time.perf_counter()
         # With several steps in flight, a step takes the time since the one before it was done.
         outputs = self._scheduler.update(numbers, now - max(self._last_result, self._started.popleft()))
@@ -97,7 +104,9 @@ class Engine:
         return True
 
     def sign_of_life(self) -> None:
+        self._started.append(time.perf_counter())  # for it may have to wait, as a step may
         self._runner.submit(StepPlan())
+        self._started.pop()
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
         """Run `requests` to their ends, all at once; each one's output token ids."""
@@ -127,6 +136,11 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def progress(self) -> int | None:
+        """As of `Engine`."""
+        return self._engine.progress
 
     @property
     def num_open(self) -> int:

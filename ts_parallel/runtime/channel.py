@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from enum import IntEnum
 
 import torch
@@ -20,9 +19,6 @@ from ts_parallel.topology import Topology
 
 # Where torch.distributed carries them, the first message has room for most plans; only a longer one needs a second.
 FIRST_MESSAGE = 1024
-# A rank that hears nothing for so long of what it waits for takes the sender for dead; the engine gives signs of life
-# well within it.
-PATIENCE = timedelta(seconds=120)
 
 _LEADER = 0
 
@@ -48,9 +44,9 @@ class StepChannel:
     until it has arrived.
 
     Every rank makes one, at the same time. A send returns at once, and its tensor must not be written to afterwards; a
-    receive waits, at most `PATIENCE`, and raises RuntimeError then or where the sender is gone. Only hidden states stay
-    on the device; everything else goes over the CPU. One thread may send while another receives. A rank alone joins no
-    group and sends to nobody.
+    receive waits, at most the topology's `patience`, and raises RuntimeError then or where the sender is gone. Only
+    hidden states stay on the device; everything else goes over the CPU. One thread may send while another receives. A
+    rank alone joins no group and sends to nobody.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -63,11 +59,11 @@ class StepChannel:
         self._hidden_group: dist.ProcessGroup | None = None
         self._rings: dict[_Route, Ring] = {}
         if topology.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-            on_gpu = topology.device.type == "cuda"
-            self._hidden_group = dist.new_group(backend="nccl", timeout=PATIENCE) if on_gpu else self._group
+            patience, on_gpu = topology.patience, topology.device.type == "cuda"
+            self._group = dist.new_group(backend="gloo", timeout=patience)
+            self._hidden_group = dist.new_group(backend="nccl", timeout=patience) if on_gpu else self._group
             routes = {route: (route[0], route[1], _ROOM[route[2]]) for route in _routes(topology)}
-            self._rings = open_rings(self._group, routes, PATIENCE)
+            self._rings = open_rings(self._group, routes, patience)
 
     def send_plan(self, plan: StepPlan) -> None:
         """The leader's next plan to every other rank. With it, at most `num_stages` may be without a result."""

@@ -28,8 +28,17 @@ class Leader:
         self._world_size = world_size
         self._on_error = on_error
         self._lock = threading.Lock()
+        self._num_results = 0
         self.is_broken = False
         """Whether an error has left the ranks out of step, so that nothing can be run any more."""
+
+    @property
+    def progress(self) -> int | None:
+        """How many results have come, while the channel is in use; None while nobody waits for another rank."""
+        return self._num_results if self._lock.locked() else None
+
+    def count_result(self) -> None:
+        self._num_results += 1
 
     def refuse_if_broken(self) -> None:
         """
@@ -69,5 +78,5 @@ class Leader:
             self._channel.flush()
 
     def sign_of_life(self) -> None:
-        """From any thread: keep the other ranks patient, who take this one for dead after 120 s of silence."""
+        """From any thread: keep the other ranks patient, who take this one for dead after some silence."""
         self.tell_at_once([])

@@ -123,11 +123,11 @@ class BatchInferenceHandler:
             parts = _load_seq2seq if isinstance(config, Seq2SeqConfig) else _load_stages
             return config, parts(config, folder, topology)  # type: ignore[arg-type]  # each is of its own kind
 
-        topology, (config, loaded) = start_rank(context, kind, load)
+        topology, watch, (config, loaded) = start_rank(context, kind, load)
         self._runner, self._task = loaded.ranks, loaded.task
         log_loaded(topology, loaded.what)
         if loaded.task is None or loaded.runner is None:
-            follow_in_thread(loaded.ranks.follow)
+            follow_in_thread(loaded.ranks.follow, watch)
             return
         self._batcher = MicroBatcher(
             loaded.runner,
@@ -138,6 +138,7 @@ class BatchInferenceHandler:
             config.parallelism.postprocess,
             loaded.task.collator,
         )
+        watch.begin(loaded.ranks)
         if topology.world_size > 1:
             signs = threading.Thread(target=give_signs_of_life, args=(loaded.ranks,), name="signs of life", daemon=True)
             signs.start()
@@ -186,6 +187,9 @@ class Ranks(Protocol):
 
     @property
     def is_broken(self) -> bool: ...
+
+    @property
+    def progress(self) -> int | None: ...
 
     def follow(self) -> None: ...
 

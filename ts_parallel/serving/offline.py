@@ -18,6 +18,7 @@ from ts_parallel.engine.request import FinishReason, GenerationParams, Request, 
 from ts_parallel.errors import StartupError
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.causal_lm import make_engine, make_runner
+from ts_parallel.serving.torchserve.rank_watch import patience_beside
 from ts_parallel.topology import Topology, open_topology
 
 
@@ -123,6 +124,8 @@ def open_model(folder: str | Path, **settings: Any) -> Iterator[OfflineModel]:
 
     Raises:
         StartupError: the model cannot be loaded on some rank, or the ranks are not as many as it needs.
+        RuntimeError: from `generate`: another rank has ended, or has not answered for four times `max_step_seconds`
+            (120 s at least).
     """
     config = parse_config({"model_path": str(folder), **settings})
     topology = open_topology(
@@ -130,6 +133,7 @@ def open_model(folder: str | Path, **settings: Any) -> Iterator[OfflineModel]:
         config.device,
         num_threads=config.num_threads,
         pipeline_parallel_size=config.pipeline_parallel_size,
+        patience=patience_beside(config.max_step_seconds),
     )
     try:
         runner, model = _load(config, Path(folder), topology)

@@ -49,12 +49,13 @@ class TextGenerationService:
             settings = settings_folder(folder, config.config_folder)
             return runner, GenerationService(settings, context.model_name, engine, config)
 
-        topology, (runner, service) = start_rank(context, HandlerConfig, load)
+        topology, watch, (runner, service) = start_rank(context, HandlerConfig, load)
         log_loaded(topology, runner.weights)
         if service is None:
-            follow_in_thread(runner.follow)
+            follow_in_thread(runner.follow, watch)
             return
         service.engine.start()
+        watch.begin(service.engine)
         meters, labels = torchserve_meters(context.metrics), labels_of(context.model_name)
         MetricsReporter(service.engine.figures, meters, labels).report_for_ever()
         self._transport = make_transport(context.model_yaml_config, service.engine, service.open_job)

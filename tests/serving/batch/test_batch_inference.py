@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -386,7 +387,9 @@ def test_every_model_config_of_batch_inference_is_started_below() -> None:
 
 @pytest.fixture(scope="module")
 def embedding_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    with served(tmp_path_factory.mktemp("embedding"), MODEL_CONFIGS["embedding-pp2-cpu.yaml"], MINILM) as server:
+    settings = MODEL_CONFIGS["embedding-pp2-cpu.yaml"]
+    settings = {**settings, "handler": settings["handler"] | {"max_step_seconds": 10.0}}
+    with served(tmp_path_factory.mktemp("embedding"), settings, MINILM) as server:
         yield server
 
 
@@ -431,6 +434,24 @@ def test_rank_that_is_lost_ends_in_a_restart(embedding_server: TorchServe) -> No
         lambda: num_ready(embedding_server) > loaded and is_healthy(embedding_server),
         lambda: log_end(embedding_server),
     )
+    answers = ask_at_once(embedding_server, [{"text": text} for text in TEXTS])
+    vectors = torch.tensor([vector for _, vector in answers])
+    torch.testing.assert_close(vectors, reference_embeddings(TEXTS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.torchserve
+def test_rank_that_is_stopped_ends_in_a_restart(embedding_server: TorchServe) -> None:
+    loaded, stopped = num_ready(embedding_server), follower(embedding_server)
+    stopped.suspend()
+    with ThreadPoolExecutor(4) as clients:
+        statuses = list(clients.map(lambda text: post(embedding_server.url, {"text": text})[0], TEXTS))
+    assert all(status in (200, 500, 503, 507) for status in statuses)  # 200: who came once it had been given up
+    wait_until(
+        lambda: num_ready(embedding_server) > loaded and is_healthy(embedding_server),
+        lambda: log_end(embedding_server),
+    )
+    assert not stopped.is_running()
+    assert f"rank 1 (process {stopped.pid}) is stopped" in embedding_server.log_text()
     answers = ask_at_once(embedding_server, [{"text": text} for text in TEXTS])
     vectors = torch.tensor([vector for _, vector in answers])
     torch.testing.assert_close(vectors, reference_embeddings(TEXTS), rtol=0, atol=1e-5)

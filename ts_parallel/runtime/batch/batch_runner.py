@@ -186,11 +186,17 @@ class BatchRunner:
         """Whether an error has left the ranks out of step, so that nothing can be run any more."""
         return self._leader.is_broken
 
+    @property
+    def progress(self) -> int | None:
+        """The leader: how many micro-batches are done, while it waits for another; None while it does not. From any
+        thread."""
+        return self._leader.progress
+
     def stop_followers(self) -> None:
         self._leader.stop([_STOP])
 
     def sign_of_life(self) -> None:
-        """The leader, from any thread: keep the other ranks patient, who take it for dead after 120 s of silence."""
+        """The leader, from any thread: keep the other ranks patient, who take it for dead after some silence."""
         self._leader.sign_of_life()
 
     def _admit(self, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -219,8 +225,11 @@ class BatchRunner:
             micro_batch = self._in_flight.popleft()
             if self._topology.num_stages == 1:
                 # A copy is no inference tensor, which whoever gets it could not write to.
-                return micro_batch.carried[0].to("cpu", copy=True)
-            return self._channel.receive_result(self._output.shape(micro_batch.sizes), self._output.dtype)
+                output = micro_batch.carried[0].to("cpu", copy=True)
+            else:
+                output = self._channel.receive_result(self._output.shape(micro_batch.sizes), self._output.dtype)
+            self._leader.count_result()
+            return output
 
     def _come_to_rest(self) -> None:
         """Finish what is in flight, so that the ranks are where the next run finds them."""

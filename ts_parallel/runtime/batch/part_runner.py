@@ -103,11 +103,17 @@ class PartRunner:
         """Whether an error has left the ranks out of step, so that nothing can be run any more."""
         return self._leader.is_broken
 
+    @property
+    def progress(self) -> int | None:
+        """The leader: how many micro-batches are done, while it waits for another; None while it does not. From any
+        thread."""
+        return self._leader.progress
+
     def stop_followers(self) -> None:
         self._leader.stop([_STOP])
 
     def sign_of_life(self) -> None:
-        """The leader, from any thread: keep the other ranks patient, who take it for dead after 120 s of silence."""
+        """The leader, from any thread: keep the other ranks patient, who take it for dead after some silence."""
         self._leader.sign_of_life()
 
     def _admit(self, part: int, number: int, inputs: Inputs) -> None:
@@ -132,9 +138,12 @@ class PartRunner:
             part, sizes, sent = self._in_flight.popleft()
             if self._topology.num_stages == 1:
                 # A copy is no inference tensor, which whoever gets it could not write to.
-                return sent[0].to("cpu", copy=True)
-            output = self._parts[part].output
-            return self._channel.receive_result(output.shape(sizes), output.dtype)
+                output = sent[0].to("cpu", copy=True)
+            else:
+                made = self._parts[part].output
+                output = self._channel.receive_result(made.shape(sizes), made.dtype)
+            self._leader.count_result()
+            return output
 
     def _come_to_rest(self) -> None:
         """Finish what is in flight, so that the ranks are where the next run finds them."""

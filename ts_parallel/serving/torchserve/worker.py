@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
-from ts_parallel.serving.torchserve.front_end import exit_now
+from ts_parallel.serving.torchserve.rank_watch import RankWatch, other_ranks, patience_beside
 from ts_parallel.serving.torchserve.streaming import refuse_unsafe_transport
 from ts_parallel.topology import Topology, open_topology
 
@@ -28,7 +28,7 @@ C = TypeVar("C", bound=ModelConfig)
 L = TypeVar("L")
 
 
-def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], L]) -> tuple[Topology, L]:
+def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], L]) -> tuple[Topology, RankWatch, L]:
     """Parse the `handler:` section as a `kind`, join the other ranks, and `load` what this rank needs.
 
     Where any rank raises a `StartupError`, every rank's process ends, and rank 0 says why on one line.
@@ -42,6 +42,7 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
             config.device,
             num_threads=config.num_threads,
             pipeline_parallel_size=config.pipeline_parallel_size,
+            patience=patience_beside(config.max_step_seconds),
         )
     except StartupError as error:
         _give_up([str(error)], is_told=os.environ.get("RANK", "0") == "0")
@@ -54,7 +55,7 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
     if errors:
         _give_up(errors, is_told=topology.rank == 0)
     assert loaded is not None
-    return topology, loaded
+    return topology, RankWatch(other_ranks(topology), config.max_step_seconds), loaded
 
 
 def _in_a_thread_that_ends(load: Callable[[], L]) -> L:
@@ -89,15 +90,15 @@ def log_ready(topology: Topology, name: str) -> None:
     logger.info("ts_parallel is ready: %s on %d ranks", name, topology.world_size)
 
 
-def follow_in_thread(follow: Callable[[], None]) -> None:
-    """Do what rank 0 says for as long as this process lives; end it where rank 0 is lost."""
+def follow_in_thread(follow: Callable[[], None], watch: RankWatch) -> None:
+    """Do what rank 0 says for as long as this process lives; end the worker where rank 0 is lost."""
 
     def run() -> None:
         try:
             follow()
         except Exception:
             logger.exception("rank 0 was lost")
-            exit_now()
+            watch.end_worker()
 
     threading.Thread(target=run, name="follow", daemon=True).start()
 

@@ -1,1 +1,1 @@
-"""What carries replies to TorchServe: round trips of continuous batching, or the messages of a batch. Knows no answer."""
+"""What carries replies to TorchServe: round trips of continuous batching, or messages of a batch. Knows no answer."""

@@ -1,0 +1,136 @@
+"""A rank that answers no more ends its worker, so that no client waits for ever: TorchServe starts another.
+
+Rank 0 waits for the others inside C or torch.distributed, where nothing reaches it: so a thread of its own looks how
+long a step takes. A rank that is stopped (SIGSTOP, a debugger) keeps its memory and takes no signal but SIGKILL, which
+TorchServe sends to torchrun alone: so who ends the worker kills the other ranks first. Where rank 0 is the one that is
+stuck, the ranks that follow lose patience with it (`Topology.patience`) and end the worker likewise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Protocol
+
+import psutil
+
+from ts_parallel.serving.torchserve.front_end import exit_now
+from ts_parallel.topology import PATIENCE, Topology
+
+logger = logging.getLogger(__name__)
+
+# What is done at the first step only (memory and caches, a GPU's libraries) may take longer than the step.
+TIMES_AS_LONG_AT_FIRST = 3
+_LOOKS_A_STEP, _SECONDS_BETWEEN_LOOKS_AT_LEAST = 20, 0.05
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+
+
+class Steps(Protocol):
+    @property
+    def progress(self) -> int | None:
+        """How many steps are done, while the result of another is waited for; None while none is."""
+        ...
+
+
+def patience_beside(max_step_seconds: float) -> timedelta:
+    """How long ranks wait for each other: longer than rank 0 lets the first step take, so that it is rank 0 which says
+    what was stuck, and gives a sign of life after it."""
+    return max(PATIENCE, timedelta(seconds=(TIMES_AS_LONG_AT_FIRST + 1) * max_step_seconds))
+
+
+class StepTimer:
+    """Owns how long the present step has taken, as far as somebody looked: what this process has slept through itself,
+    as when a whole machine is stopped for a while, does not count."""
+
+    def __init__(self, max_seconds: float) -> None:
+        self._max_seconds = max_seconds
+        self._progress: int | None = None
+        self._seconds = 0.0
+        self.seconds_between_looks = max(max_seconds / _LOOKS_A_STEP, _SECONDS_BETWEEN_LOOKS_AT_LEAST)
+
+    def limit(self) -> float:
+        """Of the present step."""
+        return self._max_seconds * (1 if self._progress else TIMES_AS_LONG_AT_FIRST)
+
+    def is_late(self, progress: int | None, elapsed: float) -> bool:
+        """Whether the present step takes longer than it may.
+
+        Args:
+            progress: as of `Steps`.
+            elapsed: seconds since the last look.
+        """
+        if progress is None or progress != self._progress:
+            self._progress, self._seconds = progress, 0.0
+        else:
+            self._seconds += min(elapsed, 2 * self.seconds_between_looks)
+        return self._seconds > self.limit()
+
+
+class RankWatch:
+    """One rank's way to end its worker. Knows the processes of the worker's `other_ranks`, by rank."""
+
+    def __init__(
+        self,
+        other_ranks: Mapping[int, psutil.Process],
+        max_step_seconds: float,
+        exit_worker: Callable[[], object] = exit_now,
+    ) -> None:
+        self._other_ranks = other_ranks
+        self._max_step_seconds = max_step_seconds
+        self._exit_worker = exit_worker
+
+    def begin(self, steps: Steps) -> None:
+        """Rank 0: end the worker once a step takes longer than it may. A rank alone waits for nobody."""
+        if self._other_ranks:
+            threading.Thread(target=self._watch, args=(steps,), name="rank watch", daemon=True).start()
+
+    def end_worker(self) -> None:
+        """Kill the other ranks, then exit. psutil kills no later process of the same number."""
+        for process in self._other_ranks.values():
+            with suppress(psutil.Error):
+                process.kill()
+        self._exit_worker()
+
+    def _watch(self, steps: Steps) -> None:
+        timer, before = StepTimer(self._max_step_seconds), time.monotonic()
+        while True:
+            time.sleep(timer.seconds_between_looks)
+            now = time.monotonic()
+            if timer.is_late(steps.progress, now - before):
+                break
+            before = now
+        logger.error(
+            "a step has taken longer than %g s: %s; the worker ends (handler key 'max_step_seconds': %g)",
+            timer.limit(),
+            self._describe(),
+            self._max_step_seconds,
+        )
+        self.end_worker()
+
+    def _describe(self) -> str:
+        """What the other ranks do: those that are stopped, or all where none is."""
+        states = {rank: _state(process) for rank, process in self._other_ranks.items()}
+        named = [rank for rank, state in states.items() if state in _STOPPED] or list(states)
+        return ", ".join(f"rank {rank} (process {self._other_ranks[rank].pid}) is {states[rank]}" for rank in named)
+
+
+def _state(process: psutil.Process) -> str:
+    try:
+        return process.status() if process.is_running() else "gone"
+    except psutil.Error:
+        return "gone"
+
+
+def other_ranks(topology: Topology) -> dict[int, psutil.Process]:
+    """The processes of the other ranks, as far as they are on this host. Every rank must call it.
+
+    torchrun starts the ranks of a host: any other process whose number a rank elsewhere has is none of its children.
+    """
+    pids = topology.gather(os.getpid())
+    siblings = {process.pid: process for process in psutil.Process(os.getppid()).children()}
+    return {rank: siblings[pid] for rank, pid in enumerate(pids) if rank != topology.rank and pid in siblings}
