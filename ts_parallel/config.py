@@ -61,8 +61,8 @@ class ModelConfig(_Section):
     num_threads: Count | None = Field(default=None, ge=1)
     """CPU threads of each rank; unset: the machine's cores divided among its ranks."""
     max_step_seconds: float = Field(default=30, gt=0)
-    """Longest that one forward pass of all ranks may take, the first three times as long. Beyond that a rank is taken
-    for stuck: the worker ends, and TorchServe starts another."""
+    """Longest that one forward pass of all ranks may take, the first three times as long, and ten times where some rank
+    computes all the while. Beyond that a rank is taken for stuck: the worker ends, and TorchServe starts another."""
 
     def located_in(self, archive: Path) -> Self:
         """The same, its paths absolute; `archive` is the folder of the unpacked archive."""

@@ -25,7 +25,7 @@ from places import DEMO_MODEL, RANKS
 from ts_parallel.cli.server.archive import handler_config
 from ts_parallel.cli.server.serve import running
 from ts_parallel.cli.server.torchserve import TorchServe, free_ports
-from ts_parallel.serving.torchserve.rank_watch import TIMES_AS_LONG_AT_FIRST, RankWatch, StepTimer
+from ts_parallel.serving.torchserve.rank_watch import TIMES_AS_LONG_AT_FIRST, RankWatch, StepTimer, Work
 from ts_parallel.serving.torchserve.worker import follow_in_thread
 
 SCRIPT = RANKS / "stopped_peer.py"
@@ -73,6 +73,54 @@ def test_what_this_process_has_slept_through_does_not_count() -> None:
     assert not timer.is_late(1, 3600)
     assert not looks(timer, 1, 8)
     assert looks(timer, 1, 2)
+
+
+def test_rank_that_computes_may_take_ten_times_as_long_and_no_longer() -> None:
+    timer = StepTimer(10)
+    assert not timer.is_late(1, 0.5)
+    assert looks(timer, 1, 11) and not timer.is_hopeless
+    for _ in range(round(90 / timer.seconds_between_looks)):
+        assert timer.is_late(1, timer.seconds_between_looks)
+    assert timer.is_hopeless
+
+
+def run_python(code: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize(
+    ("code", "is_stopped", "expected"),
+    [
+        ("while True: pass", False, True),
+        ("while True: pass", True, False),
+        ("import time; time.sleep(600)", False, False),
+    ],
+)
+def test_ranks_are_at_work_while_one_computes_and_none_is_stopped(code: str, is_stopped: bool, expected: bool) -> None:
+    process = run_python(code)
+    try:
+        wait_until(lambda: "time" not in code or psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+        work = Work([psutil.Process(process.pid)])
+        time.sleep(Work.SECONDS_BETWEEN_LOOKS)
+        if is_stopped:
+            process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+        assert work.goes_on(time.monotonic()) == expected
+    finally:
+        process.kill()
+        process.wait()
+    assert not work.goes_on(time.monotonic())
+
+
+def test_leader_that_stays_stopped_is_ended_by_who_follows_it(
+    other: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    has_exited = threading.Event()
+    with caplog.at_level(logging.ERROR):
+        RankWatch({0: psutil.Process(other.pid)}, 0.2, has_exited.set).begin_with_leader()
+        assert has_exited.wait(30)
+    assert other.wait(30) == -signal.SIGKILL
+    assert f"rank 0 (process {other.pid}) was stopped for 0.2 s; the worker ends" in caplog.text
 
 
 @pytest.fixture

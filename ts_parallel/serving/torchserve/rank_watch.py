@@ -4,6 +4,9 @@ Rank 0 waits for the others inside C or torch.distributed, where nothing reaches
 long a step takes. A rank that is stopped (SIGSTOP, a debugger) keeps its memory and takes no signal but SIGKILL, which
 TorchServe sends to torchrun alone: so who ends the worker kills the other ranks first. Where rank 0 is the one that is
 stuck, the ranks that follow lose patience with it (`Topology.patience`) and end the worker likewise.
+
+Slow is not stuck: ranks that wait sleep, so as long as some rank computes and none is stopped, a step has ten times as
+long. A long prompt of a large model on few cores must not end the worker that computes it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol
@@ -26,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 # What is done at the first step only (memory and caches, a GPU's libraries) may take longer than the step.
 TIMES_AS_LONG_AT_FIRST = 3
+TIMES_AS_LONG_AT_WORK = 10
+# Of a core, since the last look. Less is what a process that waits does beside it, on a machine as full as may be.
+_LEAST_SHARE_AT_WORK = 0.1
 _LOOKS_A_STEP, _SECONDS_BETWEEN_LOOKS_AT_LEAST = 20, 0.05
-_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+_STOPPED, _GONE = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP), "gone"
 
 
 class Steps(Protocol):
@@ -38,9 +44,9 @@ class Steps(Protocol):
 
 
 def patience_beside(max_step_seconds: float) -> timedelta:
-    """How long ranks wait for each other: longer than rank 0 lets the first step take, so that it is rank 0 which says
-    what was stuck, and gives a sign of life after it."""
-    return max(PATIENCE, timedelta(seconds=(TIMES_AS_LONG_AT_FIRST + 1) * max_step_seconds))
+    """How long ranks wait for each other: longer than rank 0 lets any step take, so that it is rank 0 which says what
+    was stuck, and gives a sign of life after it."""
+    return max(PATIENCE, timedelta(seconds=(TIMES_AS_LONG_AT_WORK + 1) * max_step_seconds))
 
 
 class StepTimer:
@@ -70,6 +76,32 @@ class StepTimer:
             self._seconds += min(elapsed, 2 * self.seconds_between_looks)
         return self._seconds > self.limit()
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether not even a rank that computes may take so long."""
+        return self._seconds > self._max_seconds * TIMES_AS_LONG_AT_WORK
+
+
+class Work:
+    """Owns what the ranks of a host had computed when somebody last looked."""
+
+    SECONDS_BETWEEN_LOOKS = 1.0  # the system counts in hundredths
+
+    def __init__(self, ranks: Sequence[psutil.Process]) -> None:
+        self._ranks = ranks
+        self._seen = time.monotonic()
+        self._spent = [_cpu_seconds(rank) for rank in ranks]
+        self._goes_on = False
+
+    def goes_on(self, now: float) -> bool:
+        """Whether some rank has computed of late, and none is stopped or gone."""
+        if now - self._seen >= self.SECONDS_BETWEEN_LOOKS:
+            spent = [_cpu_seconds(rank) for rank in self._ranks]
+            most = max(after - before for after, before in zip(spent, self._spent, strict=True))
+            self._goes_on = most > _LEAST_SHARE_AT_WORK * (now - self._seen)
+            self._seen, self._spent = now, spent
+        return self._goes_on and not {_state(rank) for rank in self._ranks} & {*_STOPPED, _GONE}
+
 
 class RankWatch:
     """One rank's way to end its worker. Knows the processes of the worker's `other_ranks`, by rank."""
@@ -89,6 +121,12 @@ class RankWatch:
         if self._other_ranks:
             threading.Thread(target=self._watch, args=(steps,), name="rank watch", daemon=True).start()
 
+    def begin_with_leader(self) -> None:
+        """A rank that follows: end the worker once rank 0, on the same host, was stopped for as long as a step may
+        take. While it computes or waits for requests, its signs of life are enough."""
+        if (leader := self._other_ranks.get(0)) is not None:
+            threading.Thread(target=self._watch_leader, args=(leader,), name="rank watch", daemon=True).start()
+
     def end_worker(self) -> None:
         """Kill the other ranks, then exit. psutil kills no later process of the same number."""
         for process in self._other_ranks.values():
@@ -98,16 +136,34 @@ class RankWatch:
 
     def _watch(self, steps: Steps) -> None:
         timer, before = StepTimer(self._max_step_seconds), time.monotonic()
+        work = Work([psutil.Process(), *self._other_ranks.values()])
         while True:
             time.sleep(timer.seconds_between_looks)
             now = time.monotonic()
-            if timer.is_late(steps.progress, now - before):
+            is_late, goes_on = timer.is_late(steps.progress, now - before), work.goes_on(now)
+            if is_late and (timer.is_hopeless or not goes_on):
                 break
             before = now
         logger.error(
             "a step has taken longer than %g s: %s; the worker ends (handler key 'max_step_seconds': %g)",
             timer.limit(),
             self._describe(),
+            self._max_step_seconds,
+        )
+        self.end_worker()
+
+    def _watch_leader(self, leader: psutil.Process) -> None:
+        timer, before = StepTimer(self._max_step_seconds), time.monotonic()
+        while True:
+            time.sleep(timer.seconds_between_looks)
+            now = time.monotonic()
+            if timer.is_late(1 if _state(leader) in _STOPPED else None, now - before):
+                break
+            before = now
+        logger.error(
+            "rank 0 (process %d) was stopped for %g s; the worker ends (handler key 'max_step_seconds': %g)",
+            leader.pid,
+            timer.limit(),
             self._max_step_seconds,
         )
         self.end_worker()
@@ -121,9 +177,18 @@ class RankWatch:
 
 def _state(process: psutil.Process) -> str:
     try:
-        return process.status() if process.is_running() else "gone"
+        return process.status() if process.is_running() else _GONE
     except psutil.Error:
-        return "gone"
+        return _GONE
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    """What it has computed so far, all its threads together; 0 where it is gone."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def other_ranks(topology: Topology) -> dict[int, psutil.Process]:

@@ -101,6 +101,7 @@ def follow_in_thread(follow: Callable[[], None], watch: RankWatch) -> None:
             watch.end_worker()
 
     threading.Thread(target=run, name="follow", daemon=True).start()
+    watch.begin_with_leader()
 
 
 def exit_soon() -> None:
