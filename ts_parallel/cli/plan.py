@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
     ConfigFolder,
@@ -51,6 +52,7 @@ def plan(
         "config_path": config_path(config),
     }
     settings = parse_config(section)
+    refuse_quantized(folder, settings.config_folder)
     model_config = read_model_config(settings.config_folder or folder)
     element = choose_dtype(settings.dtype, model_config)
     group = TracedGroup(0, tensor_parallel_size)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.attention_sites import LENGTH_DEPENDENT_ROPE, find_attention_sites
 from ts_parallel.partition.causal_lm import trace_causal_lm
@@ -347,6 +348,7 @@ def build_eager_model(
         CheckpointError: the folder's files do not hold the model that its config.json describes.
         PlanError: the model cannot be split as asked.
     """
+    refuse_quantized(folder, settings)
     config, index = read_model_config(settings or folder), read_index(folder)
     sharded = shard_causal_lm(config, choose_dtype(dtype, config), group, expert_parallel)
     program = eager_program(sharded)

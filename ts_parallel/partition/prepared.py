@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ts_parallel.checkpoint.index import CheckpointIndex
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import PlanError, StartupError
 from ts_parallel.partition.program import ProgramRequest, RankProgram
@@ -45,6 +46,7 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
     Raises:
         CheckpointError, ConfigError, PlanError: as `build.make_programs` does.
     """
+    refuse_quantized(request.folder, request.settings)
     own = request.rank, request.place.rank
     cache = _cache_folder()
     if cache is None:
