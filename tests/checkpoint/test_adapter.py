@@ -165,6 +165,14 @@ def test_factor_without_the_other_and_what_is_no_factor_are_refused(files: Files
         read_adapter(files.adapter, files.index)
 
 
+def test_factor_of_integers_is_refused(files: Files) -> None:
+    name = f"base_model.model.{MODULES[0]}.lora_A.weight"
+    files.factors[name] = torch.ones(RANK, INPUTS, dtype=torch.int8)
+    files.save()
+    with pytest.raises(CheckpointError, match=rf"'{name}' is int8, not of floating point numbers"):
+        read_adapter(files.adapter, files.index)
+
+
 def test_folder_without_an_adapter_is_refused(files: Files) -> None:
     with pytest.raises(CheckpointError, match=r"no adapter_config.json in the adapter's folder"):
         read_adapter(files.base, files.index)

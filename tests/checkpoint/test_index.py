@@ -236,6 +236,18 @@ def test_entry_that_cannot_be_read_is_shown(tmp_path: Path, changes: dict[str, o
         read_index(tmp_path)
 
 
+def test_dtype_that_is_not_known_is_named_with_what_to_serve_instead(tmp_path: Path) -> None:
+    write(tmp_path / SINGLE_FILE, entry(dtype="F4"), bytes(16))
+    with pytest.raises(CheckpointError, match=r"'x': .*: no dtype F4 is known here; serve the checkpoint in bfloat16"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e8m0fnu])
+def test_dtypes_that_no_weight_has_are_in_the_index_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"x": torch.ones(2, 3).to(dtype)}, tmp_path / SINGLE_FILE)
+    assert read_index(tmp_path)["x"].dtype is dtype
+
+
 def test_entry_that_is_no_json_object_is_shown(tmp_path: Path) -> None:
     write(tmp_path / SINGLE_FILE, {"x": [1, 2]})
     with pytest.raises(CheckpointError, match=r"cannot read the entry of 'x': \[1, 2\]"):

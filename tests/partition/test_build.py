@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_model import build_rank_model
 
-from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition import build
 from ts_parallel.partition.build import (
@@ -307,9 +307,9 @@ def test_ranks_that_run_the_same_code_share_a_trace(
     traced = []
     whole = build.stage_model
 
-    def noted(request: ProgramRequest, rank: int) -> StagedModel:
+    def noted(request: ProgramRequest, rank: int, *index: CheckpointIndex) -> StagedModel:
         traced.append(rank)
-        return whole(request, rank)
+        return whole(request, rank, *index)
 
     monkeypatch.setattr(build, "stage_model", noted)
     request, index = ProgramRequest(tmp_path, "float32", 0, 4), read_index(tmp_path)

@@ -21,6 +21,7 @@ import torch
 from ts_parallel.checkpoint.formats.safetensors_files import read_safetensors
 from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.quantized import PLAIN_DTYPES
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredTensor
 from ts_parallel.errors import CheckpointError
 
@@ -86,6 +87,9 @@ def read_adapter(folder: Path, index: CheckpointIndex) -> Adapter:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name!r} is no LoRA factor of a linear, which alone is merged"
             )
+        if tensor.dtype not in PLAIN_DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{tensor.file}: {tensor.name!r} is {dtype}, not of floating point numbers")
         pairs[match["module"]][match["factor"]] = tensor
     changes: dict[str, _Change] = {}
     for module, pair in pairs.items():

@@ -55,6 +55,14 @@ def read_index(folder: Path) -> CheckpointIndex:
     return _by_name(tensor for file in files for tensor in _BY_PREFERENCE[found](file))
 
 
+def read_index_if_whole(folder: Path) -> CheckpointIndex:
+    """Empty where the folder holds no checkpoint that can be read: what is still to be fetched can be planned for."""
+    try:
+        return read_index(folder)
+    except CheckpointError:
+        return {}
+
+
 def _by_name(tensors: Iterable[StoredTensor]) -> CheckpointIndex:
     return {tensor.name: tensor for tensor in tensors}
 

@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ts_parallel.checkpoint.index import read_index_if_whole
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
     ConfigFolder,
@@ -26,6 +28,7 @@ from ts_parallel.partition.graph.stages import shares
 from ts_parallel.partition.graph.trace import TracedGroup
 from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
 from ts_parallel.partition.program import PipelinePlace
+from ts_parallel.partition.strangers import refuse_strangers
 from ts_parallel.runtime.kv_memory import bytes_per_token
 
 
@@ -51,10 +54,12 @@ def plan(
         "config_path": config_path(config),
     }
     settings = parse_config(section)
+    refuse_quantized(folder, settings.config_folder)
     model_config = read_model_config(settings.config_folder or folder)
     element = choose_dtype(settings.dtype, model_config)
     group = TracedGroup(0, tensor_parallel_size)
     sharded = shard_causal_lm(model_config, element, group, enable_expert_parallel)
+    refuse_strangers(sharded.model, read_index_if_whole(folder))
     staged = cut_causal_lm(sharded, PipelinePlace(0, pipeline_parallel_size, split_points=settings.split_points))
     console = Console()
     console.print(_placements(sharded, staged))

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ts_parallel.checkpoint.conversion.companions import companion_files, weight_files
 from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
@@ -70,6 +71,7 @@ def verify(
     }
     with together(locate_checkpoint(model), check_config_folder(config)) as folder:
         plain = check_reference(folder, reference)
+        refuse_quantized(folder)
         rows = run_verification(handler_config(folder, device, **settings), max_tokens, plain)
     table = Table("prompt tokens", "equal tokens", "largest difference of logits", "their scale", box=box.SIMPLE)
     for row in rows:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.graph.stage_code import write_stage
 from ts_parallel.partition.graph.stages import (
@@ -62,6 +63,7 @@ from ts_parallel.partition.program import (
     StageCode,
     TensorParallelPlan,
 )
+from ts_parallel.partition.strangers import refuse_strangers
 from ts_parallel.partition.tensor_parallel.plan import plan_tensor_parallel
 from ts_parallel.partition.tensor_parallel.shard import OwnHeads, apply_tensor_parallel
 from ts_parallel.topology import TensorParallelGroup
@@ -108,7 +110,7 @@ def make_programs(request: ProgramRequest, index: CheckpointIndex) -> dict[tuple
         ConfigError: dtype or task are none that can be.
         PlanError: the model cannot be traced, or split as asked.
     """
-    first = stage_model(request, 0)
+    first = stage_model(request, 0, index)
     made: dict[object, list[RankProgram]] = {}
     programs: dict[tuple[int, int], RankProgram] = {}
     for rank in range(request.size):
@@ -131,19 +133,28 @@ def _kind_of_rank(sharded: ShardedModel, rank: int) -> object:
     return tuple(entry.local_shape(rank) for entry in sharded.plan.parameters.values())
 
 
-def stage_model(request: ProgramRequest, rank: int) -> StagedModel:
-    """The model as one tensor-parallel rank runs it, traced and cut."""
+def stage_model(request: ProgramRequest, rank: int, index: CheckpointIndex | None = None) -> StagedModel:
+    """The model as one tensor-parallel rank runs it, traced and cut.
+
+    Args:
+        index: looked through before the trace, where it is given, as `refuse_strangers` does.
+    """
     config = read_model_config(request.settings or request.folder)
     dtype = choose_dtype(request.dtype, config)
     group = TracedGroup(rank, request.size)
     if request.task is None:
-        return cut_causal_lm(shard_causal_lm(config, dtype, group, request.expert_parallel), request.place)
+        sharded = shard_causal_lm(config, dtype, group, request.expert_parallel)
+        refuse_strangers(sharded.model, index or {})
+        return cut_causal_lm(sharded, request.place)
     if request.task in SEQ2SEQ_TASKS:
         seq2seq = call_of_seq2seq(request.task, config, dtype)
         sharded = shard_seq2seq(config, seq2seq, dtype, group)
+        refuse_strangers(sharded.model, index or {})
         return cut_seq2seq(sharded, trace_parts(sharded.model, seq2seq), request.place)
     call = call_of_task(request.task, request.folder, config, dtype)
-    return cut_dense(shard_dense(config, call, dtype, group), call, request.place)
+    sharded = shard_dense(config, call, dtype, group)
+    refuse_strangers(sharded.model, index or {})
+    return cut_dense(sharded, call, request.place)
 
 
 def shard_causal_lm(
@@ -347,8 +358,10 @@ def build_eager_model(
         CheckpointError: the folder's files do not hold the model that its config.json describes.
         PlanError: the model cannot be split as asked.
     """
+    refuse_quantized(folder, settings)
     config, index = read_model_config(settings or folder), read_index(folder)
     sharded = shard_causal_lm(config, choose_dtype(dtype, config), group, expert_parallel)
+    refuse_strangers(sharded.model, index)
     program = eager_program(sharded)
     sources = match_checkpoint(sharded.model, sharded.plan, index)
     materialise(sharded.model, device)

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ts_parallel.checkpoint.index import CheckpointIndex
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import PlanError, StartupError
 from ts_parallel.partition.program import ProgramRequest, RankProgram
@@ -45,6 +46,7 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
     Raises:
         CheckpointError, ConfigError, PlanError: as `build.make_programs` does.
     """
+    refuse_quantized(request.folder, request.settings)
     own = request.rank, request.place.rank
     cache = _cache_folder()
     if cache is None:
@@ -145,7 +147,7 @@ def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
         digest.update(f"{file.relative_to(home)}".encode() + file.read_bytes())
     package = Path(__file__).parents[1]
     for room in ("checkpoint", "partition"):
-        for file in sorted((package / room).glob("*.py")):
+        for file in sorted((package / room).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -21,6 +21,7 @@ from ts_parallel.checkpoint.conversion.journal import Journal, only_writer, rena
 from ts_parallel.checkpoint.conversion.pieces import PIECE_BYTES, Format, Piece, PlannedFile, bytes_of, cut_rows
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.quantized import refuse_quantized, refuse_quantized_names
 from ts_parallel.errors import CheckpointError
 
 _BYTES_BETWEEN_RECORDS = 2**30  # what a run that was cut off has to write again, at most
@@ -37,12 +38,14 @@ def convert(
         compare: read both again and compare their bytes.
 
     Raises:
-        CheckpointError: the source cannot be read or written in this format; the destination holds something else, has
-            too little room, or cannot be written; what was written is not what the source holds.
+        CheckpointError: the source cannot be read or written in this format, or is quantised; the destination holds
+            something else, has too little room, or cannot be written; what was written is not what the source holds.
     """
+    refuse_quantized(folder, companions)
     index = read_index(folder)
     if not index:
         raise CheckpointError(f"no tensors in {folder}")
+    refuse_quantized_names(index)
     files = target.plan(index)
     journal = Journal(destination, _job(folder, index, target))
     _check_room(destination, _remaining(destination, files, journal))

@@ -32,10 +32,16 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -130,7 +136,15 @@ def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> Stored
         if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: cannot read the entry of {name!r}: {entry!r}") from None
+        unknown = _unknown_dtype(entry)
+        reason = f": no dtype {unknown} is known here; serve the checkpoint in bfloat16 or float16" * bool(unknown)
+        raise CheckpointError(f"{file}: cannot read the entry of {name!r}: {entry!r}{reason}") from None
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(f"{file}: {name!r} has shape {list(shape)} of {entry['dtype']} but {end - begin} bytes")
     return stored_whole(name, file, dtype, shape, data_start + begin)
+
+
+def _unknown_dtype(entry: Any) -> str:
+    """Such as F4, of which torch has no numbers one by one; empty where something else is wrong."""
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    return dtype if isinstance(dtype, str) and dtype not in DTYPES else ""

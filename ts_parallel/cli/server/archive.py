@@ -12,6 +12,8 @@ import torch
 import typer
 import yaml
 
+from ts_parallel.checkpoint.index import read_index_if_whole
+from ts_parallel.checkpoint.quantized import refuse_quantized, refuse_quantized_names
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
     Adapter,
@@ -69,6 +71,8 @@ def archive(
         enable_expert_parallel=enable_expert_parallel,
         quantization=quantization,
     )
+    refuse_quantized(folder, settings.config_folder)
+    refuse_quantized_names(read_index_if_whole(folder))
     print(write_archive(settings, name or default_name(folder), export_path))
 
 

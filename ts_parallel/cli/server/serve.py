@@ -16,6 +16,7 @@ import typer
 
 from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import (
@@ -150,6 +151,7 @@ def check(config: HandlerConfig, folder: Path) -> None:
         StartupError: what is wrong.
     """
     settings = settings_folder(folder, config.config_folder)
+    refuse_quantized(folder, settings)
     model_config = read_model_config(settings)
     index = read_index(folder)
     max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
