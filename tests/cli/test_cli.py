@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import yaml
 from families import FAMILIES
-from http_client import get, post
+from http_client import JSON, get, post
 from places import DEMO_MODEL
 
 from ts_parallel.cli.plan import plan
@@ -205,19 +206,30 @@ def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
 
 
 @pytest.mark.torchserve
-def test_serve_asks_for_a_key_on_other_hosts_than_loopback() -> None:
+def test_serve_asks_for_a_key_on_other_hosts_than_loopback_and_it_works_for_as_long_as_the_server_lives() -> None:
     port = free_ports(1)[0]
     command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", "--host", "0.0.0.0", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline().startswith("ready"), process.stderr.read()
-            assert "key" in process.stdout.readline()
+            key_file = Path(process.stdout.readline().removeprefix("clients need the inference key of ").strip())
             assert get(f"http://127.0.0.1:{port}/predictions/demo/1.0/health")[0] == 400  # TorchServe's: no key
+            keys = json.loads(key_file.read_text())
+            headers = {**JSON, "Authorization": f"Bearer {keys['inference']['key']}"}
+            body = {"prompt": "return", "max_tokens": 1}
+            assert post(f"http://127.0.0.1:{port}/predictions/demo", body, headers)[0] == 200
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
         finally:
             process.kill()
+    ends = {name: key["expiration time"] for name, key in keys.items() if "expiration time" in key}
+    assert ends.keys() == {"management", "inference"}
+    assert min(map(year_of, ends.values())) > datetime.now(UTC).year + 100  # no server lives as long as its keys
+
+
+def year_of(moment: str) -> int:
+    return datetime.fromisoformat(f"{moment.partition('.')[0]}+00:00").year  # Java counts in nanoseconds
 
 
 def test_serve_refuses_a_missing_file_with_one_line_and_status_1(tmp_path: Path) -> None:
