@@ -18,26 +18,8 @@ from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import (
-    Adapter,
-    ConfigFolder,
-    Device,
-    Dtype,
-    EnableExpertParallel,
-    KVCacheMemory,
-    MaxModelLen,
-    MaxRequestSize,
-    MaxResponseSize,
-    Model,
-    PipelineParallelSize,
-    Quantization,
-    SplitPoints,
-    TensorParallelSize,
-    config_path,
-    locate_adapter,
-    parse_message_size,
-    parse_split_points,
-)
+from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
+from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, parse_message_size
 from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
 from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, TorchServe, find_java
 from ts_parallel.config import HandlerConfig
@@ -53,24 +35,14 @@ from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer
 _MAX_MESSAGE_SIZE = f"{MAX_MESSAGE_SIZE >> 20}MiB"
 
 
+@takes_handler_keys()
 def serve(
     model: Model,
-    tensor_parallel_size: TensorParallelSize = 1,
-    pipeline_parallel_size: PipelineParallelSize = 1,
-    split_points: SplitPoints = None,
     name: Name = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but loopback asks clients for a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_model_len: MaxModelLen = None,
-    kv_cache_memory: KVCacheMemory = "512MiB",
-    adapter: Adapter = None,
-    config: ConfigFolder = None,
-    enable_expert_parallel: EnableExpertParallel = False,
-    quantization: Quantization = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -80,6 +52,8 @@ def serve(
     max_request_size: MaxRequestSize = _MAX_MESSAGE_SIZE,
     max_response_size: MaxResponseSize = _MAX_MESSAGE_SIZE,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
+    *,
+    keys: HandlerKeys,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM."""
     sizes = {
@@ -87,20 +61,7 @@ def serve(
         "max_response_size": parse_message_size(max_response_size, "--max-response-size"),
     }
     folder = locate_checkpoint(model)
-    settings = handler_config(
-        folder,
-        device,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        split_points=parse_split_points(split_points),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_memory=kv_cache_memory,
-        adapter_path=locate_adapter(adapter),
-        config_path=config_path(config),
-        enable_expert_parallel=enable_expert_parallel,
-        quantization=quantization,
-    )
+    settings = handler_config(folder, **keys)
     name = name or default_name(folder)
     with (
         stopped_by_signals() as stop,
@@ -157,7 +118,8 @@ def check(config: HandlerConfig, folder: Path) -> None:
     program = prepare_program(program_request(config, folder, 0, place), index)
     refuse_unpageable(program, max_model_len)
     refuse_unquantizable(config.quantization, torch.device(config.device), program.dtype)
-    count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    if config.gpu_memory_utilization is None:  # else the ranks find out what is free beside the weights
+        count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
         read_adapter(Path(config.adapter_path), index)
     read_tokenizer(settings)
