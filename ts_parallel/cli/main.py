@@ -26,7 +26,6 @@ def summary_of(command: Callable[..., None]) -> str:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut names and texts short where a terminal is narrow, or none is there
     help=__doc__,
