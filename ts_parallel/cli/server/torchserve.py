@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -150,8 +151,8 @@ class TorchServe:
                 start_new_session=True,
             )
 
-    def wait_until_ready(self, stop: threading.Event) -> None:
-        """Return once the model answers, or once `stop` is set.
+    def wait_until_ready(self, stop: threading.Event, on_line: Callable[[str], None] = lambda _: None) -> None:
+        """Return once the model answers, or once `stop` is set; `on_line` is told each line of the log.
 
         Raises:
             StartupError: TorchServe ended, or its worker said that it cannot start.
@@ -162,6 +163,7 @@ class TorchServe:
             for line in lines[seen:]:
                 if self._verbose:
                     print(line, file=sys.stderr)
+                on_line(line)
                 if CANNOT_START in line:
                     raise StartupError(line[line.index(CANNOT_START) + len(CANNOT_START) + 1 :])
             seen = len(lines)
