@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.server.archive import default_name, handler_config
 from ts_parallel.cli.server.serve import running, stopped_by_signals
+from ts_parallel.cli.server.startup import shown_startup
 from ts_parallel.cli.server.torchserve import free_ports
 from ts_parallel.errors import TSParallelError
 
@@ -53,7 +54,10 @@ def main() -> None:
     port = arguments.port or free_ports(1)[0]
     print(f"starting TorchServe with {arguments.tensor_parallel_size} tensor-parallel ranks", flush=True)
     started = time.perf_counter()
-    with stopped_by_signals() as stop, running(config, folder, name, "127.0.0.1", port, False, stop) as server:
+    with (
+        stopped_by_signals() as stop,
+        running(config, folder, name, "127.0.0.1", port, False, stop, show=shown_startup) as server,
+    ):
         if stop.is_set():
             return
         print(f"ready after {time.perf_counter() - started:.1f} s: {server.url}\n", flush=True)

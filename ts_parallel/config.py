@@ -41,7 +41,12 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # they are the help of the command's options too
+    )
 
 
 class ModelConfig(_Section):
@@ -58,6 +63,7 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Element type of weights and KV cache; `auto` is the one that config.json names."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the ranks compute; `auto` is cuda where this machine has a GPU."""
     num_threads: Count | None = Field(default=None, ge=1)
     """CPU threads of each rank; unset: the machine's cores divided among its ranks."""
     max_step_seconds: float = Field(default=30, gt=0)

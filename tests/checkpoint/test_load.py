@@ -368,7 +368,7 @@ def test_progress_is_log_lines_where_no_terminal_is(
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     with caplog.at_level(logging.INFO):
         load_two(tmp_path, Progress("weights"))
-    assert lines_of(caplog.records) == ["weights: 75 %", "weights: 100 %", "weights: 0.0 MB"]
+    assert lines_of(caplog.records) == ["weights: 75 % of 0.0 MB", "weights: 100 % of 0.0 MB", "weights: 0.0 MB"]
     assert no_terminal.getvalue() == ""
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import psutil
 import pytest
 import yaml
 from families import FAMILIES
-from http_client import get, post
+from http_client import JSON, get, post
 from places import DEMO_MODEL
 
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.server.serve import serve
 from ts_parallel.cli.server.torchserve import find_java, free_ports, is_loopback
 from ts_parallel.errors import ConfigError, StartupError
+from ts_parallel.partition.prepared import CACHE_VARIABLE
 
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
 
@@ -181,16 +183,29 @@ def test_serve_refuses_a_size_that_torchserve_cannot_work_with(option: str, size
     assert str(refusal.value).startswith(f"--{option.replace('_', '-')}") and says in str(refusal.value)
 
 
+PHASES = [
+    "tracing the model",
+    "starting TorchServe",
+    "starting the ranks",
+    "loading the weights",
+    "making ready to answer",
+]
+
+
 @pytest.mark.torchserve
-def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
+def test_serve_says_what_it_is_at_and_when_it_is_ready_and_ends_its_server_on_sigterm(tmp_path: Path) -> None:
     port = free_ports(1)[0]
     shape = ["--pipeline-parallel-size", "2", "--split-points", "2", "--max-response-size", "64KiB"]
     command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", *shape, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, CACHE_VARIABLE: str(tmp_path)}  # it was never traced before
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
             line = process.stdout.readline()
-            assert line == f"ready: http://127.0.0.1:{port}/predictions/demo\n", process.stderr.read()
+            shown = os.read(process.stderr.fileno(), 65536).decode() if line else process.stderr.read()
+            assert line == f"ready: http://127.0.0.1:{port}/predictions/demo\n", shown
             assert get(f"http://127.0.0.1:{port}/predictions/demo/1.0/health")[0] == 200
             status, text = post(f"http://127.0.0.1:{port}/predictions/demo/1.0/tokenize", {"prompt": "a " * 40_000})
             assert status == 413 and "TorchServe takes 65536 at most" in text
@@ -199,25 +214,39 @@ def test_serve_says_when_it_is_ready_and_ends_its_server_on_sigterm() -> None:
             assert process.wait(60) == 0
         finally:
             process.kill()
+    phases = [line.partition(" s  ")[2] for line in shown.splitlines()]
+    assert [phase for phase in phases if phase in PHASES] == PHASES
+    assert len(phases) < 20
     assert len(children) > 3  # the launcher, Java, torchrun and its ranks
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
 
 
 @pytest.mark.torchserve
-def test_serve_asks_for_a_key_on_other_hosts_than_loopback() -> None:
+def test_serve_asks_for_a_key_on_other_hosts_than_loopback_and_it_works_for_as_long_as_the_server_lives() -> None:
     port = free_ports(1)[0]
     command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", "--host", "0.0.0.0", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline().startswith("ready"), process.stderr.read()
-            assert "key" in process.stdout.readline()
+            key_file = Path(process.stdout.readline().removeprefix("clients need the inference key of ").strip())
             assert get(f"http://127.0.0.1:{port}/predictions/demo/1.0/health")[0] == 400  # TorchServe's: no key
+            keys = json.loads(key_file.read_text())
+            headers = {**JSON, "Authorization": f"Bearer {keys['inference']['key']}"}
+            body = {"prompt": "return", "max_tokens": 1}
+            assert post(f"http://127.0.0.1:{port}/predictions/demo", body, headers)[0] == 200
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
         finally:
             process.kill()
+    ends = {name: key["expiration time"] for name, key in keys.items() if "expiration time" in key}
+    assert ends.keys() == {"management", "inference"}
+    assert min(map(year_of, ends.values())) > datetime.now(UTC).year + 100  # no server lives as long as its keys
+
+
+def year_of(moment: str) -> int:
+    return datetime.fromisoformat(f"{moment.partition('.')[0]}+00:00").year  # Java counts in nanoseconds
 
 
 def test_serve_refuses_a_missing_file_with_one_line_and_status_1(tmp_path: Path) -> None:

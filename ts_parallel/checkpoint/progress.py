@@ -19,9 +19,10 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Counts bytes of one load. Owns its bar."""
 
-    def __init__(self, label: str, is_shown: bool = True) -> None:
+    def __init__(self, label: str, is_shown: bool = True, seconds_between_lines: float | None = None) -> None:
         self._label = label
         self._is_shown = is_shown
+        self._seconds_between_lines = seconds_between_lines  # None: SECONDS_BETWEEN_LINES
         self._bar: tqdm[Any] | None = None
         self._done = self._total = 0
         self._start = self._last_line = 0.0
@@ -45,6 +46,12 @@ class Progress:
         self._done += num_bytes
         if self._bar is not None:
             self._bar.update(num_bytes)
-        elif self._is_shown and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.perf_counter()
-            logger.info("%s: %d %%", self._label, 100 * self._done // max(1, self._total))
+        elif self._is_shown:
+            self._log_now_and_then()
+
+    def _log_now_and_then(self) -> None:
+        now, pause = time.perf_counter(), self._seconds_between_lines
+        if now - self._last_line > (SECONDS_BETWEEN_LINES if pause is None else pause):
+            self._last_line = now
+            percent = 100 * self._done // max(1, self._total)
+            logger.info("%s: %d %% of %.1f MB in %.2f s", self._label, percent, self._total / 1e6, now - self._start)

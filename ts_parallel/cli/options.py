@@ -13,39 +13,8 @@ from ts_parallel.config import parse_bytes
 from ts_parallel.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or the id of one on the hub.")]
-TensorParallelSize = Annotated[int, typer.Option(min=1, help="Ranks that share every layer.")]
-PipelineParallelSize = Annotated[int, typer.Option(min=1, help="Stages that the layers are dealt out to.")]
-
-SplitPoints = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LAYER,…", help="First layer of each stage after the first, by default so that stages weigh alike."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(min=2, help="Most tokens of a request, by default the model's own limit.")
-]
-ConfigFolder = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder of config.json and tokenizer, where they are not with the weights."),
-]
-Adapter = Annotated[
-    str | None, typer.Option(help="Folder of a LoRA adapter to merge into the weights, or the id of one on the hub.")
-]
-EnableExpertParallel = Annotated[
-    bool,
-    typer.Option(
-        "--enable-expert-parallel",
-        help="Each rank keeps some of a mixture's experts whole, instead of a part of each.",
-    ),
-]
-Quantization = Annotated[
-    str | None,
-    typer.Option(help="int8 or int4: integers that bfloat16 weights become as they are read, on a CPU."),
-]
-KVCacheMemory = Annotated[str, typer.Option(help="KV cache of each rank, such as 2GiB.")]
+CONFIG_HELP = "Folder of config.json and tokenizer, where they are not with the weights."
+ConfigFolder = Annotated[Path | None, typer.Option(metavar="DIR", help=CONFIG_HELP)]
 MaxRequestSize = Annotated[
     str, typer.Option(help="Most bytes of a request's body, such as 64MiB; a larger one is answered with 413.")
 ]

@@ -10,18 +10,8 @@ from rich.table import Table
 from ts_parallel.checkpoint.index import read_index_if_whole
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import (
-    ConfigFolder,
-    Dtype,
-    EnableExpertParallel,
-    KVCacheMemory,
-    Model,
-    PipelineParallelSize,
-    SplitPoints,
-    TensorParallelSize,
-    config_path,
-    parse_split_points,
-)
+from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
+from ts_parallel.cli.options import Model
 from ts_parallel.config import parse_config
 from ts_parallel.partition.build import ShardedModel, StagedModel, cut_causal_lm, shard_causal_lm
 from ts_parallel.partition.graph.stages import shares
@@ -32,35 +22,27 @@ from ts_parallel.partition.strangers import refuse_strangers
 from ts_parallel.runtime.kv_memory import bytes_per_token
 
 
-def plan(
-    model: Model,
-    tensor_parallel_size: TensorParallelSize = 1,
-    pipeline_parallel_size: PipelineParallelSize = 1,
-    split_points: SplitPoints = None,
-    dtype: Dtype = "auto",
-    kv_cache_memory: KVCacheMemory = "512MiB",
-    config: ConfigFolder = None,
-    enable_expert_parallel: EnableExpertParallel = False,
-) -> None:
+@takes_handler_keys(
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "split_points",
+    "dtype",
+    "kv_cache_memory",
+    "config_path",
+    "enable_expert_parallel",
+)
+def plan(model: Model, keys: HandlerKeys) -> None:
     """Print every parameter's placement, the stages' cut, each rank's bytes, and how many tokens of KV cache fit."""
     folder = locate_checkpoint(model)
-    section = {
-        "model_path": str(folder),
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-        "split_points": parse_split_points(split_points),
-        "dtype": dtype,
-        "kv_cache_memory": kv_cache_memory,
-        "config_path": config_path(config),
-    }
-    settings = parse_config(section)
+    settings = parse_config({"model_path": str(folder), **keys})
     refuse_quantized(folder, settings.config_folder)
     model_config = read_model_config(settings.config_folder or folder)
     element = choose_dtype(settings.dtype, model_config)
-    group = TracedGroup(0, tensor_parallel_size)
-    sharded = shard_causal_lm(model_config, element, group, enable_expert_parallel)
+    group = TracedGroup(0, settings.tensor_parallel_size)
+    sharded = shard_causal_lm(model_config, element, group, settings.enable_expert_parallel)
     refuse_strangers(sharded.model, read_index_if_whole(folder))
-    staged = cut_causal_lm(sharded, PipelinePlace(0, pipeline_parallel_size, split_points=settings.split_points))
+    place = PipelinePlace(0, settings.pipeline_parallel_size, split_points=settings.split_points)
+    staged = cut_causal_lm(sharded, place)
     console = Console()
     console.print(_placements(sharded, staged))
     console.print(_ranks(staged, settings.kv_cache_memory, element))

@@ -22,68 +22,58 @@ from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, T
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import (
-    ConfigFolder,
-    Device,
-    EnableExpertParallel,
-    Model,
-    PipelineParallelSize,
-    Quantization,
-    SplitPoints,
-    TensorParallelSize,
-    check_config_folder,
-    parse_split_points,
-)
+from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
+from ts_parallel.cli.options import ConfigFolder, Model, check_config_folder
 from ts_parallel.cli.server.archive import handler_config
 from ts_parallel.config import HandlerConfig
 from ts_parallel.errors import CheckpointError, ConfigError, StartupError
 from ts_parallel.partition.model.model_config import read_model_config
 
 
+@takes_handler_keys(
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "split_points",
+    "dtype",
+    "device",
+    "eager",
+    "enable_expert_parallel",
+    "quantization",
+    dtype="float32",
+    device="cpu",
+)
 def verify(
     model: Model,
-    tensor_parallel_size: TensorParallelSize = 1,
-    pipeline_parallel_size: PipelineParallelSize = 1,
-    split_points: SplitPoints = None,
-    dtype: Annotated[str, typer.Option(help="Element type of both; float32 is exact.")] = "float32",
-    device: Device = "cpu",
+    keys: HandlerKeys,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 32,
-    eager: Annotated[
-        bool, typer.Option("--eager", help="Run the model's own modules instead of a trace, to find out which differs.")
-    ] = False,
     reference: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Hugging Face folder of the plain model, by default MODEL itself."),
     ] = None,
     config: ConfigFolder = None,
-    enable_expert_parallel: EnableExpertParallel = False,
-    quantization: Quantization = None,
 ) -> None:
     """Run the model in local ranks and plainly with transformers; exit with 1 where the greedy tokens differ."""
-    settings = {
-        "tensor_parallel_size": tensor_parallel_size,
-        "pipeline_parallel_size": pipeline_parallel_size,
-        "split_points": parse_split_points(split_points),
-        "dtype": dtype,
-        "eager": eager,
-        "enable_expert_parallel": enable_expert_parallel,
-        "quantization": quantization,
-    }
     with together(locate_checkpoint(model), check_config_folder(config)) as folder:
         plain = check_reference(folder, reference)
+        settings = handler_config(folder, **keys)
         refuse_quantized(folder)
-        rows = run_verification(handler_config(folder, device, **settings), max_tokens, plain)
+        rows = run_verification(settings, max_tokens, plain)
     table = Table("prompt tokens", "equal tokens", "largest difference of logits", "their scale", box=box.SIMPLE)
     for row in rows:
         equal = f"{row['num_equal']} of {row['num_tokens']}"
         table.add_row(str(row["num_prompt"]), equal, f"{row['difference']:.2e}", f"{row['scale']:.2f}")
     Console().print(table)
     is_same = all(row["num_equal"] == row["num_tokens"] for row in rows)
-    shape = f"tensor_parallel_size {tensor_parallel_size} × pipeline_parallel_size {pipeline_parallel_size}"
-    shape += ", expert parallel" * enable_expert_parallel
-    shape += f", {quantization}" if quantization else ""
-    print(f"{shape}, {dtype}{', eager' * eager}: {'the same tokens' if is_same else 'DIFFERENT tokens'}")
+    print(f"{describe(settings)}: {'the same tokens' if is_same else 'DIFFERENT tokens'}")
     raise typer.Exit(0 if is_same else 1)
+
+
+def describe(config: HandlerConfig) -> str:
+    shape = f"tensor_parallel_size {config.tensor_parallel_size}"
+    shape += f" × pipeline_parallel_size {config.pipeline_parallel_size}"
+    shape += ", expert parallel" * config.enable_expert_parallel
+    shape += f", {config.quantization}" if config.quantization else ""
+    return f"{shape}, {config.dtype}{', eager' * config.eager}"
 
 
 @contextmanager

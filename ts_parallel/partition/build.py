@@ -16,7 +16,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
-from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.graph.stage_code import write_stage
@@ -31,7 +30,7 @@ from ts_parallel.partition.graph.stages import (
     weigh,
 )
 from ts_parallel.partition.graph.trace import TracedGroup, TracedModel, attention_marker, trace
-from ts_parallel.partition.load import RankModel, load_items
+from ts_parallel.partition.load import RankModel, load_items, load_progress
 from ts_parallel.partition.match import match_checkpoint
 from ts_parallel.partition.model.attention_sites import LENGTH_DEPENDENT_ROPE, find_attention_sites
 from ts_parallel.partition.model.causal_lm import trace_causal_lm
@@ -367,7 +366,7 @@ def build_eager_model(
     materialise(sharded.model, device)
     started = time.perf_counter()
     tensors = all_tensors(sharded.model)
-    load_tensors(load_items(tensors, sharded.plan, sources, group.rank), Progress("loading", is_shown=group.rank == 0))
+    load_tensors(load_items(tensors, sharded.plan, sources, group.rank), load_progress(group))
     return RankModel(program, tensors, time.perf_counter() - started, sharded.model)
 
 

@@ -23,6 +23,8 @@ from ts_parallel.huge_pages import make_tensor
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
 
+_SECONDS_BETWEEN_LINES = 1.0  # of a load
+
 
 class PackedRows(Protocol):
     """A linear's weight `[O, I]` that lies otherwise than the checkpoint has it, in panels of its rows."""
@@ -76,6 +78,7 @@ def load_program(
     layout: WeightLayout | None = None,
     merge: Callable[[LoadItem], None] | None = None,
     quantization: str | None = None,
+    stage: int = 0,
 ) -> RankModel:
     """Give this rank's parameters their memory and fill it.
 
@@ -86,6 +89,7 @@ def load_program(
             is packed is in memory as it was read too, one at a time.
         quantization: `int8` or `int4`, in which the weights that are laid out so are kept; None: as the program has
             them.
+        stage: of the model, as log lines name it.
 
     Raises:
         CheckpointError: a file is cut off, or cannot be read, or holds NaN.
@@ -110,7 +114,7 @@ def load_program(
             items += own
     del local
     waiting = Counter(item.name for item in items if isinstance(item, LoadItem))
-    progress = Progress(f"loading rank {group.rank} of {group.size}", is_shown=group.rank == 0)
+    progress = load_progress(group, stage)
 
     def finish(item: LoadItem) -> None:
         refuse_nan(item)
@@ -124,6 +128,12 @@ def load_program(
     tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
     tensors |= {name: buffer.to(device) for name, buffer in program.buffers.items()}
     return RankModel(program, tensors, time.perf_counter() - started)
+
+
+def load_progress(group: TensorParallelGroup, stage: int = 0) -> Progress:
+    """Of one rank's load, told by the first rank of each stage: `ts-parallel serve` makes a bar of its log lines."""
+    label = f"loading stage {stage}, rank {group.rank} of {group.size}"
+    return Progress(label, is_shown=group.rank == 0, seconds_between_lines=_SECONDS_BETWEEN_LINES)
 
 
 def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

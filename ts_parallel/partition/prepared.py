@@ -15,7 +15,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -40,8 +40,10 @@ Pickles = Mapping[tuple[int, int], bytes]
 """Tensor-parallel rank and pipeline rank → its pickled program."""
 
 
-def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProgram:
-    """The program that is asked for; `index` is that of its folder.
+def prepare_program(
+    request: ProgramRequest, index: CheckpointIndex, on_making: Callable[[], None] = lambda: None
+) -> RankProgram:
+    """The program that is asked for; `index` is that of its folder. Where no file has it, `on_making` is told first.
 
     Raises:
         CheckpointError, ConfigError, PlanError: as `build.make_programs` does.
@@ -50,6 +52,7 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
     own = request.rank, request.place.rank
     cache = _cache_folder()
     if cache is None:
+        on_making()
         return _unpickle(_make(request)[own])
     stem = cache / _digest(request, index)
     program = _read(stem, own)
@@ -57,6 +60,7 @@ def prepare_program(request: ProgramRequest, index: CheckpointIndex) -> RankProg
         with _locked(stem.with_suffix(".lock")):
             program = _read(stem, own)  # another rank may have made it meanwhile
             if program is None:
+                on_making()
                 pickles = _make(request)
                 _keep(stem, pickles)
                 program = _unpickle(pickles[own])

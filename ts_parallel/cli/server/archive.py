@@ -15,23 +15,8 @@ import yaml
 from ts_parallel.checkpoint.index import read_index_if_whole
 from ts_parallel.checkpoint.quantized import refuse_quantized, refuse_quantized_names
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import (
-    Adapter,
-    ConfigFolder,
-    Device,
-    Dtype,
-    EnableExpertParallel,
-    KVCacheMemory,
-    MaxModelLen,
-    Model,
-    PipelineParallelSize,
-    Quantization,
-    SplitPoints,
-    TensorParallelSize,
-    config_path,
-    locate_adapter,
-    parse_split_points,
-)
+from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
+from ts_parallel.cli.options import Model
 from ts_parallel.config import HandlerConfig, ModelConfig, parse_config
 from ts_parallel.errors import ConfigError, StartupError
 
@@ -39,38 +24,16 @@ VERSION = "1.0"
 Name = Annotated[str | None, typer.Option(help="Name of the model in URLs, by default the folder's.")]
 
 
+@takes_handler_keys()
 def archive(
     model: Model,
-    tensor_parallel_size: TensorParallelSize = 1,
-    pipeline_parallel_size: PipelineParallelSize = 1,
-    split_points: SplitPoints = None,
+    keys: HandlerKeys,
     name: Name = None,
     export_path: Annotated[Path, typer.Option(help="Folder that the archive is written to.")] = Path("model_store"),
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_model_len: MaxModelLen = None,
-    kv_cache_memory: KVCacheMemory = "512MiB",
-    adapter: Adapter = None,
-    config: ConfigFolder = None,
-    enable_expert_parallel: EnableExpertParallel = False,
-    quantization: Quantization = None,
 ) -> None:
     """Write NAME.mar for `torchserve --start`. The weights stay where they are; the archive names their folder."""
     folder = locate_checkpoint(model)
-    settings = handler_config(
-        folder,
-        device,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        split_points=parse_split_points(split_points),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_memory=kv_cache_memory,
-        adapter_path=locate_adapter(adapter),
-        config_path=config_path(config),
-        enable_expert_parallel=enable_expert_parallel,
-        quantization=quantization,
-    )
+    settings = handler_config(folder, **keys)
     refuse_quantized(folder, settings.config_folder)
     refuse_quantized_names(read_index_if_whole(folder))
     print(write_archive(settings, name or default_name(folder), export_path))
@@ -116,6 +79,8 @@ def write_archive(config: HandlerConfig, name: str, export_path: Path) -> Path:
 def model_config(config: HandlerConfig) -> dict[str, Any]:
     """The model-config.yaml of one model on this machine; model-configs/ explains its keys."""
     handler = {key: value for key, value in config.model_dump(mode="json").items() if value is not None}
+    if config.gpu_memory_utilization is not None:
+        del handler["kv_cache_memory"]  # its default, which beside the other would be refused
     return {
         "minWorkers": 1,
         "maxWorkers": 1,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -19,27 +20,10 @@ from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli.options import (
-    Adapter,
-    ConfigFolder,
-    Device,
-    Dtype,
-    EnableExpertParallel,
-    KVCacheMemory,
-    MaxModelLen,
-    MaxRequestSize,
-    MaxResponseSize,
-    Model,
-    PipelineParallelSize,
-    Quantization,
-    SplitPoints,
-    TensorParallelSize,
-    config_path,
-    locate_adapter,
-    parse_message_size,
-    parse_split_points,
-)
+from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
+from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, parse_message_size
 from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
+from ts_parallel.cli.server.startup import LogFollower, Startup, shown_startup, silent_startup
 from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, TorchServe, find_java
 from ts_parallel.config import HandlerConfig
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
@@ -54,24 +38,14 @@ from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer
 _MAX_MESSAGE_SIZE = f"{MAX_MESSAGE_SIZE >> 20}MiB"
 
 
+@takes_handler_keys()
 def serve(
     model: Model,
-    tensor_parallel_size: TensorParallelSize = 1,
-    pipeline_parallel_size: PipelineParallelSize = 1,
-    split_points: SplitPoints = None,
     name: Name = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but loopback asks clients for a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_model_len: MaxModelLen = None,
-    kv_cache_memory: KVCacheMemory = "512MiB",
-    adapter: Adapter = None,
-    config: ConfigFolder = None,
-    enable_expert_parallel: EnableExpertParallel = False,
-    quantization: Quantization = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -81,6 +55,8 @@ def serve(
     max_request_size: MaxRequestSize = _MAX_MESSAGE_SIZE,
     max_response_size: MaxResponseSize = _MAX_MESSAGE_SIZE,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
+    *,
+    keys: HandlerKeys,
 ) -> None:
     """Serve a checkpoint until Ctrl-C or SIGTERM."""
     sizes = {
@@ -88,25 +64,15 @@ def serve(
         "max_response_size": parse_message_size(max_response_size, "--max-response-size"),
     }
     folder = locate_checkpoint(model)
-    settings = handler_config(
-        folder,
-        device,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        split_points=parse_split_points(split_points),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        kv_cache_memory=kv_cache_memory,
-        adapter_path=locate_adapter(adapter),
-        config_path=config_path(config),
-        enable_expert_parallel=enable_expert_parallel,
-        quantization=quantization,
-    )
+    settings = handler_config(folder, **keys)
     name = name or default_name(folder)
+    show = partial(shown_startup, is_plain=verbose)
     with (
         stopped_by_signals() as stop,
-        running(settings, folder, name, host, port, verbose, stop, metrics_port, **sizes) as server,
+        running(settings, folder, name, host, port, verbose, stop, metrics_port, show, **sizes) as server,
     ):
+        if stop.is_set():
+            return
         print(f"ready: {server.url}", flush=True)
         if server.key_file is not None:
             print(f"clients need the inference key of {server.key_file}", flush=True)
@@ -123,28 +89,34 @@ def running(
     verbose: bool,
     stop: threading.Event,
     metrics_port: int | None = None,
+    show: Callable[[], AbstractContextManager[Startup]] = silent_startup,
     **sizes: int,
 ) -> Iterator[TorchServe]:
-    """A TorchServe that answers for `folder`, ended on leaving; `sizes` are its limits of a body.
+    """A TorchServe that answers for `folder`, ended on leaving; it does not answer if `stop` was set meanwhile.
+
+    Args:
+        sizes: its limits of a body.
 
     Raises:
         StartupError: the model cannot be served, or TorchServe did not come up.
+        Stopped: `stop` was set by a signal before TorchServe was started.
     """
-    check(config, folder)
-    java_home = find_java()
-    with TemporaryDirectory(prefix="tsp-") as workspace:
-        store = Path(workspace) / "store"
-        write_archive(config, name, store)
-        server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port, **sizes)
-        try:
+    with TemporaryDirectory(prefix="tsp-") as workspace, ExitStack() as at_the_end:
+        with show() as startup:
+            store = Path(workspace) / "store"
+            with raising_stopped(stop):
+                check(config, folder, startup)
+                java_home = find_java()
+                startup.begin("starting TorchServe")
+                write_archive(config, name, store)
+            server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port, **sizes)
+            at_the_end.callback(server.stop)
             server.start()
-            server.wait_until_ready(stop)
-            yield server
-        finally:
-            server.stop()
+            server.wait_until_ready(stop, LogFollower(startup, config.pipeline_parallel_size).follow)
+        yield server
 
 
-def check(config: HandlerConfig, folder: Path) -> None:
+def check(config: HandlerConfig, folder: Path, startup: Startup | None = None) -> None:
     """Everything a worker would refuse, before TorchServe is started: a worker's refusal is a line in a log.
 
     Raises:
@@ -156,20 +128,46 @@ def check(config: HandlerConfig, folder: Path) -> None:
     index = read_index(folder)
     max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
     place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
-    program = prepare_program(program_request(config, folder, 0, place), index)
+    startup = startup or Startup()
+    program = prepare_program(
+        program_request(config, folder, 0, place), index, lambda: startup.begin("tracing the model")
+    )
     refuse_unpageable(program, max_model_len)
     refuse_unquantizable(config.quantization, torch.device(config.device), program.dtype)
-    count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
+    if config.gpu_memory_utilization is None:  # else the ranks find out what is free beside the weights
+        count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
         read_adapter(Path(config.adapter_path), index)
     read_tokenizer(settings)
     read_eos_ids(settings, model_config)
 
 
+class Stopped(BaseException):
+    """Work that could not look at the event was broken off."""
+
+
+class Stop(threading.Event):
+    """Set by the first Ctrl-C or SIGTERM, which also raises `Stopped` where that is safe."""
+
+    raises = False
+
+
+@contextmanager
+def raising_stopped(stop: threading.Event) -> Iterator[None]:
+    """Inside, what sets a `Stop` raises `Stopped`: for work that leaves nothing behind wherever it ends."""
+    if isinstance(stop, Stop):
+        stop.raises = True
+    try:
+        yield
+    finally:
+        if isinstance(stop, Stop):
+            stop.raises = False
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, the first time; a second one kills as usual."""
-    stop = threading.Event()
+    """An event that Ctrl-C and SIGTERM set, the first time; a second one kills as usual. Ends at `Stopped`."""
+    stop = Stop()
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {kind: signal.getsignal(kind) for kind in kinds}
 
@@ -178,11 +176,15 @@ def stopped_by_signals() -> Iterator[threading.Event]:
         for each in kinds:
             signal.signal(each, before[each])
         print(f"stopping ({signal.Signals(kind).name})", file=sys.stderr, flush=True)
+        if stop.raises:
+            raise Stopped
 
     for kind in kinds:
         signal.signal(kind, handler)
     try:
         yield stop
+    except Stopped:
+        pass
     finally:
         for kind in kinds:
             signal.signal(kind, before[kind])

@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,9 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 15
 _LINES_OF_A_FAILURE = 20
 _CORES_A_THREAD = 8  # of those that pass bytes on
+# 1900 years. TorchServe knows no key for ever; it takes dates up to 1,000,000,000 AD, many readers of its key_file.json
+# those with four digits for the year.
+_MINUTES_OF_A_KEY = 10**9
 MAX_MESSAGE_SIZE = 64 << 20
 """Bytes of a body on its way in or out. TorchServe's own, 6553500, is less than the tokens of a text of a million
 words. What bounds it from above are Java's int, Java's heap, which is a quarter of the memory (the process grew by
@@ -147,8 +151,8 @@ class TorchServe:
                 start_new_session=True,
             )
 
-    def wait_until_ready(self, stop: threading.Event) -> None:
-        """Return once the model answers, or once `stop` is set.
+    def wait_until_ready(self, stop: threading.Event, on_line: Callable[[str], None] = lambda _: None) -> None:
+        """Return once the model answers, or once `stop` is set; `on_line` is told each line of the log.
 
         Raises:
             StartupError: TorchServe ended, or its worker said that it cannot start.
@@ -159,6 +163,7 @@ class TorchServe:
             for line in lines[seen:]:
                 if self._verbose:
                     print(line, file=sys.stderr)
+                on_line(line)
                 if CANNOT_START in line:
                     raise StartupError(line[line.index(CANNOT_START) + len(CANNOT_START) + 1 :])
             seen = len(lines)
@@ -212,6 +217,7 @@ class TorchServe:
             "metrics_address": f"http://127.0.0.1:{self._metrics_port or metrics}",
             "metrics_mode": "prometheus" if self._metrics_port else "log",
             "model_metrics_auto_detect": "true",  # else it knows only those of its own metrics.yaml, and drops ours
+            "token_expiration_min": _MINUTES_OF_A_KEY,  # its own 60 would lock every client out after an hour
             "grpc_inference_port": self.grpc_port,
             "grpc_management_port": grpc_management,
             "initial_distribution_port": ranks,
