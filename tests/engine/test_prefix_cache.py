@@ -30,7 +30,7 @@ class Bench:
         assert self.blocks.num_free == self.blocks.num_blocks
         return requests
 
-    def num_computed(self) -> int:
+    def num_scheduled(self) -> int:
         return sum(plan.num_tokens for plan in self.runner.plans)
 
 
@@ -41,9 +41,9 @@ def numbers(start: int, count: int) -> tuple[int, ...]:
 def test_same_prompt_is_computed_from_its_last_full_block_on() -> None:
     bench = Bench()
     assert bench.run(numbers(0, 10))[0].num_cached == 0
-    before = bench.num_computed()
+    before = bench.num_scheduled()
     assert bench.run(numbers(0, 10))[0].num_cached == 8
-    assert bench.num_computed() - before == 2 + 2  # the rest of the prompt, and two of three answers
+    assert bench.num_scheduled() - before == 2 + 2  # the rest of the prompt, and two of three answers
 
 
 def test_one_token_is_always_left_to_compute() -> None:

@@ -106,7 +106,7 @@ def test_more_tokens_than_the_model_has_cannot_be_named(num_logprobs: int) -> No
 def test_new_request_is_behind_by_its_prompt() -> None:
     made = make([1, 2, 3], GenerationParams(2))
     assert (made.num_tokens, made.num_behind) == (3, 3)
-    made.num_computed = 3
+    made.num_scheduled = 3
     made.output_ids.append(9)
     assert (made.num_tokens, made.num_behind) == (4, 1)
 

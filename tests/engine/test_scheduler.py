@@ -228,7 +228,7 @@ def test_oldest_request_goes_on_when_blocks_run_out_and_the_newest_starts_over()
     old, new = bench.add("old", 8, 6), bench.add("new", 8, 6)
     assert bench.step() == [("old", 8), ("new", 8)]
     assert bench.step() == [("old", 1)]
-    assert (new.num_computed, new.block_ids) == (0, [])
+    assert (new.num_scheduled, new.block_ids) == (0, [])
     while not any(output.finish_reason for output in bench.outputs):
         assert ("old", 1) in bench.step()
     assert bench.outputs[-1].request_id == "old"
@@ -269,7 +269,7 @@ def test_paused_request_gives_its_blocks_to_those_that_run() -> None:
     assert bench.step(paused={"old"}) == [("new", 1)]
     assert len(old.block_ids) == 2  # as long as nobody needs them
     assert bench.step(paused={"old"}) == [("new", 1)]
-    assert (old.num_computed, old.block_ids) == (0, [])
+    assert (old.num_scheduled, old.block_ids) == (0, [])
     bench.finish()
     for request in (old, new):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 4)
@@ -316,7 +316,7 @@ def test_paused_request_keeps_what_it_has_where_it_would_not_be_enough() -> None
     bench.step()
     bench.add("big", 13, 1)
     assert bench.step(paused={"slow"}) == [("other", 1)]
-    assert (slow.num_computed, len(slow.block_ids)) == (3, 1)
+    assert (slow.num_scheduled, len(slow.block_ids)) == (3, 1)
 
 
 def test_requests_that_were_preempted_wait_in_order_of_arrival_whoever_was_the_first() -> None:
@@ -507,7 +507,7 @@ def test_blocks_in_flight_are_waited_for_and_then_taken() -> None:
     assert bench.step() == []  # "old" needs a block; "new", in flight, holds the last
     assert new.num_in_flight == 0 and len(new.block_ids) == 2
     assert bench.step() == [("old", 1)]
-    assert (new.num_computed, new.block_ids) == (0, [])
+    assert (new.num_scheduled, new.block_ids) == (0, [])
     bench.finish()
     for request in (old, new):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)
@@ -566,11 +566,11 @@ def test_any_schedule_gives_every_request_its_own_answer_and_loses_no_block(
             aborted.add(str(first))
         elif move == "step":
             paused = {str(index) for index in range(len(added)) if first >> index % 6 & 1} if second else set[str]()
-            in_flight = {request: request.num_computed for request in bench.scheduler.running if request.num_in_flight}
+            in_flight = {request: request.num_scheduled for request in bench.scheduler.running if request.num_in_flight}
             ran = bench.step(paused)
             check_step(bench, ran, paused | aborted, max_num_seqs, max_num_batched_tokens)
-            for request, num_computed in in_flight.items():  # it has lost nothing
-                assert request.num_computed >= num_computed
+            for request, num_scheduled in in_flight.items():  # it has lost nothing
+                assert request.num_scheduled >= num_scheduled
                 assert request in bench.scheduler.running or request.finish_reason()
         check_blocks(bench, added)
     bench.finish()
@@ -676,7 +676,7 @@ def check_blocks(bench: Bench, added: list[Request]) -> None:
     assert len(held) == len(set(held)) == bench.blocks.num_blocks - bench.blocks.num_free
     running = {request.request_id for request in bench.scheduler.running}
     assert {request.request_id for request in added if request.block_ids} <= running
-    assert all(request.num_computed <= request.num_tokens for request in added)
+    assert all(request.num_scheduled <= request.num_tokens for request in added)
     assert all(
-        len(request.block_ids) * bench.blocks.block_size >= request.num_computed for request in bench.scheduler.running
+        len(request.block_ids) * bench.blocks.block_size >= request.num_scheduled for request in bench.scheduler.running
     )

@@ -87,10 +87,10 @@ class BlockManager:
         return len(prefix) * self.block_size
 
     def remember(self, request: Request) -> None:
-        """Note the content of the blocks that `request.num_computed` tokens have filled."""
+        """Note the content of the blocks that `request.num_scheduled` tokens have filled."""
         if not self._caches_prefixes:
             return
-        while (request.num_remembered + 1) * self.block_size <= request.num_computed:
+        while (request.num_remembered + 1) * self.block_size <= request.num_scheduled:
             index = request.num_remembered
             before = self._of_block[request.block_ids[index - 1]][1] if index else _NOTHING
             key = (

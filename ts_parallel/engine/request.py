@@ -57,8 +57,9 @@ class GenerationParams:
 class Request:
     """What the engine knows of a request. Owned by the scheduler from `add` to `finish`.
 
-    There are no phases: a request is behind by `num_tokens - num_computed`, and a step closes a part of that gap.
-    Tokens count as computed once they are scheduled, so a request whose next token is on its way is behind by nothing.
+    There are no phases: a request is behind by `num_tokens - num_scheduled`, and a step closes a part of that gap.
+    Tokens count once they are scheduled, not once they are computed: a request whose next token is on its way is behind
+    by nothing.
     """
 
     request_id: str
@@ -69,7 +70,8 @@ class Request:
     min_tokens: int = 0
     priority: int = 0
     output_ids: list[int] = field(default_factory=list)
-    num_computed: int = 0
+    num_scheduled: int = 0
+    """Its first tokens that some step has computed or will, so that their keys and values are there for the next."""
     num_in_flight: int = 0
     """Its chunks that were scheduled and whose step has given no result yet."""
     block_ids: list[int] = field(default_factory=list)
@@ -91,7 +93,7 @@ class Request:
 
     @property
     def num_behind(self) -> int:
-        return self.num_tokens - self.num_computed
+        return self.num_tokens - self.num_scheduled
 
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
         """The tokens from `start` to before `end`, of prompt and output taken together."""

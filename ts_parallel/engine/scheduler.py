@@ -98,7 +98,7 @@ class Scheduler:
             num_tokens = min(request.num_behind, budget, prefill_budget if is_prefill else 1)
             if not num_tokens or len(step) == num_seats:
                 break
-            if request in self.running and self._make_room(request, request.num_computed + num_tokens, paused):
+            if request in self.running and self._make_room(request, request.num_scheduled + num_tokens, paused):
                 step.append((request, self._chunk(request, num_tokens)))
                 budget -= num_tokens
                 prefill_budget -= num_tokens * is_prefill
@@ -188,9 +188,9 @@ class Scheduler:
             self._preempt(yielding.pop(0))
         self.waiting.remove(request)
         self.running.append(request)
-        request.num_computed = self._blocks.take_prefix(request, prefix)
+        request.num_scheduled = self._blocks.take_prefix(request, prefix)
         if request.num_cached is None:
-            request.num_cached = request.num_computed
+            request.num_cached = request.num_scheduled
             self._stats.admitted(request, request.num_cached)
         return request
 
@@ -201,9 +201,9 @@ class Scheduler:
         return [own for own in reversed(self.running) if own.request_id in paused and not own.num_in_flight]
 
     def _chunk(self, request: Request, num_tokens: int) -> Chunk:
-        start, end = request.num_computed, request.num_computed + num_tokens
+        start, end = request.num_scheduled, request.num_scheduled + num_tokens
         self._blocks.hold(request, end)
-        request.num_computed = end
+        request.num_scheduled = end
         self._blocks.remember(request)
         request.num_in_flight += 1
         sampling = request.sampling_now()
@@ -241,7 +241,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._stats.preempted()
         self._blocks.release(request)
-        request.num_computed = 0
+        request.num_scheduled = 0
         self.running.remove(request)
         insort(self.waiting, request, key=_turn)
 
