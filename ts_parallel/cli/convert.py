@@ -15,7 +15,6 @@ from ts_parallel.checkpoint.conversion.write_safetensors import MAX_SHARD_BYTES,
 from ts_parallel.checkpoint.settings import CONFIG_FILE
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.options import ConfigFolder, check_config_folder
-from ts_parallel.cli.write_dcp import DistributedCheckpoint
 from ts_parallel.config import parse_bytes
 from ts_parallel.errors import ConfigError
 
@@ -59,6 +58,9 @@ def make_format(to: Target, ranks: int | None, max_shard_size: str | None) -> Fo
     if to is Target.DCP:
         if max_shard_size is not None:
             raise ConfigError(f"--max-shard-size {max_shard_size} goes with --to safetensors, not dcp: see --ranks")
+        # Not above: what torch.distributed brings with it takes seconds.
+        from ts_parallel.cli.write_dcp import DistributedCheckpoint
+
         return DistributedCheckpoint(ranks or 1)
     if ranks is not None:
         raise ConfigError(f"--ranks {ranks} goes with --to dcp, not safetensors: see --max-shard-size")

@@ -6,17 +6,40 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from ts_parallel.cli.client.bench import bench
-from ts_parallel.cli.client.complete import complete
-from ts_parallel.cli.convert import convert
-from ts_parallel.cli.plan import plan
-from ts_parallel.cli.server.archive import archive
-from ts_parallel.cli.server.serve import serve
-from ts_parallel.cli.verify import verify
 from ts_parallel.errors import TSParallelError
+
+COMMANDS = {
+    "plan": "ts_parallel.cli.plan",
+    "convert": "ts_parallel.cli.convert",
+    "verify": "ts_parallel.cli.verify",
+    "archive": "ts_parallel.cli.server.archive",
+    "serve": "ts_parallel.cli.server.serve",
+    "complete": "ts_parallel.cli.client.complete",
+    "bench": "ts_parallel.cli.client.bench",
+}
+"""Each command → its module, whose function of that name it is."""
+
+
+class _Commands(TyperGroup):
+    """Imports a command's module once the command is asked for: of some, torch and transformers take seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        function: Callable[..., None] = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        alone.command(cmd_name, short_help=summary_of(function))(function)
+        return get_command(alone)
 
 
 def summary_of(command: Callable[..., None]) -> str:
@@ -25,13 +48,17 @@ def summary_of(command: Callable[..., None]) -> str:
 
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut names and texts short where a terminal is narrow, or none is there
     help=__doc__,
 )
-for command in (plan, convert, verify, archive, serve, complete, bench):
-    app.command(short_help=summary_of(command))(command)
+
+
+@app.callback()
+def _all() -> None:
+    """The commands are found by name."""
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ts_parallel.cli import ARCHIVE_VERSION
 from ts_parallel.cli.client.stream_client import Client, RemoteError
-from ts_parallel.cli.server.archive import VERSION
 from ts_parallel.errors import ConfigError
 
 _MOST_NAMES_SHOWN = 10
@@ -34,7 +34,7 @@ def base_url(url: str) -> str:
     if re.fullmatch(r"https?://[^/]+", url):
         return f"{url}/v1"
     if re.fullmatch(r"https?://[^/]+/predictions/[^/]+", url):
-        return f"{url}/{VERSION}/v1"
+        return f"{url}/{ARCHIVE_VERSION}/v1"
     return url
 
 

@@ -15,12 +15,12 @@ import yaml
 from ts_parallel.checkpoint.index import read_index_if_whole
 from ts_parallel.checkpoint.quantized import refuse_quantized, refuse_quantized_names
 from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.cli import ARCHIVE_VERSION
 from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
 from ts_parallel.cli.options import Model
 from ts_parallel.config import HandlerConfig, ModelConfig, parse_config
 from ts_parallel.errors import ConfigError, StartupError
 
-VERSION = "1.0"
 Name = Annotated[str | None, typer.Option(help="Name of the model in URLs, by default the folder's.")]
 
 
@@ -67,7 +67,15 @@ def write_archive(config: HandlerConfig, name: str, export_path: Path) -> Path:
     with TemporaryDirectory(prefix="ts-parallel-") as folder:
         config_file = Path(folder) / "model-config.yaml"
         config_file.write_text(yaml.safe_dump(model_config(config), sort_keys=False))
-        command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", VERSION]
+        command = [
+            sys.executable,
+            "-m",
+            "model_archiver.model_packaging",
+            "--model-name",
+            name,
+            "--version",
+            ARCHIVE_VERSION,
+        ]
         command += ["--handler", str(handler_file()), "--config-file", str(config_file)]
         command += ["--export-path", str(export_path), "--force"]
         result = subprocess.run(command, capture_output=True, text=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from ts_parallel.cli.server.archive import VERSION
+from ts_parallel.cli import ARCHIVE_VERSION
 from ts_parallel.errors import ConfigError, StartupError
 from ts_parallel.serving.torchserve.worker import CANNOT_START
 
@@ -198,7 +198,7 @@ class TorchServe:
         self._process.wait()
 
     def _answers(self) -> bool:
-        request = urllib.request.Request(f"{self.url}/{VERSION}/health")
+        request = urllib.request.Request(f"{self.url}/{ARCHIVE_VERSION}/health")
         if self.key_file is not None:
             keys = json.loads(self.key_file.read_text())
             request.add_header("Authorization", f"Bearer {keys['inference']['key']}")
