@@ -55,8 +55,8 @@ def verify(
     """Run the model in local ranks and plainly with transformers; exit with 1 where the greedy tokens differ."""
     with together(locate_checkpoint(model), check_config_folder(config)) as folder:
         plain = check_reference(folder, reference)
-        settings = handler_config(folder, **keys)
         refuse_quantized(folder)
+        settings = handler_config(folder, **keys)
         rows = run_verification(settings, max_tokens, plain)
     table = Table("prompt tokens", "equal tokens", "largest difference of logits", "their scale", box=box.SIMPLE)
     for row in rows:
