@@ -1,7 +1,8 @@
 """Logits in bfloat16 lie as near to those in float32 as transformers' own, over the kernels too.
 
-The bound that the README states: the root mean square of the error, over all tokens and the whole vocabulary, is at
-most 1.2 times that of transformers in bfloat16, each beside transformers in float32 with the same weights.
+The bound that ts_parallel/README.md states: the root mean square of the error, over all tokens and the whole
+vocabulary, is at most 1.2 times that of transformers in bfloat16, each beside transformers in float32 with the same
+weights.
 """
 
 from __future__ import annotations

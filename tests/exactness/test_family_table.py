@@ -1,4 +1,4 @@
-"""The table of families in the README is true: which answer exactly as transformers does, and why the others do not.
+"""The table of families in ts_parallel/partition/README.md is true: which answer as transformers does, and why not.
 
 All of them go through two ranks in one run of `family_table.py`.
 """
