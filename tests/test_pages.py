@@ -23,7 +23,7 @@ from places import ROOT
 from pydantic import BaseModel
 from typer.core import TyperGroup
 
-from ts_parallel.cli.main import app
+from ts_parallel.cli.main import COMMANDS, app
 from ts_parallel.cli.server.torchserve import free_ports
 from ts_parallel.config import BatchConfig, HandlerConfig, ModelConfig, Seq2SeqConfig
 
@@ -131,7 +131,7 @@ def options_of_commands() -> dict[str, set[str]]:
     assert isinstance(group, TyperGroup)
     return {
         name: {"--help", *(option for own in command.params for option in (*own.opts, *own.secondary_opts))}
-        for name, command in group.commands.items()
+        for name, command in ((name, group.get_command(None, name)) for name in COMMANDS)
     }
 
 

@@ -12,10 +12,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from ts_parallel.cli import main
 from ts_parallel.cli.main import app
 
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = {name: GROUP.get_command(None, name) for name in main.COMMANDS}
 
 
 def without_spaces(text: str) -> str:
@@ -50,3 +52,14 @@ def test_every_command_is_said_in_whole_sentences() -> None:
         assert name in output.split()
         assert without_spaces(command.help.partition("\n\n")[0]) in without_spaces(output)
     assert "..." not in output.partition("Commands:")[2]
+
+
+def test_what_a_command_does_not_need_is_not_imported() -> None:
+    """Of a client's commands neither torch nor transformers, which take seconds."""
+    code = (
+        "import sys; from ts_parallel.cli.main import app; from typer.testing import CliRunner;"
+        "assert CliRunner().invoke(app, ['complete', '--help']).exit_code == 0;"
+        "sys.exit(str({'torch', 'transformers'} & set(sys.modules)) if 'torch' in sys.modules else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
