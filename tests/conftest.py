@@ -9,7 +9,6 @@ import pytest
 
 from ts_parallel.partition.prepared import CACHE_VARIABLE
 
-
 # Files are dealt out to workers one by one. Those that take longest come first, so that no worker waits for the other.
 _LONGEST = (
     "exactness/test_family_table.py",
