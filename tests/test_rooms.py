@@ -125,12 +125,13 @@ def attributes(tree: ast.AST) -> Iterator[str]:
 
 def arrows() -> Iterator[tuple[str, str]]:
     """Module → module, of this package's files: `from a import b` is an arrow to `a.b` where that is a file."""
-    known = {module_of(file).removesuffix(".__init__") for file in FILES}
+    known = {module_of(file) for file in FILES}
     for file in FILES:
-        module = module_of(file).removesuffix(".__init__")
+        module = module_of(file)
         for name in imports(parse(file)):
-            to = name if name in known else name.rpartition(".")[0]
-            if to in known and to != module:
+            owner = name.rpartition(".")[0]
+            to = next((own for own in (name, owner, f"{name}.__init__", f"{owner}.__init__") if own in known), module)
+            if to != module:
                 yield module, to
 
 
@@ -204,9 +205,9 @@ def test_no_folder_has_more_files_on_one_floor_than_one_can_take_in() -> None:
 
 def test_question_that_is_asked_in_one_place_is_asked_there_alone() -> None:
     others = [
-        f"{module_of(file)} imports {name}"
+        f"{module_of(file)} asks for {name}"
         for file in FILES
-        for name in imports(parse(file))
+        for name in (*imports(parse(file)), *attributes(parse(file)))
         for asked, askers in ASKED_BY.items()
         if is_within(name, asked) and not any(is_within(module_of(file), asker) for asker in askers)
     ]

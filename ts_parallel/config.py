@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ts_parallel.errors import ConfigError
 
+ARCHIVE_VERSION = "1.0"
+"""Of every archive that this package writes, and so a part of its model's URL."""
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 

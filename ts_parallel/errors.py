@@ -6,7 +6,7 @@ TSParallelError
 │   ├── TopologyError       the ranks that were started are not the ranks that were asked for
 │   ├── CheckpointError     a file is missing, cut off, or does not fit the model
 │   └── PlanError           the model cannot be split as asked, or cannot be run at all
-├── RemoteError             a server answers otherwise than its clients expect (`cli/stream_client.py`)
+├── RemoteError             a server answers otherwise than its clients expect (`cli/client/stream_client.py`)
 └── RequestError      400   this request alone is refused
     ├── NotFoundError 404   no such route
     ├── AnswerTooLargeError 413   the answer has more bytes than TorchServe's front end takes

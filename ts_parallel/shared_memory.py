@@ -55,6 +55,11 @@ class Segment:
         return self.memory.data_ptr()
 
 
+def host_name() -> str:
+    """The same for all processes that share a kernel, and for no others."""
+    return f"{socket.gethostname()} {_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}"
+
+
 def open_segment(group: dist.ProcessGroup, num_bytes: int) -> Segment | None:
     """The same memory on all ranks of a host, or None on all of them; the log says why. Every rank of `group` calls it.
 
@@ -79,7 +84,7 @@ def open_segment(group: dist.ProcessGroup, num_bytes: int) -> Segment | None:
 
 
 def _make_offer(num_bytes: int) -> _Offer:
-    host = f"{socket.gethostname()} {_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ''}"
+    host = host_name()
     if native is None:
         return _Offer(host, problem="ts_parallel.native.shared_memory is not built")
     name = f"ts_parallel-{secrets.token_hex(8)}"

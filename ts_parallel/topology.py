@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ts_parallel.errors import TopologyError
-from ts_parallel.shared_memory import Team, open_team
+from ts_parallel.shared_memory import Team, host_name, open_team
 
 T = TypeVar("T")
 
@@ -118,6 +118,11 @@ class Topology:
     def stage(self) -> int:
         """The pipeline stage of this rank, from 0."""
         return self.mesh.get_local_rank("pp")
+
+    @property
+    def host(self) -> str:
+        """The same on all ranks that share a host."""
+        return host_name()
 
     @cached_property
     def num_stages(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -113,3 +114,11 @@ def test_no_name_stands_for_two_things() -> None:
     stage = stage_of(function, weight)
     (output,) = stage(None, {"x": x})
     assert torch.equal(output, function(weight, x))
+
+
+def test_traceback_shows_the_line_of_a_stages_own_code() -> None:
+    function = FUNCTIONS["subtract from a number"]
+    with pytest.raises(RuntimeError) as failure:
+        stage_of(function, torch.eye(4))(None, {"x": torch.zeros(1, 2, 5)})
+    (frame,) = [own for own in traceback.extract_tb(failure.tb) if own.filename.startswith("<stage ")]
+    assert frame.line and frame.line in [line.strip() for line in code_of(function).source.splitlines()]

@@ -56,11 +56,19 @@ def read_index(folder: Path) -> CheckpointIndex:
 
 
 def read_index_if_whole(folder: Path) -> CheckpointIndex:
-    """Empty where the folder holds no checkpoint that can be read: what is still to be fetched can be planned for."""
+    """Empty where the folder's weights are still to be fetched: it can be planned for all the same.
+
+    Raises:
+        CheckpointError: they are there, and cannot be read.
+    """
     try:
         return read_index(folder)
-    except CheckpointError:
+    except _MissingError:
         return {}
+
+
+class _MissingError(CheckpointError):
+    """What is not there may still come."""
 
 
 def _by_name(tensors: Iterable[StoredTensor]) -> CheckpointIndex:
@@ -74,7 +82,7 @@ def _without_an_index(folder: Path) -> Iterable[StoredTensor]:
     if any(folder.glob("*.distcp")):
         raise CheckpointError(f"{folder} has *.distcp files but no {METADATA}: it was not saved to the end")
     others = f"{TORCH_FILE}, {TORCH_INDEX} nor {METADATA}"
-    raise CheckpointError(f"neither {SINGLE_FILE} nor {SHARD_INDEX}, {others} in {folder}")
+    raise _MissingError(f"neither {SINGLE_FILE} nor {SHARD_INDEX}, {others} in {folder}")
 
 
 def _files_of_shard_index(index: Path) -> list[Path]:
@@ -88,5 +96,5 @@ def _files_of_shard_index(index: Path) -> list[Path]:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is not a file of its own folder")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names {name!r}, which is missing")
+            raise _MissingError(f"{index} names {name!r}, which is missing")
     return [index.parent / name for name in names]

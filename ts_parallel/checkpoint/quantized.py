@@ -35,6 +35,7 @@ _FILES = (
     *("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json"),
     "quant_model_description*.json",
 )
+_NAMES_OF_CLASSES = ("label2id", "id2label")  # whose keys are words of whoever trained it
 _INNER = "quantization"  # key that ModelOpt's file has the section under, beside who wrote it
 _RECIPE_FILE, _RECIPE = "recipe.yaml", re.compile(r"\b(Quantization|GPTQ|AWQ|AutoRound)Modifier\b")  # llm-compressor's
 # What tells most of a section, in this order.
@@ -140,6 +141,8 @@ def _sections_of(content: Any, path: tuple[str, ...], file: Path) -> Iterator[St
     if not isinstance(content, dict):
         return
     for key, value in content.items():
+        if key in _NAMES_OF_CLASSES:
+            continue
         if not _KEY.fullmatch(key):
             yield from _sections_of(value, (*path, key), file)
         elif not _is_empty(value):
@@ -150,7 +153,9 @@ def _is_empty(value: Any) -> bool:
     """Whether it says that nothing is quantised."""
     if isinstance(value, dict):
         switches = [value[switch] for switch in _SWITCHES if switch in value]
-        return not any(switches) if switches else all(map(_is_empty, value.values()))
+        if switches and value.get("quant_method", "bitsandbytes") == "bitsandbytes":
+            return not any(switches)
+        return all(_is_empty(own) for key, own in value.items() if not key.startswith("kv_cache"))
     return not value or str(value).lower() == "none"
 
 

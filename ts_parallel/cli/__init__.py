@@ -1,4 +1,1 @@
-"""The `ts-parallel` command. Each file is one sub-command, or what several of them share."""
-
-ARCHIVE_VERSION = "1.0"
-"""Of every archive that is written, and so a part of its model's URL."""
+"""The `ts-parallel` command: `main` finds its sub-commands, each a file. Knows options and terminals."""

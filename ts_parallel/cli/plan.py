@@ -19,7 +19,7 @@ from ts_parallel.partition.graph.trace import TracedGroup
 from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
 from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.partition.strangers import refuse_strangers
-from ts_parallel.runtime.kv_memory import bytes_per_token
+from ts_parallel.runtime.kv_budget import bytes_per_token
 
 
 @takes_handler_keys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ts_parallel.topology import open_topology
 NUM_PROMPTS = 8
 _LONGEST_PROMPT = 96
 
+_PATIENCE = timedelta(hours=6)  # rank 0 runs the plain model meanwhile
+
 
 def main(settings: Path, report: Path) -> None:
     """
@@ -32,7 +35,11 @@ def main(settings: Path, report: Path) -> None:
     config = parse_config(values["handler"])
     folder, reference = Path(config.model_path), Path(values["reference"])
     topology = open_topology(
-        config.tensor_parallel_size, config.device, pipeline_parallel_size=config.pipeline_parallel_size
+        config.tensor_parallel_size,
+        config.device,
+        num_threads=config.num_threads,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        patience=_PATIENCE,
     )
     runner, error = None, None
     try:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS_AHEAD = 64
 # A mailbox that nobody has emptied for so long belongs, as far as anybody can know, to a client that is gone.
 SECONDS_TO_FORGET = 60.0
-# Ranks that follow hear from rank 0 at least this often, well within their patience (topology.PATIENCE).
+# Ranks that follow hear from rank 0 at least this often, well within their patience (`Topology.patience`).
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0
 _SECONDS_BETWEEN_LOOKS_WHEN_PAUSED = 0.005
 

@@ -163,9 +163,10 @@ class Scheduler:
         """How many requests one step may take, so that those which can run make a step for each stage."""
         yielding = self._yielding(paused)
         num_requests = sum(1 for _ in _awake(self.running, paused))
-        num_free = self._blocks.num_free_without(yielding)
         seats = self._max_num_seqs - (len(self.running) - len(yielding))
-        for request in islice(_awake(self.waiting, paused), seats):
+        waiting = list(islice(_awake(self.waiting, paused), seats))
+        num_free = self._blocks.num_free_without(yielding) if waiting else 0
+        for request in waiting:
             num_free -= self._blocks.num_missing(request, request.num_tokens)
             if num_free < 0:
                 break
@@ -180,12 +181,14 @@ class Scheduler:
         request = next(_awake(self.waiting, paused), None)
         if request is None:
             return None
-        yielding, prefix = self._yielding(paused), self._blocks.find_prefix(request)
-        num_seated = len(self.running) - len(yielding)
-        if num_seated == self._max_num_seqs or not self._blocks.can_admit(request, prefix, yielding):
-            return None
-        while len(self.running) == self._max_num_seqs or not self._blocks.can_admit(request, prefix):
-            self._preempt(yielding.pop(0))
+        prefix = self._blocks.find_prefix(request)
+        if not self._has_place(request, prefix):
+            yielding = self._yielding(paused)
+            num_seated = len(self.running) - len(yielding)
+            if num_seated == self._max_num_seqs or not self._blocks.can_admit(request, prefix, yielding):
+                return None
+            while not self._has_place(request, prefix):
+                self._preempt(yielding.pop(0))
         self.waiting.remove(request)
         self.running.append(request)
         request.num_scheduled = self._blocks.take_prefix(request, prefix)
@@ -193,6 +196,10 @@ class Scheduler:
             request.num_cached = request.num_scheduled
             self._stats.admitted(request, request.num_cached)
         return request
+
+    def _has_place(self, request: Request, prefix: list[int]) -> bool:
+        """Whether there are a seat and blocks for it as things are."""
+        return len(self.running) < self._max_num_seqs and self._blocks.can_admit(request, prefix)
 
     def _yielding(self, paused: Collection[str]) -> list[Request]:
         """The running requests that give way to whoever can run, the first first: paused, and not in flight."""

@@ -13,7 +13,7 @@ ISA_VARIABLE = "TS_PARALLEL_ISA"
 """`none` leaves the kernels out, as if this processor had nothing that they need."""
 
 HAS_KERNELS = kernels is not None and kernels.is_supported() and os.environ.get(ISA_VARIABLE) != "none"
-"""Whether this processor can run the kernels, and they were compiled. `runtime.backends.choose` alone asks."""
+"""Whether this processor can run the kernels, and they were compiled. `runtime.backends.choose` asks; else tests do."""
 
 
 def why_no_kernels() -> str:

@@ -2,8 +2,8 @@
 
 O output features, I input features. Panels of 64 outputs follow each other; in a panel, two input features of all 64
 outputs do: `[o // 64, i // 2, o % 64, i % 2]`, zero where there is no output. The numbers are those of bfloat16 in 12
-bits each, of which none is lost (coded.h), or small integers with scales (numbers.h), by which the largest number of a
-scale is 127 or 7: zero stays zero, and no number is off by more than half a scale.
+bits each, of which none is lost (numbers/coded.h), or small integers with scales (numbers/numbers.h), by which the
+largest number of a scale is 127 or 7: zero stays zero, and no number is off by more than half a scale.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ts_parallel.native import kernels
 
 PANEL = 64
 INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
-_KINDS = {"int8": 1, "int4": 2, None: 3}  # `enum number_kind` of numbers.h
-_MOST_INPUTS = 2**18 - 2  # an exception (coded.h) has 17 bits for its pair
+_KINDS = {"int8": 1, "int4": 2, None: 3}  # `enum number_kind` of numbers/numbers.h
+_MOST_INPUTS = 2**18 - 2  # an exception (numbers/coded.h) has 17 bits for its pair
 
 
 class _HugePages:

@@ -94,6 +94,7 @@ def load_program(
     Raises:
         CheckpointError: a file is cut off, or cannot be read, or holds NaN.
     """
+    assert quantization is None or layout is not None, "nothing else has integers"
     started = time.perf_counter()
     plan = program.plan
     local = {

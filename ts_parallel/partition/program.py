@@ -50,7 +50,7 @@ class ProgramRequest:
     size: int
     place: PipelinePlace = ONE_STAGE
     task: str | None = None
-    """One of `encoder.TASKS` or `seq2seq.SEQ2SEQ_TASKS`; None for a causal language model."""
+    """One of `model.encoder.TASKS` or `model.seq2seq.SEQ2SEQ_TASKS`; None for a causal language model."""
     settings: Path | None = None
     """Folder of the model's configuration, where it is neither `folder` nor the one above."""
     expert_parallel: bool = False

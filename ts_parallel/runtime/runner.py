@@ -13,7 +13,7 @@ from ts_parallel.partition.load import RankModel
 from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram
 from ts_parallel.runtime.backends.base import Attention, Backend
 from ts_parallel.runtime.channel import StepChannel
-from ts_parallel.runtime.kv_memory import count_blocks
+from ts_parallel.runtime.kv_budget import count_blocks
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology

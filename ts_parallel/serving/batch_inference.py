@@ -183,7 +183,7 @@ class _Item:
 
 
 class Ranks(Protocol):
-    """What the handler needs of the runner of its rank: `runtime.batch_runner.BatchRunner`, or that of parts."""
+    """What the handler needs of the runner of its rank: `runtime.batch.batch_runner.BatchRunner`, or that of parts."""
 
     @property
     def is_broken(self) -> bool: ...

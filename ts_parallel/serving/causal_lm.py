@@ -16,7 +16,7 @@ from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.backends.base import Backend
 from ts_parallel.runtime.backends.choose import choose_backend
-from ts_parallel.runtime.kv_memory import bytes_beside_weights
+from ts_parallel.runtime.kv_budget import bytes_beside_weights
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.topology import Topology
 

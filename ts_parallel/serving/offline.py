@@ -124,8 +124,8 @@ def open_model(folder: str | Path, **settings: Any) -> Iterator[OfflineModel]:
 
     Raises:
         StartupError: the model cannot be loaded on some rank, or the ranks are not as many as it needs.
-        RuntimeError: from `generate`: another rank has ended, or has not answered for four times `max_step_seconds`
-            (120 s at least).
+        RuntimeError: from `generate`: another rank has ended, or has not answered for eleven times
+            `max_step_seconds` (120 s at least).
     """
     config = parse_config({"model_path": str(folder), **settings})
     topology = open_topology(

@@ -21,9 +21,9 @@ from ts_parallel.cli.client.dialect import Dialect
 from ts_parallel.cli.client.measure import follow, run_load, summarize
 from ts_parallel.cli.client.stream_client import Client
 from ts_parallel.cli.client.workload import Ask
-from ts_parallel.cli.server.archive import VERSION
 from ts_parallel.cli.server.serve import running
 from ts_parallel.cli.server.torchserve import TorchServe, free_ports
+from ts_parallel.config import ARCHIVE_VERSION
 from ts_parallel.errors import StartupError
 
 SECONDS_TO_START = 180.0
@@ -126,7 +126,7 @@ class ServedSide:
 class RunningServer:
     def __init__(self, server: TorchServe, ready_seconds: float) -> None:
         self._server = server
-        self._client = Client(f"{server.url}/{VERSION}/v1", timeout=SECONDS_OF_A_ROUND)
+        self._client = Client(f"{server.url}/{ARCHIVE_VERSION}/v1", timeout=SECONDS_OF_A_ROUND)
         self.about = {
             "version": version("ts-parallel"),
             "load_seconds": load_seconds(server.log_text()),

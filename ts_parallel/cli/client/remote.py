@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ts_parallel.cli import ARCHIVE_VERSION
 from ts_parallel.cli.client.stream_client import Client, RemoteError
+from ts_parallel.config import ARCHIVE_VERSION
 from ts_parallel.errors import ConfigError
 
 _MOST_NAMES_SHOWN = 10

@@ -15,10 +15,9 @@ import yaml
 from ts_parallel.checkpoint.index import read_index_if_whole
 from ts_parallel.checkpoint.quantized import refuse_quantized, refuse_quantized_names
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.cli import ARCHIVE_VERSION
 from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
 from ts_parallel.cli.options import Model
-from ts_parallel.config import HandlerConfig, ModelConfig, parse_config
+from ts_parallel.config import ARCHIVE_VERSION, HandlerConfig, ModelConfig, parse_config
 from ts_parallel.errors import ConfigError, StartupError
 
 Name = Annotated[str | None, typer.Option(help="Name of the model in URLs, by default the folder's.")]

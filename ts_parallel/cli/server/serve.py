@@ -30,7 +30,7 @@ from ts_parallel.partition.model.model_config import max_positions_of, read_mode
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.runtime.backends.choose import refuse_unquantizable
-from ts_parallel.runtime.kv_memory import count_blocks
+from ts_parallel.runtime.kv_budget import count_blocks
 from ts_parallel.runtime.runner import refuse_unpageable
 from ts_parallel.serving.causal_lm import program_request
 from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from ts_parallel.cli import ARCHIVE_VERSION
+from ts_parallel.config import ARCHIVE_VERSION
 from ts_parallel.errors import ConfigError, StartupError
 from ts_parallel.serving.torchserve.worker import CANNOT_START
 
@@ -159,7 +159,8 @@ class TorchServe:
         """
         seen = 0
         while not stop.wait(_SECONDS_BETWEEN_LOOKS):
-            lines = self.log_text().splitlines()
+            text = self.log_text()
+            lines = text[: text.rfind("\n") + 1].splitlines()  # what is half written comes whole next time
             for line in lines[seen:]:
                 if self._verbose:
                     print(line, file=sys.stderr)
@@ -169,7 +170,9 @@ class TorchServe:
             seen = len(lines)
             assert self._process is not None
             if self._process.poll() is not None:
-                raise StartupError("TorchServe ended: " + "\n".join(lines[-_LINES_OF_A_FAILURE:]))
+                raise StartupError(
+                    "TorchServe ended: " + "\n".join(self.log_text().splitlines()[-_LINES_OF_A_FAILURE:])
+                )
             if any("ts_parallel is ready" in line for line in lines) and self._answers():
                 return
 

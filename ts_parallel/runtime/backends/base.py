@@ -141,7 +141,7 @@ class Backend(ABC):
         return group
 
     def set_num_threads(self, number: int) -> None:  # noqa: B027 -- torch's are set already
-        """How many CPU threads it may compute with."""
+        """How many CPU threads it may compute with; as long as nobody says, the kernels have one."""
 
     def settle(self, program: RankProgram, tensors: Tensors) -> None:  # noqa: B027 -- most have nothing to do
         """A rank's weights are loaded, and nothing but its steps comes now."""

@@ -21,7 +21,7 @@ def choose_backend(
     """The fastest backend for weights of `dtype` on `device`.
 
     Args:
-        num_threads: CPU threads that it may take; None: as many as it has.
+        num_threads: CPU threads that it may take; None: those that it has had.
 
     Raises:
         ConfigError: as `refuse_unquantizable`.

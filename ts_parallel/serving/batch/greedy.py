@@ -203,7 +203,7 @@ class _MicroBatch:
 
 
 class Parts(Protocol):
-    """What the loop needs of `runtime.part_runner.PartRunner`."""
+    """What the loop needs of `runtime.batch.part_runner.PartRunner`."""
 
     def run(self, part: int, batches: Iterable[tuple[int, Inputs]]) -> Iterator[torch.Tensor]: ...
 

@@ -21,7 +21,7 @@ Inputs = Mapping[str, torch.Tensor]
 
 
 class Runner(Protocol):
-    """What the micro-batcher needs of `runtime.batch_runner.BatchRunner`."""
+    """What the micro-batcher needs of `runtime.batch.batch_runner.BatchRunner`."""
 
     def run(self, batches: Iterable[Inputs]) -> Generator[torch.Tensor, None, None]: ...
 

@@ -5,8 +5,9 @@ long a step takes. A rank that is stopped (SIGSTOP, a debugger) keeps its memory
 TorchServe sends to torchrun alone: so who ends the worker kills the other ranks first. Where rank 0 is the one that is
 stuck, the ranks that follow lose patience with it (`Topology.patience`) and end the worker likewise.
 
-Slow is not stuck: ranks that wait sleep, so as long as some rank computes and none is stopped, a step has ten times as
-long. A long prompt of a large model on few cores must not end the worker that computes it.
+Slow is not stuck: ranks that wait on a CPU sleep, so as long as some rank computes and none is stopped, a step has ten
+times as long. A long prompt of a large model on few cores must not end the worker that computes it. (On a GPU a wait
+may look like work: there a rank that hangs has ten times as long too.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 TIMES_AS_LONG_AT_FIRST = 3
 TIMES_AS_LONG_AT_WORK = 10
 # Of a core, since the last look. Less is what a process that waits does beside it, on a machine as full as may be.
-_LEAST_SHARE_AT_WORK = 0.1
+# Rank 0 reads and answers requests meanwhile, which is no step: it has to be busier.
+_LEAST_SHARE_AT_WORK, _LEAST_SHARE_OF_RANK_0 = 0.1, 0.5
 _LOOKS_A_STEP, _SECONDS_BETWEEN_LOOKS_AT_LEAST = 20, 0.05
 _STOPPED, _GONE = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP), "gone"
 
@@ -89,6 +91,8 @@ class Work:
 
     def __init__(self, ranks: Sequence[psutil.Process]) -> None:
         self._ranks = ranks
+        own = os.getpid()
+        self._shares = [_LEAST_SHARE_OF_RANK_0 if rank.pid == own else _LEAST_SHARE_AT_WORK for rank in ranks]
         self._seen = time.monotonic()
         self._spent = [_cpu_seconds(rank) for rank in ranks]
         self._goes_on = False
@@ -97,8 +101,9 @@ class Work:
         """Whether some rank has computed of late, and none is stopped or gone."""
         if now - self._seen >= self.SECONDS_BETWEEN_LOOKS:
             spent = [_cpu_seconds(rank) for rank in self._ranks]
-            most = max(after - before for after, before in zip(spent, self._spent, strict=True))
-            self._goes_on = most > _LEAST_SHARE_AT_WORK * (now - self._seen)
+            computed = [after - before for after, before in zip(spent, self._spent, strict=True)]
+            least = [share * (now - self._seen) for share in self._shares]
+            self._goes_on = any(own > bound for own, bound in zip(computed, least, strict=True))
             self._seen, self._spent = now, spent
         return self._goes_on and not {_state(rank) for rank in self._ranks} & {*_STOPPED, _GONE}
 
@@ -196,6 +201,16 @@ def other_ranks(topology: Topology) -> dict[int, psutil.Process]:
 
     torchrun starts the ranks of a host: any other process whose number a rank elsewhere has is none of its children.
     """
-    pids = topology.gather(os.getpid())
-    siblings = {process.pid: process for process in psutil.Process(os.getppid()).children()}
-    return {rank: siblings[pid] for rank, pid in enumerate(pids) if rank != topology.rank and pid in siblings}
+    places = topology.gather((topology.host, os.getpid()))
+    siblings = {(topology.host, process.pid): process for process in psutil.Process(os.getppid()).children()}
+    return {rank: siblings[own] for rank, own in enumerate(places) if rank != topology.rank and own in siblings}
+
+
+def kill_stopped_siblings() -> None:
+    """Of a rank that ends for a reason of its own: torchrun's signal does not reach those that are stopped."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return  # no torchrun: its siblings are anybody's
+    with suppress(psutil.Error):
+        for process in psutil.Process(os.getppid()).children():
+            if process.pid != os.getpid() and _state(process) in _STOPPED:
+                process.kill()

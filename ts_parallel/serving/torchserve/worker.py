@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
-from ts_parallel.serving.torchserve.rank_watch import RankWatch, other_ranks, patience_beside
+from ts_parallel.serving.torchserve.rank_watch import RankWatch, kill_stopped_siblings, other_ranks, patience_beside
 from ts_parallel.serving.torchserve.streaming import refuse_unsafe_transport
 from ts_parallel.topology import Topology, open_topology
 
@@ -106,7 +106,12 @@ def follow_in_thread(follow: Callable[[], None], watch: RankWatch) -> None:
 
 def exit_soon() -> None:
     """End this worker once its open requests have had the time to be answered; TorchServe starts another."""
-    timer = threading.Timer(_SECONDS_TO_ANSWER_BEFORE_EXIT, os._exit, args=(1,))
+
+    def end() -> None:
+        kill_stopped_siblings()
+        os._exit(1)
+
+    timer = threading.Timer(_SECONDS_TO_ANSWER_BEFORE_EXIT, end)
     timer.daemon = True
     timer.start()
 

@@ -33,7 +33,7 @@ class KernelLayout:
 class KernelAttention:
     """The kernels' attention. `sites` are the attention calls, in the memory's order.
 
-    The memory is the kernels' own: within a block, keys and values lie as `attention.h` has them.
+    The memory is the kernels' own: within a block, keys and values lie as `native/operations/attention.h` has them.
     """
 
     def __init__(self, sites: Sequence[AttentionSite], memory: KVMemory, block_size: int) -> None:

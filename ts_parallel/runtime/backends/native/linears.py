@@ -19,7 +19,7 @@ from ts_parallel.partition.program import GatedLinear, LinearLayer, LinearLayers
 from ts_parallel.runtime.backends.base import Tensors
 from ts_parallel.runtime.backends.torch import linears as plain
 
-_NUMBERS = {"silu": 1, "gelu_tanh": 2, "relu": 3}  # of `enum activation` in linear.h
+_NUMBERS = {"silu": 1, "gelu_tanh": 2, "relu": 3}  # of `enum activation` in native/operations/linear.h
 
 
 def make_linears(entry: Linears, tensors: Tensors) -> Callable[..., Any]:

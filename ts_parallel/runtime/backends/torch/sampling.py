@@ -29,7 +29,7 @@ MostLikely = Callable[[torch.Tensor], list[int]]
 
 
 def choose(logits: torch.Tensor, chunks: Sequence[Chunk], find_most_likely: MostLikely = most_likely) -> list[int]:
-    """A step's result: the token of each sampled chunk, then the numbers that `step.read_logprobs` reads.
+    """A step's result: the token of each sampled chunk, then the numbers that `step_plan.read_logprobs` reads.
 
     Args:
         logits: `[R, V]`, any float dtype: the rows of all chunks.

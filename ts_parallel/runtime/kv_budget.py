@@ -1,7 +1,4 @@
-"""The memory of keys and values: for every attention site one buffer of blocks, each of `block_size` token slots.
-
-Which block belongs to whom is the block manager's business.
-"""
+"""How many tokens of keys and values fit in how many bytes. Knows sizes; the memory itself is the backend's."""
 
 from __future__ import annotations
 
