@@ -6,23 +6,23 @@ import json
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.request import Request
 from ts_parallel.errors import StartupError
-from ts_parallel.partition.model.model_config import read_model_config
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.causal_lm import make_engine, make_runner
 from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import open_topology
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 NUM_PROMPTS = 8
 _LONGEST_PROMPT = 96
-
 _PATIENCE = timedelta(hours=6)  # rank 0 runs the plain model meanwhile
 
 
@@ -60,6 +60,11 @@ def main(settings: Path, report: Path) -> None:
 
 def compare(runner: Runner, config: HandlerConfig, reference: Path, max_tokens: int) -> list[dict[str, Any]]:
     """Greedy tokens of all prompts at once, and the logits after each prompt, beside the plain model's."""
+    # Not above: the ranks that follow need no transformers.
+    from transformers import AutoModelForCausalLM
+
+    from ts_parallel.partition.model.model_config import read_model_config
+
     prompts = make_prompts(read_model_config(reference), max_tokens)
     requests = [Request(str(index), tuple(prompt), max_tokens) for index, prompt in enumerate(prompts)]
     outputs = make_engine(runner, config).generate(requests)
