@@ -235,7 +235,7 @@ def test_who_runs_a_program_imports_neither_transformers_nor_the_tracer(cache: P
     code = f"""
 import pickle, sys
 from pathlib import Path
-from ts_parallel.serving import text_generation as serving
+from ts_parallel.serving import causal_lm as serving, text_generation
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.topology import open_topology
