@@ -12,8 +12,8 @@ from places import EXAMPLES
 
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Occupancy
-from ts_parallel.serving import metrics
 from ts_parallel.serving.metrics import families, prometheus_text, worker_number
+from ts_parallel.serving.torchserve import metrics
 from ts_parallel.serving.torchserve.metrics import MetricsReporter
 
 LABELS = (("model_name", 'a "quoted" name'), ("engine", "9000"))
