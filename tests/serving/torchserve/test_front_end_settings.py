@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ts_parallel.serving import front_end_settings
+from ts_parallel.serving.torchserve import front_end_settings
 from ts_parallel.serving.torchserve.front_end_settings import (
     DEFAULT_MAX_RESPONSE_SIZE,
     max_response_size,
