@@ -12,12 +12,28 @@ from ts_parallel.partition.prepared import CACHE_VARIABLE
 # Files are dealt out to workers one by one. Those that take longest come first, so that no worker waits for the other.
 _LONGEST = (
     "exactness/test_family_table.py",
-    "exactness/test_tokens.py",
-    "exactness/test_mixes.py",
-    "serving/batch/test_batch_inference.py",
-    "serving/torchserve/test_continuous_batching.py",
+    "partition/test_prepared.py",
+    "serving/torchserve/test_deployment.py",
     "cli/test_cli.py",
+    "serving/batch/test_seq2seq.py",
+    "serving/batch/test_batch_inference.py",
+    "partition/model/test_encoder.py",
+    "exactness/test_tokens.py",
+    "test_pages.py",
 )
+# What `./tests/run --quick` leaves out beside ranks and servers: a file of these takes half a minute and more.
+_THOROUGH = (
+    *_LONGEST,
+    *(f"exactness/test_{name}.py" for name in ("bfloat16", "mixes")),
+    *(f"partition/test_{name}.py" for name in ("build", "load_packed", "strangers")),
+    *(f"partition/model/test_{name}.py" for name in ("causal_lm", "deferred")),
+    *(f"partition/graph/test_{name}.py" for name in ("stages", "trace")),
+    *(f"partition/tensor_parallel/test_{name}.py" for name in ("shard", "state")),
+    *("runtime/test_runner.py", "runtime/backends/test_sublayers.py"),
+    *("cli/test_startup.py", "examples/test_benchmark.py", "serving/torchserve/test_rank_watch.py"),
+)
+# What it takes in all the same: a model behind a real TorchServe, and one over ranks.
+_QUICK = ("serving/torchserve/test_torchserve.py", "exactness/test_expert_parallel.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,7 +46,14 @@ def _own_program_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ[CACHE_VARIABLE] = str(folder)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before markers choose
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
+    assert all((tests / name).is_file() for name in (*_THOROUGH, *_QUICK)), "a file was moved: mend its name above"
     place = {tests / name: number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))  # which leaves the order of the others
+    for marker, files in ((pytest.mark.thorough, _THOROUGH), (pytest.mark.quick, _QUICK)):
+        own = {tests / name for name in files}
+        for item in items:
+            if item.path in own:
+                item.add_marker(marker)
