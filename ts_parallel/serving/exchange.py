@@ -120,7 +120,7 @@ class Mailboxes(Protocol[MoreNews]):
 
 
 class Door(Protocol[MoreNews]):
-    """Where the news comes from: the engine's thread, or a handler's own threads (`streaming`)."""
+    """Where the news comes from: the engine's thread, or a handler's own threads (`torchserve.streaming`)."""
 
     @property
     def router(self) -> Mailboxes[MoreNews]: ...
