@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+from programs import make_here
 
+from ts_parallel.partition import prepared
 from ts_parallel.partition.prepared import CACHE_VARIABLE
 
 # Files are dealt out to workers one by one. Those that take longest come first, so that no worker waits for the other.
@@ -38,12 +41,13 @@ _QUICK = ("serving/torchserve/test_torchserve.py", "exactness/test_expert_parall
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_program_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs that one test makes serve the next, in whichever worker, and the user's own cache neither helps nor
-    grows."""
+    """Programs that one test makes, in the process of tests, serve the next, in whichever worker, and the ranks that
+    tests start. The user's own cache neither helps nor grows."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs"
     folder.mkdir(mode=0o700, exist_ok=True)
     os.environ[CACHE_VARIABLE] = str(folder)
+    prepared._make = make_here
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers choose
@@ -57,3 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.path in own:
                 item.add_marker(marker)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # half a million objects of modules, through which each collection would go

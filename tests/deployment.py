@@ -8,15 +8,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from http_client import JSON, get, post
 from places import ROOT
+from programs import keep_for_ranks
 
 from ts_parallel.cli.server.torchserve import TorchServe, free_ports
+from ts_parallel.errors import StartupError
 
 DEMO_MODEL = ROOT / "examples" / "demo_model"
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
@@ -54,6 +56,8 @@ def starting(
 ) -> Iterator[TorchServe]:
     """The same without waiting; by default with the file of handlers/ that the settings are for, and TorchServe's own
     `sizes` of a body."""
+    with suppress(StartupError):  # of which the ranks tell
+        keep_for_ranks(folder, settings["handler"])
     config_file = workspace / "model-config.yaml"
     config_file.write_text(yaml.safe_dump(dict(settings)))
     own = ROOT / "handlers" / ("batch_inference.py" if is_batch(settings) else "text_generation.py")

@@ -9,6 +9,7 @@ ranks. Prints a Markdown table; families that have come to the same share a row.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -66,6 +67,7 @@ def find_out(families: Sequence[str]) -> Outcomes:
     """What has come of each family."""
     with TemporaryDirectory() as root:
         folders = [Path(root) / str(number) for number in range(len(families))]
+        gc.freeze()
         # Forked, so that what they need is imported once: nothing has been computed here yet, so there are no threads.
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
             prepared = dict(zip(families, pool.map(_prepare, families, folders), strict=True))

@@ -10,11 +10,12 @@ from families import random_model
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.partition.build import StagedModel, all_tensors, cut_causal_lm, make_programs, shard_causal_lm
+from ts_parallel.partition.build import StagedModel, all_tensors, cut_causal_lm, shard_causal_lm
 from ts_parallel.partition.graph.stage_code import write_stage
 from ts_parallel.partition.graph.stages import StageGraph
 from ts_parallel.partition.graph.trace import TracedGroup
 from ts_parallel.partition.load import RankModel, load_program
+from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import (
     ONE_STAGE,
     POSITIONS,
@@ -80,10 +81,10 @@ def build_rank_model(
     task: str | None = None,
     packs: bool = False,
 ) -> RankModel:
-    """This rank's part of the checkpoint in `folder`, its program made in this process."""
+    """This rank's part of the checkpoint in `folder`."""
     index = read_index(folder)
     request = ProgramRequest(folder, dtype, group.rank, group.size, place, task)
-    program = make_programs(request, index)[group.rank, place.rank]
+    program = prepare_program(request, index)
     layout = choose_backend(device, program.dtype).weights if packs else None
     return load_program(program, index, group, device, layout)
 

@@ -20,7 +20,9 @@ import yaml
 from families import FAMILIES
 from http_client import JSON, get, post
 from places import DEMO_MODEL
+from programs import keep_for_ranks
 
+from ts_parallel.cli.main import main
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.server.serve import serve
 from ts_parallel.cli.server.torchserve import find_java, free_ports, is_loopback
@@ -33,6 +35,26 @@ COMMAND = str(Path(sys.executable).parent / "ts-parallel")
 def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1", **changes}
     return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=180, env=environment)
+
+
+class RunHere:
+    """The same in this process: most of the time of a refusal goes into imports."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self._monkeypatch.setenv("COLUMNS", "160")
+        self._monkeypatch.setattr(sys, "argv", [COMMAND, *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        shown = self._capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(end.value.code or 0), shown.out, shown.err)
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunHere:
+    return RunHere(capsys, monkeypatch)
 
 
 def test_plan_shows_placements_bytes_and_kv_tokens() -> None:
@@ -53,8 +75,8 @@ def rows_of(output: str, header: str) -> list[list[str]]:
     return [line.split() for line in itertools.takewhile(str.strip, lines)]
 
 
-def test_plan_shows_which_stage_each_layer_is_in_and_what_it_weighs() -> None:
-    result = run("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--tensor-parallel-size", "2")
+def test_plan_shows_which_stage_each_layer_is_in_and_what_it_weighs(run_here: RunHere) -> None:
+    result = run_here("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--tensor-parallel-size", "2")
     assert result.returncode == 0, result.stderr
     stages = {row[0]: row[2] for row in rows_of(result.stdout, "parameter shape") if "layers" in row[0]}
     assert {name: int(name.split(".")[2]) // 3 for name in stages} == {name: int(at) for name, at in stages.items()}
@@ -67,8 +89,8 @@ def test_plan_shows_which_stage_each_layer_is_in_and_what_it_weighs() -> None:
     assert [row[5] for row in ranks] == ["480"] * 4  # 3 layers × 1 key/value head × (40 + 40) × 2 bytes
 
 
-def test_plan_cuts_where_it_is_told_to() -> None:
-    result = run("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "3", "--split-points", "1,5")
+def test_plan_cuts_where_it_is_told_to(run_here: RunHere) -> None:
+    result = run_here("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "3", "--split-points", "1,5")
     assert result.returncode == 0, result.stderr
     ranks = rows_of(result.stdout, "rank stage")
     assert [row[:3] for row in ranks] == [["0", "0", "0–0"], ["1", "1", "1–4"], ["2", "2", "5–5"]]
@@ -107,8 +129,8 @@ def test_plan_shows_which_experts_are_kept_whole(
     assert sum("whole experts" in line for line in shown) == 2
 
 
-def test_plan_that_cannot_be_made_is_one_line_and_status_1() -> None:
-    result = run("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--split-points", "6")
+def test_plan_that_cannot_be_made_is_one_line_and_status_1(run_here: RunHere) -> None:
+    result = run_here("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--split-points", "6")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "split_points [6]" in result.stderr
@@ -127,6 +149,9 @@ def test_plan_that_cannot_be_made_is_one_line_and_status_1() -> None:
     ],
 )
 def test_verify_finds_the_demo_model_equal(arguments: str, shape: str) -> None:
+    if "pipeline" in arguments:
+        points = {"split_points": (2,)} if "split-points" in arguments else {"tensor_parallel_size": 2}
+        keep_for_ranks(DEMO_MODEL, {"dtype": "float32", "pipeline_parallel_size": 2, **points})
     result = run("verify", str(DEMO_MODEL), *arguments.split(), "--max-tokens", "16")
     assert result.returncode == 0, result.stderr
     assert f"{shape}: the same tokens" in result.stdout
@@ -136,21 +161,22 @@ def test_verify_finds_the_demo_model_equal(arguments: str, shape: str) -> None:
 @pytest.mark.ranks
 def test_verify_says_no_with_its_status() -> None:
     """bfloat16 ranks round their sums elsewhere than the plain model does, so long answers part sooner or later."""
+    keep_for_ranks(DEMO_MODEL, {"dtype": "bfloat16", "tensor_parallel_size": 2})
     result = run("verify", str(DEMO_MODEL), "--tensor-parallel-size", "2", "--dtype", "bfloat16", "--max-tokens", "64")
     assert result.returncode == 1
     assert "DIFFERENT tokens" in result.stdout
 
 
-def test_verify_of_the_models_own_modules_in_several_stages_is_refused() -> None:
-    result = run("verify", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--eager")
+def test_verify_of_the_models_own_modules_in_several_stages_is_refused(run_here: RunHere) -> None:
+    result = run_here("verify", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--eager")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "run in one stage only" in result.stderr
 
 
-def test_archive_names_the_folder_and_holds_the_handler(tmp_path: Path) -> None:
+def test_archive_names_the_folder_and_holds_the_handler(tmp_path: Path, run_here: RunHere) -> None:
     shape = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--split-points", "2"]
-    result = run("archive", str(DEMO_MODEL), *shape, "--export-path", str(tmp_path), "--name", "d")
+    result = run_here("archive", str(DEMO_MODEL), *shape, "--export-path", str(tmp_path), "--name", "d")
     assert result.returncode == 0, result.stderr
     with zipfile.ZipFile(tmp_path / "d.mar") as archive:
         settings = yaml.safe_load(archive.read("model-config.yaml"))
@@ -224,6 +250,7 @@ def test_serve_says_what_it_is_at_and_when_it_is_ready_and_ends_its_server_on_si
 
 @pytest.mark.torchserve
 def test_serve_asks_for_a_key_on_other_hosts_than_loopback_and_it_works_for_as_long_as_the_server_lives() -> None:
+    keep_for_ranks(DEMO_MODEL, {})
     port = free_ports(1)[0]
     command = [COMMAND, "serve", str(DEMO_MODEL), "--name", "demo", "--host", "0.0.0.0", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -249,28 +276,28 @@ def year_of(moment: str) -> int:
     return datetime.fromisoformat(f"{moment.partition('.')[0]}+00:00").year  # Java counts in nanoseconds
 
 
-def test_serve_refuses_a_missing_file_with_one_line_and_status_1(tmp_path: Path) -> None:
+def test_serve_refuses_a_missing_file_with_one_line_and_status_1(tmp_path: Path, run_here: RunHere) -> None:
     for file in DEMO_MODEL.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    result = run("serve", str(tmp_path))
+    result = run_here("serve", str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "model.safetensors" in result.stderr
 
 
-def test_serve_refuses_a_cut_off_file_with_one_line_and_status_1(tmp_path: Path) -> None:
+def test_serve_refuses_a_cut_off_file_with_one_line_and_status_1(tmp_path: Path, run_here: RunHere) -> None:
     for file in DEMO_MODEL.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     os.truncate(tmp_path / "model.safetensors", 1_000_000)
-    result = run("serve", str(tmp_path))
+    result = run_here("serve", str(tmp_path))
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert "is cut off" in result.stderr
 
 
-def test_serve_refuses_more_than_fits() -> None:
-    result = run("serve", str(DEMO_MODEL), "--kv-cache-memory", "100kB")
+def test_serve_refuses_more_than_fits(run_here: RunHere) -> None:
+    result = run_here("serve", str(DEMO_MODEL), "--kv-cache-memory", "100kB")
     assert result.returncode == 1
     assert "or lower max_model_len" in result.stderr
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, save_random_model
+from programs import OWN_PROCESS
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.errors import CheckpointError, PlanError
@@ -34,8 +35,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are made as they are outside tests."""
+    monkeypatch.setattr(prepared, "_make", OWN_PROCESS)
+
+
+@pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[ProgramRequest]:
-    """What processes were started for."""
+    """What programs were made for."""
     requests: list[ProgramRequest] = []
     make = prepared._make
 
@@ -68,6 +75,7 @@ def assert_same(one: RankProgram, other: RankProgram) -> None:
         assert torch.equal(buffer, other.buffers[name]), name
 
 
+@pytest.mark.usefixtures("own_process")
 def test_program_of_the_file_is_the_one_that_is_made_here(cache: Path, tmp_path: Path) -> None:
     request = replace(save(tmp_path / "model"), rank=1, size=2, place=PipelinePlace(1, 2))
     found = prepare(request)
@@ -77,6 +85,7 @@ def test_program_of_the_file_is_the_one_that_is_made_here(cache: Path, tmp_path:
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
+@pytest.mark.usefixtures("own_process")
 def test_ranks_of_a_host_make_it_once_and_later_starts_never(
     cache: Path, tmp_path: Path, made: list[ProgramRequest]
 ) -> None:
@@ -133,6 +142,7 @@ def test_settings_of_another_folder_and_whole_experts_have_another_file(tmp_path
     assert prepared._digest(replace(request, settings=tmp_path / "moved"), index) == digests[1]
 
 
+@pytest.mark.usefixtures("own_process")
 def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
     request = save(tmp_path / "model")
     with pytest.raises(PlanError, match="tensor_parallel_size must be one of"):
@@ -144,6 +154,7 @@ def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache
     assert programs_in(cache) == []
 
 
+@pytest.mark.usefixtures("own_process")
 def test_process_that_dies_is_told_of_with_its_status(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +164,7 @@ def test_process_that_dies_is_told_of_with_its_status(
         prepare(request)
 
 
+@pytest.mark.usefixtures("own_process")
 def test_file_of_the_working_directory_is_not_taken_for_a_library(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

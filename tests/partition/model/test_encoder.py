@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from places import RANKS
+from programs import keep_for_ranks
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from whole_model import build_rank_model
 
@@ -176,6 +177,7 @@ def test_two_ranks_compute_what_the_plain_model_does(tmp_path: Path) -> None:
     for model_type in ("bert", "vit"):
         task, inputs, expected[model_type] = save(tmp_path / model_type, model_type)
         torch.save((task, inputs), tmp_path / model_type / "inputs.pt")
+        keep_for_ranks(tmp_path / model_type, {"task": task, "dtype": "float32", "tensor_parallel_size": 2})
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [*ranks, str(SCRIPT), *(str(tmp_path / model_type) for model_type in expected)]

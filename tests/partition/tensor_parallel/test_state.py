@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, save_random_model
 from places import RANKS
+from programs import keep_for_ranks
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -87,6 +88,7 @@ def folders(one_rank: Topology, tmp_path_factory: pytest.TempPathFactory) -> dic
     folders = {name: root / name for name in MODELS}
     for name, folder in folders.items():
         save_random_model(folder / "model", MODELS[name])
+        keep_for_ranks(folder / "model", {"dtype": "float32", "tensor_parallel_size": 2})
         save(build(folder / "model", one_rank)[1], checkpoint_id=folder / "of_one_rank")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "TMPDIR": str(root), "OMP_NUM_THREADS": "1"}

@@ -47,8 +47,21 @@ def test_written_split_points_are_read_again(tmp_path: Path) -> None:
     assert parse_config(yaml.safe_load(yaml.safe_dump(model_config(config)))["handler"]) == config
 
 
+STREAMING = [name for name, settings in MODEL_CONFIGS.items() if not is_batch(settings)]
+SIZES = {"max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"}
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMING if "-gpu" in name])
+def test_gpus_have_the_same_settings_but_for_the_device_and_sizes(name: str) -> None:
+    """So one of them, started on the CPU, speaks for all."""
+    own, other = MODEL_CONFIGS[name], MODEL_CONFIGS[name.replace("-gpu", "-cpu")]
+    assert {key for key in own | other if own.get(key) != other.get(key)} == {"batchSize", "deviceType", "handler"}
+    mine, others = own["handler"], other["handler"]
+    assert {key for key in mine | others if mine.get(key) != others.get(key)} == {"device"} | SIZES
+
+
 @pytest.mark.torchserve
-@pytest.mark.parametrize("name", [name for name, settings in MODEL_CONFIGS.items() if not is_batch(settings)])
+@pytest.mark.parametrize("name", [*(name for name in STREAMING if "-gpu" not in name), "tp2-gpu.yaml"])
 def test_demo_model_is_served_as_the_readme_shows(tmp_path: Path, name: str) -> None:
     """Those of batch inference are started in test_batch_inference.py."""
     with served(tmp_path, on_the_cpu(MODEL_CONFIGS[name]), DEMO_MODEL) as server:

@@ -25,6 +25,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from transformers import PreTrainedModel
 
 from ts_parallel.errors import PlanError
+from ts_parallel.partition.graph.functional import undo_plain_writes
 from ts_parallel.topology import TensorParallelGroup
 
 # Sizes that the example inputs have where they are dynamic: all different, none of them 0 or 1, for the trace would
@@ -186,7 +187,7 @@ def trace(
                     strict=False,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
-                if _mutates(program.graph):
+                if not undo_plain_writes(program.graph):
                     program = _functionalise(program)
         except PlanError:
             raise
@@ -254,14 +255,6 @@ def line_of(error: Exception) -> str:
     if not frames:
         return ""
     return f" at `{frames[-1].line}` ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})"
-
-
-def _mutates(graph: Graph) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in graph.nodes
-        if node.op == "call_function"
-    )
 
 
 def _functionalise(program: ExportedProgram) -> ExportedProgram:
