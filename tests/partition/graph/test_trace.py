@@ -14,6 +14,8 @@ from whole_model import ALONE, plain_logits, plain_model, run_stages, sequence, 
 
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.build import ShardedModel, all_tensors, cut_into_stages, shard_causal_lm
+from ts_parallel.partition.graph import trace as trace_room
+from ts_parallel.partition.graph.functional import is_mutable
 from ts_parallel.partition.graph.trace import TracedGroup, TracedModel, all_gather_marker, all_reduce_marker
 from ts_parallel.partition.model.causal_lm import trace_causal_lm
 from ts_parallel.partition.model.deferred import build_deferred
@@ -158,14 +160,64 @@ def test_operations_in_place_are_done_all_the_same(model_type: str) -> None:
     assert torch.equal(run_stages(staged.stages, tensors_of(plain), inputs), expected)
 
 
-def test_in_place_operation_of_a_models_own_code_is_not_lost() -> None:
-    def change(hidden: torch.Tensor) -> torch.Tensor:
-        whole = torch.zeros_like(hidden)
-        whole[..., 32:].copy_(hidden[..., :32])
-        whole[..., :32] += hidden[..., 32:]
-        return whole.mul_(3)
+def into_parts(hidden: torch.Tensor) -> torch.Tensor:
+    whole = torch.zeros_like(hidden)
+    whole[..., 32:].copy_(hidden[..., :32])
+    whole[..., :32] += hidden[..., 32:]
+    return whole.mul_(3)
 
+
+def read_before_and_after(hidden: torch.Tensor) -> torch.Tensor:
+    scores = hidden.exp()
+    total = scores.sum(-1, keepdim=True)
+    scores.div_(total).add_(1)
+    return scores * hidden + total
+
+
+def seen_through_a_view(hidden: torch.Tensor) -> torch.Tensor:
+    made = hidden * 2
+    turned = made.transpose(1, 2)
+    made.add_(hidden)
+    return hidden + turned.transpose(1, 2)
+
+
+def view_is_written(hidden: torch.Tensor) -> torch.Tensor:
+    made = hidden * 2
+    made.view(-1, 64)[:, 3].zero_()
+    return made
+
+
+def of_another_dtype(hidden: torch.Tensor) -> torch.Tensor:
+    """Writing rounds to the dtype of what is written to; multiplying would give the larger one."""
+    made = hidden.to(torch.bfloat16) * 2
+    made.mul_(hidden.exp())
+    return made.float() + hidden
+
+
+def one_after_another(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.clone().relu_().sub_(hidden, alpha=2)
+
+
+WRITES = [into_parts, read_before_and_after, seen_through_a_view, view_is_written, of_another_dtype]
+
+
+@pytest.mark.parametrize("change", [*WRITES, one_after_another])
+def test_in_place_operation_of_a_models_own_code_is_not_lost(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    traced = check_change(change)
+    assert not any(map(is_mutable, traced.graph.nodes))
+
+
+@pytest.mark.parametrize(
+    ("change", "is_enough"), [(read_before_and_after, True), (one_after_another, True), (view_is_written, False)]
+)
+def test_writes_into_ones_own_memory_need_no_second_trace(
+    change: Callable[[torch.Tensor], torch.Tensor], is_enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = []
+    again = trace_room._functionalise
+    monkeypatch.setattr(trace_room, "_functionalise", lambda program: second.append(program) or again(program))
     check_change(change)
+    assert len(second) == (not is_enough)
 
 
 class CountingGroup(TensorParallelGroup):
