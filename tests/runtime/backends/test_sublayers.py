@@ -18,6 +18,7 @@ from whole_model import build_rank_model, runner_of
 
 from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.partition.graph import stage_code
+from ts_parallel.partition.prepared import CACHE_VARIABLE
 from ts_parallel.partition.program import AttentionSublayer, GatedSublayer, SublayerStack
 from ts_parallel.runtime.backends.native import sublayers
 from ts_parallel.step_plan import Chunk, StepPlan
@@ -84,6 +85,7 @@ def test_sublayers_give_the_numbers_of_their_parts(
     assert kinds >= expected
     assert bool(calls) == (HAS_KERNELS and is_whole)
     monkeypatch.setattr(stage_code, "find_sublayers", lambda graph, groups: dict(groups))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "programs"))  # this one is not for others
     as_parts, kinds = logits_of(tmp_path, topology)
     assert not kinds & {AttentionSublayer, GatedSublayer, SublayerStack}
     assert torch.equal(as_sublayers, as_parts)
