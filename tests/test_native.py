@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, kernels
+from ts_parallel.native import ISA_VARIABLE, VARIANT, VARIANTS, WHY, choose_variant, processor_flags
 from ts_parallel.shared_memory import native
 
 CPU_INFO = Path("/proc/cpuinfo")
+OF_MACHINES = {
+    "x86_64": {"avx512_bf16", "avx512", "avx2", "plain"},
+    "aarch64": {"neon_bf16", "neon", "plain"},
+}
+ZEN_2 = {"avx2", "fma", "f16c", "sse4_2"}
+SKYLAKE_SP = ZEN_2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+SAPPHIRE_RAPIDS = SKYLAKE_SP | {"avx512_bf16", "avx512vbmi", "amx_bf16"}
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None or not CPU_INFO.exists(), reason="no compiler, or no Linux")
 
@@ -20,7 +30,52 @@ def test_ranks_of_one_host_can_share_memory() -> None:
     assert native is not None
 
 
-def test_kernels_are_compiled_for_the_processors_that_they_are_written_for() -> None:
-    assert kernels is not None
-    assert kernels.is_supported() == ({"avx512_bf16", "avx512vbmi"} <= set(CPU_INFO.read_text().split()))
-    assert HAS_KERNELS == (kernels.is_supported() and os.environ.get(ISA_VARIABLE) != "none")
+def test_all_variants_of_this_machine_are_compiled() -> None:
+    compiled = {variant.name for variant in VARIANTS if variant.is_compiled}
+    assert compiled == OF_MACHINES.get(platform.machine(), {"plain"})
+
+
+def test_the_best_variant_that_the_processor_has_is_taken() -> None:
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    assert (VARIANT, WHY) == choose_variant(wanted, processor_flags())
+    usable = [variant for variant in VARIANTS if variant.needs and variant.needs <= processor_flags()]
+    if not wanted and usable:
+        assert usable[0] == VARIANT
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are compiled on x86-64")
+@pytest.mark.parametrize(
+    ("flags", "name"), [(ZEN_2, "avx2"), (SKYLAKE_SP, "avx512"), (SAPPHIRE_RAPIDS, "avx512_bf16"), ({"sse4_2"}, None)]
+)
+def test_each_processor_has_its_variant(flags: set[str], name: str | None) -> None:
+    variant, why = choose_variant("", flags)
+    assert (variant.name if variant else None) == name
+    assert why == (
+        "the best of what this processor has" if name else "this processor has neither AVX2 with FMA nor NEON"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ("none", "TS_PARALLEL_ISA is none"),
+        ("sse9", "TS_PARALLEL_ISA is 'sse9', not none or one of avx512_bf16, avx512, avx2, neon_bf16, neon, plain"),
+        ("avx512", "TS_PARALLEL_ISA is avx512, and this processor lacks avx512bw, avx512dq, avx512f, avx512vl"),
+    ],
+)
+def test_variant_that_cannot_be_is_none_and_says_why(wanted: str, says: str) -> None:
+    assert choose_variant(wanted, ZEN_2) == (None, says)
+
+
+def test_variant_that_was_asked_for_and_cannot_run_stops_the_start() -> None:
+    code = (
+        "import torch\n"
+        "from ts_parallel.runtime.backends.choose import choose_backend\n"
+        "choose_backend(torch.device('cpu'), torch.bfloat16)"
+    )
+    environment = {**os.environ, ISA_VARIABLE: "sse9"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "ts_parallel.errors.ConfigError: TS_PARALLEL_ISA is 'sse9', not none"
+    )

@@ -62,7 +62,8 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
 
 # Who alone may import what: a question that is asked in one place.
 ASKED_BY: dict[str, set[str]] = {
-    "ts_parallel.native.HAS_KERNELS": {"ts_parallel.runtime.backends.choose"},
+    "ts_parallel.native.HAS_KERNELS": set(),
+    "ts_parallel.native.VARIANT": {"ts_parallel.runtime.backends.choose"},
     "ts_parallel.native.kernels": {"ts_parallel.runtime.backends.native", "ts_parallel.native"},
     "ts_parallel.runtime.backends.native": {"ts_parallel.runtime.backends"},
     "ts_parallel.runtime.backends.torch": {"ts_parallel.runtime.backends"},

@@ -19,6 +19,7 @@ from ts_parallel.partition.graph.trace import TracedGroup
 from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
 from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.partition.strangers import refuse_strangers
+from ts_parallel.runtime.backends.choose import own_dtype
 from ts_parallel.runtime.kv_budget import bytes_per_token
 
 
@@ -37,7 +38,7 @@ def plan(model: Model, keys: HandlerKeys) -> None:
     settings = parse_config({"model_path": str(folder), **keys})
     refuse_quantized(folder, settings.config_folder)
     model_config = read_model_config(settings.config_folder or folder)
-    element = choose_dtype(settings.dtype, model_config)
+    element = choose_dtype(own_dtype(settings.dtype, settings.device), model_config)
     group = TracedGroup(0, settings.tensor_parallel_size)
     sharded = shard_causal_lm(model_config, element, group, settings.enable_expert_parallel)
     refuse_strangers(sharded.model, read_index_if_whole(folder))

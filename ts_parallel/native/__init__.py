@@ -1,28 +1,104 @@
-"""What is written in C: compiled when the package is installed, and left out where it cannot be."""
+"""What is written in C: compiled when the package is installed, and left out where it cannot be.
+
+The kernels are compiled once for each instruction set (instructions/), and the first that this processor has is
+`kernels`: numbers differ in their last bits from one to another, and never from step to step within one.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-try:
+if TYPE_CHECKING:
     from ts_parallel.native import kernels
-except ImportError:  # no compiler where the package was installed
-    kernels = None  # type: ignore[assignment]
 
 ISA_VARIABLE = "TS_PARALLEL_ISA"
-"""`none` leaves the kernels out, as if this processor had nothing that they need."""
-
-HAS_KERNELS = kernels is not None and kernels.is_supported() and os.environ.get(ISA_VARIABLE) != "none"
-"""Whether this processor can run the kernels, and they were compiled. `runtime.backends.choose` asks; else tests do."""
+"""The name of a variant, which is taken then; or `none`, which leaves the kernels out."""
 
 
-def why_no_kernels() -> str:
-    """Half a sentence for a log or an error."""
-    if kernels is None:
-        return "they were not compiled when the package was installed"
-    if not kernels.is_supported():
-        return "this processor lacks AVX-512 with BF16 and VBMI"
-    return f"{ISA_VARIABLE} is none"
+@dataclass(frozen=True)
+class Variant:
+    """The kernels for one instruction set."""
+
+    name: str
+    """As `ISA_VARIABLE` spells it, and as `instructions/NAME.h` is called, or begins."""
+    label: str
+    needs: frozenset[str]
+    """Of the processor's flags, as /proc/cpuinfo spells them."""
+
+    @property
+    def module(self) -> str:
+        return f"ts_parallel.native.kernels_{self.name}"
+
+    @property
+    def is_compiled(self) -> bool:
+        return find_spec(self.module) is not None
 
 
-__all__ = ["HAS_KERNELS", "ISA_VARIABLE", "kernels", "why_no_kernels"]
+_AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
+VARIANTS = (
+    Variant("avx512_bf16", "AVX-512 BF16", _AVX512 | {"avx512_bf16", "avx512vbmi"}),
+    Variant("avx512", "AVX-512", _AVX512),
+    Variant("avx2", "AVX2", frozenset({"avx2", "fma"})),
+    Variant("neon_bf16", "NEON BF16", frozenset({"asimd", "bf16"})),
+    Variant("neon", "NEON", frozenset({"asimd"})),
+    Variant("plain", "plain C", frozenset()),
+)
+"""The fastest first. `plain` is for comparison, and taken where it is asked for alone."""
+
+
+def processor_flags() -> frozenset[str]:
+    """What this processor says that it has, and the system lets programs use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    own = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(own, "").split())
+
+
+def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None, str]:
+    """The variant that `wanted`, the value of `ISA_VARIABLE`, and the processor's flags lead to, or none.
+
+    Returns:
+        The variant, and half a sentence that says why it is none, or none better.
+    """
+    if wanted == "none":
+        return None, f"{ISA_VARIABLE} is none"
+    by_name = {variant.name: variant for variant in VARIANTS}
+    if wanted:
+        if wanted not in by_name:
+            return None, f"{ISA_VARIABLE} is {wanted!r}, not none or one of {', '.join(by_name)}"
+        missing = sorted(by_name[wanted].needs - frozenset(flags))
+        if missing:
+            return None, f"{ISA_VARIABLE} is {wanted}, and this processor lacks {', '.join(missing)}"
+        if not by_name[wanted].is_compiled:
+            return None, f"{ISA_VARIABLE} is {wanted}, which was not compiled when the package was installed"
+        return by_name[wanted], f"{ISA_VARIABLE} is {wanted}"
+    usable = [variant for variant in VARIANTS if variant.needs and variant.needs <= frozenset(flags)]
+    for variant in usable:
+        if variant.is_compiled:
+            return variant, "the best of what this processor has"
+    if usable:
+        return None, "they were not compiled when the package was installed"
+    return None, "this processor has neither AVX2 with FMA nor NEON"
+
+
+_wanted = os.environ.get(ISA_VARIABLE, "")
+VARIANT, WHY = choose_variant(_wanted, processor_flags())
+"""The variant that runs here, and why it, or why none. `runtime.backends.choose` asks; else tests do."""
+
+CANNOT_BE_HAD = VARIANT is None and _wanted not in ("", "none")
+"""Whether a variant was asked for by name that cannot run here."""
+
+HAS_KERNELS = VARIANT is not None
+
+if not TYPE_CHECKING:
+    kernels = import_module(VARIANT.module) if VARIANT else None
+
+__all__ = ["CANNOT_BE_HAD", "HAS_KERNELS", "ISA_VARIABLE", "VARIANT", "VARIANTS", "WHY", "kernels"]

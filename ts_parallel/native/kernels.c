@@ -1,4 +1,5 @@
-/* What a step of a model spends its time with, for bfloat16 on processors with AVX-512: see the headers. */
+/* What a step of a model spends its time with, for bfloat16: see the headers. Compiled once for each of instructions/,
+ * `INSTRUCTIONS`, as the module `MODULE`. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -21,15 +22,6 @@ static int integers(PyObject *const *arguments, Py_ssize_t count, Py_ssize_t wan
     for (Py_ssize_t i = 0; i < count; i++)
         numbers[i] = PyLong_AsLongLong(arguments[i]);
     return !PyErr_Occurred();
-}
-
-static PyObject *is_supported(PyObject *self, PyObject *none)
-{
-    (void)self, (void)none;
-    __builtin_cpu_init();
-    return PyBool_FromLong(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"));
 }
 
 static PyObject *set_num_threads(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -189,11 +181,14 @@ static PyObject *linear(PyObject *self, PyObject *const *arguments, Py_ssize_t c
     call.residual = (const bf16 *)number[3];
     for (Py_ssize_t i = 5; i < count; i++)
         call.outputs[i - 5] = (bf16 *)number[i - 1];
+    int done = 1;
     if (call.num_tokens) {
         Py_BEGIN_ALLOW_THREADS;
-        linear_run(&call, num_threads);
+        done = linear_run(&call, num_threads);
         Py_END_ALLOW_THREADS;
     }
+    if (!done)
+        return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -466,7 +461,6 @@ static PyObject *run_stack(PyObject *self, PyObject *const *arguments, Py_ssize_
 }
 
 static PyMethodDef methods[] = {
-    {"is_supported", is_supported, METH_NOARGS, NULL},
     {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_FASTCALL, NULL},
     {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, NULL},
@@ -489,9 +483,19 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
+#define JOINED(first, second) first##second
+#define INIT_OF(name) JOINED(PyInit_, name)
+#define TEXT_OF(name) #name
+#define NAME_OF(name) TEXT_OF(name)
 
-PyMODINIT_FUNC PyInit_kernels(void)
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, NAME_OF(MODULE), NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC INIT_OF(MODULE)(void)
 {
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddStringConstant(made, "name", VARIANT_NAME)) {
+        Py_DECREF(made);
+        return NULL;
+    }
+    return made;
 }

@@ -7,7 +7,6 @@
 #ifndef TS_PARALLEL_POOL_H
 #define TS_PARALLEL_POOL_H
 
-#include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -42,6 +41,16 @@ static struct {
     _Alignas(64) _Atomic int64_t num_done;
     _Alignas(64) _Atomic uint32_t region; /* what sleepers wait for */
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .ticket = POOL_OVER};
+
+/* Tell the processor that this thread does nothing but wait. */
+static inline void pool_relax(void)
+{
+#if defined __x86_64__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("isb");
+#endif
+}
 
 static inline int64_t pool_now(void)
 {
@@ -85,13 +94,13 @@ static void *pool_worker(void *start)
         while ((now = atomic_load_explicit(&pool.region, memory_order_acquire)) == seen) {
             if (left > 0) {
                 for (int i = 0; i < 16; i++)
-                    _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+                    __builtin_prefetch(ahead + 64 * i, 0, 2);
                 ahead += 1024;
                 left -= 1024;
                 continue;
             }
             for (int i = 0; i < 32 && atomic_load_explicit(&pool.region, memory_order_relaxed) == seen; i++)
-                _mm_pause();
+                pool_relax();
             int64_t time = pool_now();
             if (!until)
                 until = time + POOL_SPIN_NANOSECONDS;
@@ -159,7 +168,7 @@ static inline void pool_share(pool_task task, const void *argument, int64_t num_
     pool_take(region);
     for (int i = 0; atomic_load_explicit(&pool.num_done, memory_order_acquire) < num_tasks; i++)
         if (i < 4096)
-            _mm_pause();
+            pool_relax();
         else
             sched_yield(); /* its core was given to somebody else */
     atomic_store(&pool.ticket, ((uint64_t)region << 32) | POOL_OVER);

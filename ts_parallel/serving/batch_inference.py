@@ -19,7 +19,7 @@ from ts_parallel.errors import ConfigError, EngineError, NotFoundError, RequestE
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
-from ts_parallel.runtime.backends.choose import choose_backend
+from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
 from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
@@ -221,7 +221,7 @@ def refuse_continuous_batching(settings: Mapping[str, Any]) -> None:
 
 def _load_stages(config: BatchConfig, folder: Path, topology: Topology) -> _Loaded:
     runner = make_batch_runner(config, folder, topology)
-    task = make_task(config.task, folder, config.dtype) if topology.rank == 0 else None
+    task = make_task(config.task, folder, own_dtype(config.dtype, config.device)) if topology.rank == 0 else None
     return _Loaded(runner, f"{config.virtual_stages} of {config.num_stages} stages", runner, task)
 
 
@@ -238,7 +238,7 @@ def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> 
     """This rank's stages, loaded and ready to run."""
     group, index = topology.tensor_parallel, read_index(folder)
     place = PipelinePlace(topology.stage, topology.num_stages, config.virtual_stages, config.split_points)
-    request = ProgramRequest(folder, config.dtype, group.rank, group.size, place, config.task)
+    request = ProgramRequest(folder, own_dtype(config.dtype, config.device), group.rank, group.size, place, config.task)
     program = prepare_program(request, index)
     backend = choose_backend(topology.device, program.dtype, topology.num_threads)
     tensors = load_program(program, index, group, topology.device, backend.weights).tensors

@@ -15,7 +15,7 @@ from ts_parallel.partition.load import RankModel, load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.backends.base import Backend
-from ts_parallel.runtime.backends.choose import choose_backend
+from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
 from ts_parallel.runtime.kv_budget import bytes_beside_weights
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.topology import Topology
@@ -52,7 +52,7 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> tuple
 def program_request(config: HandlerConfig, folder: Path, rank: int, place: PipelinePlace) -> ProgramRequest:
     return ProgramRequest(
         folder,
-        config.dtype,
+        own_dtype(config.dtype, config.device),
         rank,
         config.tensor_parallel_size,
         place,
@@ -66,7 +66,7 @@ def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) ->
 
     part = build_eager_model(
         folder,
-        config.dtype,
+        own_dtype(config.dtype, config.device),
         topology.tensor_parallel,
         topology.device,
         settings=config.config_folder,

@@ -50,24 +50,6 @@ static inline uint32_t place_of(int byte, int half)
     return (uint32_t)(half * 64 + byte % 16 / 8 * 32 + byte / 16 * 8 + byte % 8);
 }
 
-INLINE __m512i upper_bytes(const struct coded_panel *panel)
-{
-    return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)panel->upper));
-}
-
-/* Four vectors of one pair. */
-INLINE void load_coded(const uint8_t *from, __m512i upper, __m512bh weight[4])
-{
-    __m512i codes = _mm512_loadu_si512(from);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        __m512i low = _mm512_loadu_si512(from + 64 + 64 * half);
-        __m512i high = _mm512_permutexvar_epi8(half ? _mm512_srli_epi16(codes, 4) : codes, upper);
-        weight[2 * half] = (__m512bh)_mm512_unpacklo_epi8(low, high);
-        weight[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
-    }
-}
-
 /* Put a pair's exceptions, the first of which is `next`, in their places. Returns the one behind them. */
 __attribute__((noinline, cold)) static const uint32_t *put_exceptions(const uint32_t *next, uint8_t *numbers)
 {
@@ -93,24 +75,6 @@ static inline void decode_exceptions(const struct coded_panel *panel, int64_t pl
             bf16 *number = to + ((*next >> 15) - 1) * 2 + (*next >> 8 & 1);
             *number = (bf16)((*next & 255) << 8 | (*number & 255));
         }
-}
-
-/* The codes and lower bytes of one pair, `numbers` [64, 2]; of each half, which bytes belong to exceptions. */
-INLINE void code_pair(const bf16 *numbers, __m512i base, uint8_t *to, __mmask64 exceptions[2])
-{
-    const __m512i lower = _mm512_set1_epi16(0xff), magnitude = _mm512_set1_epi8(0x7f), eight = _mm512_set1_epi8(8);
-    __m512i codes[2];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        __m512i first = _mm512_loadu_si512(numbers + 64 * half), second = _mm512_loadu_si512(numbers + 64 * half + 32);
-        __m512i low = _mm512_packus_epi16(_mm512_and_si512(first, lower), _mm512_and_si512(second, lower));
-        __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8));
-        __m512i size = _mm512_and_si512(high, magnitude), code = _mm512_subs_epu8(size, base);
-        exceptions[half] = _mm512_testn_epi8_mask(code, code) & _mm512_test_epi8_mask(size, size);
-        codes[half] = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi16(high, 4), eight));
-        _mm512_storeu_si512(to + 64 + 64 * half, low);
-    }
-    _mm512_storeu_si512(to, _mm512_or_si512(codes[0], _mm512_slli_epi16(codes[1], 4)));
 }
 
 /* What the codes are to mean, where `largest` is the largest upper byte without a sign: 0 is zero, i is the byte i above

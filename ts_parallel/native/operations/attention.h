@@ -66,10 +66,10 @@ struct query_tile {
 /* How many tokens of a block are a run. It must be even, for two values lie together. */
 static inline int64_t lanes_of(int64_t block_size)
 {
-    int64_t lanes = MOST_LANES;
-    while (block_size % lanes)
-        lanes /= 2;
-    return lanes;
+    int64_t num_lanes = MOST_LANES;
+    while (block_size % num_lanes)
+        num_lanes /= 2;
+    return num_lanes;
 }
 
 static inline int64_t slot_of(const struct step *step, const struct chunk *chunk, int64_t position)
@@ -86,18 +86,18 @@ static inline int64_t place_of_run(const struct attention_call *call, int64_t bl
 
 /* The new keys and values go where the step says, turned like the queries if need be. Others may write their neighbours
  * meanwhile, so nothing but their own numbers is. */
-AVX512_BF16 static void write_task(const void *argument, int64_t index)
+static void write_task(const void *argument, int64_t index)
 {
     const struct attention_call *call = argument;
     const struct site *site = call->site;
     int64_t begin = index * ROWS_A_TASK, end = begin + ROWS_A_TASK, dim = site->head_dim;
-    int64_t size = call->step->block_size, lanes = call->step->num_lanes;
+    int64_t size = call->step->block_size, num_lanes = call->step->num_lanes;
     uint32_t turned[dim / 2];
     if (end > call->step->num_tokens)
         end = call->step->num_tokens;
     for (int64_t row = begin; row < end; row++) {
         const bf16 *cosine = call->cosine + row * dim, *sine = call->sine + row * dim;
-        int64_t slot = call->step->slots[row], offset = slot % size, lane = offset % lanes;
+        int64_t slot = call->step->slots[row], offset = slot % size, lane = offset % num_lanes;
         for (int64_t head = 0; head < site->num_kv_heads; head++) {
             int64_t run = place_of_run(call, slot / size, head, offset - lane);
             bf16 *key = site->keys + run * dim + 2 * lane;
@@ -109,7 +109,7 @@ AVX512_BF16 static void write_task(const void *argument, int64_t index)
             else
                 memcpy(turned, new_key, sizeof turned);
             for (int64_t pair = 0; pair < dim / 2; pair++)
-                memcpy(key + pair * 2 * lanes, turned + pair, sizeof *turned);
+                memcpy(key + pair * 2 * num_lanes, turned + pair, sizeof *turned);
             for (int64_t at = 0; at < site->value_dim; at++)
                 value[2 * at] = new_value[at];
         }
@@ -135,11 +135,11 @@ static inline struct tile find_tile(const struct attention_call *call, const str
                                     int64_t first, int64_t end)
 {
     const struct site *site = call->site;
-    int64_t lanes = call->step->num_lanes, most = keys_of_tile(call), size = call->step->block_size;
+    int64_t num_lanes = call->step->num_lanes, most = keys_of_tile(call), size = call->step->block_size;
     const int64_t *block = call->step->blocks + chunk->first_block + first / size;
     struct tile tile = {first, end - first < most ? end - first : most, {NULL}, {NULL}};
-    for (int64_t i = 0, offset = first % size, run = 0; i < RUNS; i++, offset += lanes) {
-        if (i * lanes < tile.count) {
+    for (int64_t i = 0, offset = first % size, run = 0; i < RUNS; i++, offset += num_lanes) {
+        if (i * num_lanes < tile.count) {
             if (offset == size)
                 block++, offset = 0;
             run = place_of_run(call, *block, kv_head, offset);
@@ -150,15 +150,14 @@ static inline struct tile find_tile(const struct attention_call *call, const str
     return tile;
 }
 
-INLINE __m512 score_of(const struct site *site, __m512 product)
+INLINE floats score_of(const struct site *site, floats product)
 {
-    __m512 score = _mm512_mul_ps(product, _mm512_set1_ps(site->scaling));
+    floats score = times(product, all(site->scaling));
     if (site->softcap == 0)
         return score;
-    const __m512 one = _mm512_set1_ps(1.0f);
-    __m512 twice = _mm512_mul_ps(score, _mm512_set1_ps(2 / site->softcap));
-    __m512 tanh = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, exp16(twice))));
-    return _mm512_mul_ps(_mm512_set1_ps(site->softcap), tanh);
+    floats twice = times(score, all(2 / site->softcap));
+    floats tanh = subtract(all(1.0f), over(all(2.0f), add(all(1.0f), exp16(twice))));
+    return times(all(site->softcap), tanh);
 }
 
 static inline float sink_of(const struct site *site, int64_t head)
@@ -182,28 +181,29 @@ INLINE struct softmax begin_softmax(const struct site *site, int64_t head)
     return begun;
 }
 
-/* Scores of a tile to weights in bfloat16; returns by what the values summed so far must be multiplied. */
-INLINE float weigh_tile(struct softmax *softmax, const __m512 scores[RUNS], const __mmask16 seen[RUNS],
-                        bf16 weights[TILE])
+/* Scores of a tile to weights rounded to bfloat16; returns by what the values summed so far must be multiplied. */
+INLINE float weigh_tile(struct softmax *softmax, const floats scores[RUNS], const lanes seen[RUNS],
+                        number weights[TILE])
 {
-    __m512 greatest = _mm512_set1_ps(softmax->greatest);
+    floats greatest = all(softmax->greatest);
     for (int i = 0; i < RUNS; i++)
-        greatest = _mm512_mask_max_ps(greatest, seen[i], greatest, scores[i]);
-    float top = _mm512_reduce_max_ps(greatest);
-    __m512 sum = _mm512_setzero_ps(), tops = _mm512_set1_ps(top);
+        greatest = where(seen[i], greater(greatest, scores[i]), greatest);
+    float top = greatest_of(greatest);
+    floats sum = all(0), tops = all(top);
     for (int i = 0; i < RUNS; i++) {
-        __m512 weight = _mm512_maskz_mov_ps(seen[i], exp16(_mm512_sub_ps(scores[i], tops)));
-        sum = _mm512_add_ps(sum, weight);
-        _mm256_storeu_si256((__m256i *)(weights + MOST_LANES * i), narrow(weight));
+        floats weight = where(seen[i], exp16(subtract(scores[i], tops)), all(0));
+        sum = add(sum, weight);
+        store_numbers(weights + MOST_LANES * i, weight);
     }
-    float shrink = _mm512_cvtss_f32(exp16(_mm512_set1_ps(softmax->greatest - top)));
+    float shrink[16];
+    store_floats(shrink, exp16(all(softmax->greatest - top)));
     softmax->greatest = top;
-    softmax->sum = softmax->sum * shrink + _mm512_reduce_add_ps(sum);
-    return shrink;
+    softmax->sum = softmax->sum * *shrink + sum_of(sum);
+    return *shrink;
 }
 
 /* Which of a tile's positions, from `first` on, lie in `[low, high)`. */
-INLINE void positions_seen(int64_t first, int64_t lanes, int64_t low, int64_t high, __mmask16 seen[RUNS])
+INLINE void positions_seen(int64_t first, int64_t num_lanes, int64_t low, int64_t high, lanes seen[RUNS])
 {
     uint64_t bits = ~0ULL;
     if (low > first)
@@ -211,7 +211,7 @@ INLINE void positions_seen(int64_t first, int64_t lanes, int64_t low, int64_t hi
     if (high < first + TILE)
         bits = high <= first ? 0 : bits & (~0ULL >> (first + TILE - high));
     for (int i = 0; i < RUNS; i++)
-        seen[i] = (__mmask16)(bits >> (lanes * i)) & first16(lanes);
+        seen[i] = (lanes)(bits >> (num_lanes * i)) & first16(num_lanes);
 }
 
 static inline int64_t first_seen(const struct site *site, int64_t position)
@@ -220,102 +220,99 @@ static inline int64_t first_seen(const struct site *site, int64_t position)
     return first > 0 ? first : 0;
 }
 
-/* Products of some queries, `stride` apart, with the tile's keys. The `next` tile's come into the cache meanwhile, for
- * they lie too far apart for the processor to foresee them. */
-INLINE void multiply_keys(const int rows, const bf16 *query, int64_t stride, const struct tile *tile,
-                          const struct tile *next, int64_t lanes, int64_t num_pairs, __m512 products[][RUNS])
+/* Products of some queries, `stride` apart, with `parts` runs of the tile's keys. The `next` tile's come into the cache
+ * meanwhile, for they lie too far apart for the processor to foresee them. */
+INLINE void multiply_runs(const int rows, const int part, const int parts, const number *query, int64_t stride,
+                          const struct tile *tile, const struct tile *next, int64_t num_lanes, int64_t num_pairs,
+                          floats products[][RUNS])
 {
-    const __mmask16 mask = first16(lanes);
-    __m512 sum[MOST_ROWS][RUNS];
+    const lanes mask = first16(num_lanes);
+    floats sum[MOST_ROWS][RUNS];
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int i = 0; i < RUNS; i++)
-            sum[row][i] = _mm512_setzero_ps();
+        for (int i = 0; i < parts; i++)
+            sum[row][i] = all(0);
     for (int64_t pair = 0; pair < num_pairs; pair++) {
-        __m512bh key[RUNS];
+        operand key[RUNS];
 #pragma GCC unroll 4
-        for (int i = 0; i < RUNS; i++)
-            key[i] = (__m512bh)_mm512_maskz_loadu_epi32(mask, tile->keys[i] + pair * 2 * lanes);
+        for (int i = 0; i < parts; i++)
+            key[i] = load_some(tile->keys[part + i] + pair * 2 * num_lanes, mask);
 #pragma GCC unroll 4
-        for (int i = 0; i < RUNS; i++)
-            _mm_prefetch((const char *)(next->keys[i] + pair * 2 * lanes), _MM_HINT_T1);
+        for (int i = 0; i < parts; i++)
+            __builtin_prefetch(next->keys[part + i] + pair * 2 * num_lanes, 0, 2);
 #pragma GCC unroll 6
         for (int row = 0; row < rows; row++) {
-            int32_t both;
-            memcpy(&both, query + row * stride + 2 * pair, sizeof both);
-            __m512bh pairs = (__m512bh)_mm512_set1_epi32(both);
+            both pairs = pair_of(query + row * stride + 2 * pair);
 #pragma GCC unroll 4
-            for (int i = 0; i < RUNS; i++)
-                sum[row][i] = _mm512_dpbf16_ps(sum[row][i], key[i], pairs);
+            for (int i = 0; i < parts; i++)
+                sum[row][i] = dot(sum[row][i], key[i], pairs);
         }
     }
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int i = 0; i < RUNS; i++)
-            products[row][i] = sum[row][i];
+        for (int i = 0; i < parts; i++)
+            products[row][part + i] = sum[row][i];
 }
 
-/* Adds two values, weighed, to 64 sums of some queries: 0xffffffff, or 0x55555555 where there is the first alone. */
-INLINE void add_two(const int rows, const bf16 *from, const __mmask16 columns[4], __mmask32 are_there,
-                    const bf16 *weights, __m512 sum[][4])
+/* Adds two values, weighed, to `parts` times 16 sums of some queries; or the first alone. */
+INLINE void add_two(const int rows, const int parts, const bf16 *from, const lanes columns[4], const int is_alone,
+                    const number *weights, floats sum[][4])
 {
-    __m512bh value[4];
+    operand value[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        __m512i both = _mm512_maskz_loadu_epi32(columns[i], from + 32 * i);
-        value[i] = (__m512bh)(are_there == 0xffffffff ? both : _mm512_maskz_mov_epi16(are_there, both));
+    for (int i = 0; i < parts; i++) {
+        operand two = load_some(from + 32 * i, columns[i]);
+        value[i] = is_alone ? first_alone(two) : two;
     }
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++) {
-        int32_t both;
-        memcpy(&both, weights + row * TILE, sizeof both);
-        __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+        both weight = pair_of(weights + row * TILE);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            sum[row][i] = _mm512_dpbf16_ps(sum[row][i], value[i], weight);
+        for (int i = 0; i < parts; i++)
+            sum[row][i] = dot(sum[row][i], value[i], weight);
     }
 }
 
-/* Adds the tile's values, weighed, to 64 sums of some queries, which are multiplied by `shrink` before. Beside a last
- * value without another lies one that is somebody else's, and may be infinite. */
-INLINE void add_values(const int rows, const bf16 *weights, const float *shrink, const struct tile *tile,
-                       const struct tile *next, int64_t lanes, int64_t value_dim, int64_t column, float *sums,
-                       int64_t width)
+/* Adds the tile's values, weighed, to `parts` times 16 sums of some queries, which are multiplied by `shrink` before.
+ * Beside a last value without another lies one that is somebody else's, and may be infinite. */
+INLINE void add_values(const int rows, const int parts, const number *weights, const float *shrink,
+                       const struct tile *tile, const struct tile *next, int64_t num_lanes, int64_t value_dim,
+                       int64_t column, float *sums, int64_t width)
 {
-    __m512 sum[MOST_ROWS][4];
-    __mmask16 columns[4];
-    for (int i = 0; i < 4; i++)
+    floats sum[MOST_ROWS][4];
+    lanes columns[4];
+    for (int i = 0; i < parts; i++)
         columns[i] = value_dim - column > 16 * i ? first16(value_dim - column - 16 * i) : 0;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            sum[row][i] = _mm512_mul_ps(_mm512_loadu_ps(sums + row * width + 16 * i), _mm512_set1_ps(shrink[row]));
-    for (int64_t run = 0, left = tile->count; left > 0; run++, left -= lanes) {
+        for (int i = 0; i < parts; i++)
+            sum[row][i] = times(load_floats(sums + row * width + 16 * i), all(shrink[row]));
+    for (int64_t run = 0, left = tile->count; left > 0; run++, left -= num_lanes) {
         const bf16 *from = tile->values[run] + 2 * column, *ahead = next->values[run] + 2 * column;
-        const bf16 *weight = weights + MOST_LANES * run;
-        int64_t lane = 0, own = left < lanes ? left : lanes;
+        const number *weight = weights + MOST_LANES * run;
+        int64_t lane = 0, own = left < num_lanes ? left : num_lanes;
         for (; lane + 1 < own; lane += 2) {
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                _mm_prefetch((const char *)(ahead + lane * value_dim + 32 * i), _MM_HINT_T1);
-            add_two(rows, from + lane * value_dim, columns, 0xffffffff, weight + lane, sum);
+            for (int i = 0; i < parts; i++)
+                __builtin_prefetch(ahead + lane * value_dim + 32 * i, 0, 2);
+            add_two(rows, parts, from + lane * value_dim, columns, 0, weight + lane, sum);
         }
         if (lane < own)
-            add_two(rows, from + lane * value_dim, columns, 0x55555555, weight + lane, sum);
+            add_two(rows, parts, from + lane * value_dim, columns, 1, weight + lane, sum);
     }
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            _mm512_storeu_ps(sums + row * width + 16 * i, sum[row][i]);
+        for (int i = 0; i < parts; i++)
+            store_floats(sums + row * width + 16 * i, sum[row][i]);
 }
 
 /* Queries of one key/value head that are multiplied together: heads of one token, or tokens of one head. */
 struct queries {
-    const bf16 *data;
+    const number *data;
     int64_t stride, position; /* of the first one */
     int64_t tokens_a_row;     /* 0 or 1 */
     struct softmax *softmax;
@@ -327,34 +324,40 @@ INLINE void attend_rows(const int rows, const struct attention_call *call, const
                         const struct tile *tile, const struct tile *next)
 {
     const struct site *site = call->site;
-    int64_t lanes = call->step->num_lanes;
-    __m512 scores[MOST_ROWS][RUNS];
-    bf16 weights[MOST_ROWS][TILE];
+    const int parts = PARTS_AT_ONCE(rows);
+    int64_t num_lanes = call->step->num_lanes;
+    floats scores[MOST_ROWS][RUNS];
+    number weights[MOST_ROWS][TILE];
     float shrink[MOST_ROWS];
-    multiply_keys(rows, queries->data, queries->stride, tile, next, lanes, site->head_dim / 2, scores);
+#pragma GCC unroll 4
+    for (int part = 0; part < RUNS; part += parts)
+        multiply_runs(rows, part, parts, queries->data, queries->stride, tile, next, num_lanes, site->head_dim / 2,
+                      scores);
     for (int row = 0; row < rows; row++) {
         int64_t position = queries->position + row * queries->tokens_a_row;
-        __mmask16 seen[RUNS];
-        positions_seen(tile->first, lanes, first_seen(site, position), position + 1, seen);
+        lanes seen[RUNS];
+        positions_seen(tile->first, num_lanes, first_seen(site, position), position + 1, seen);
         for (int i = 0; i < RUNS; i++)
             scores[row][i] = score_of(site, scores[row][i]);
         shrink[row] = weigh_tile(&queries->softmax[row], scores[row], seen, weights[row]);
     }
-    for (int64_t column = 0; column < site->value_dim; column += 64)
-        add_values(rows, weights[0], shrink, tile, next, lanes, site->value_dim, column, queries->sums + column,
-                   queries->width);
+    for (int64_t column = 0; column < site->value_dim; column += 16 * parts)
+        add_values(rows, parts, weights[0], shrink, tile, next, num_lanes, site->value_dim, column,
+                   queries->sums + column, queries->width);
 }
 
-AVX512_BF16 static void attend_tile(int64_t rows, const struct attention_call *call, const struct queries *queries,
+static void attend_tile(int64_t rows, const struct attention_call *call, const struct queries *queries,
                                     const struct tile *tile, const struct tile *next)
 {
     switch (rows) {
     case 1: attend_rows(1, call, queries, tile, next); break;
     case 2: attend_rows(2, call, queries, tile, next); break;
     case 3: attend_rows(3, call, queries, tile, next); break;
+#if MOST_ROWS > 4
     case 4: attend_rows(4, call, queries, tile, next); break;
     case 5: attend_rows(5, call, queries, tile, next); break;
-    default: attend_rows(6, call, queries, tile, next); break;
+#endif
+    default: attend_rows(MOST_ROWS, call, queries, tile, next); break;
     }
 }
 
@@ -372,8 +375,28 @@ static inline struct tile find_first_tile(const struct attention_call *call, int
     return find_tile(call, chunk, index % call->site->num_kv_heads, first_tile(call, begin), begin + own->count);
 }
 
+static inline size_t bytes_of_query(const struct site *site)
+{
+    return sizeof(number) == sizeof(bf16) ? 0 : (size_t)(site->head_dim + 15) * sizeof(number);
+}
+
+/* The queries `[tokens, heads]` as the processor multiplies them, in `room` `[heads, tokens]` if they are not so yet. */
+static inline const number *convert_queries(const struct heads *query, int64_t head_dim, int64_t num_tokens,
+                                            int64_t num_heads, number *room)
+{
+    if (sizeof(number) == sizeof(bf16))
+        return (const number *)query->data;
+    number *to = room;
+    for (int64_t head = 0; head < num_heads; head++)
+        for (int64_t token = 0; token < num_tokens; token++, to += head_dim)
+            for (int64_t at = 0; at < head_dim; at += 16) /* what is behind the last is overwritten or not read */
+                store_numbers(to + at, load16(query->data + head * query->head_stride + token * query->token_stride + at,
+                                              first16(head_dim - at)));
+    return room;
+}
+
 /* Some new tokens of one sequence, for the query heads of one key/value head. */
-AVX512_BF16 static void attention_task(const void *argument, int64_t index)
+static void attention_task(const void *argument, int64_t index)
 {
     const struct attention_call *call = argument;
     const struct site *site = call->site;
@@ -382,18 +405,25 @@ AVX512_BF16 static void attention_task(const void *argument, int64_t index)
     int64_t kv_head = index % site->num_kv_heads, group = site->num_heads / site->num_kv_heads;
     int64_t num_rows = group * own->count, width = (site->value_dim + 63) / 64 * 64;
     int64_t begin = chunk->start + own->first, end = begin + own->count;
-    const bf16 *query = call->query.data + (chunk->first_row + own->first) * call->query.token_stride +
-                        kv_head * group * call->query.head_stride;
     /* Rows are the tokens of one head after the other; of a single token its heads, which may go together. */
     int64_t num_series = own->count > 1 ? group : 1, series = num_rows / num_series;
-    int64_t stride = own->count > 1 ? call->query.token_stride : call->query.head_stride;
     size_t sums_size = (size_t)(num_rows * width) * sizeof(float);
-    size_t size = sums_size + (size_t)num_rows * sizeof(struct softmax);
+    size_t softmax_size = (size_t)num_rows * sizeof(struct softmax);
+    size_t size = sums_size + softmax_size + (size_t)num_rows * bytes_of_query(site);
     char *memory = scratch_of(size, 0);
     if (!memory)
         abort(); /* some 100 KB: whoever lacks them cannot go on anyway */
     float *sums = (float *)memory;
     struct softmax *softmax = (struct softmax *)(memory + sums_size);
+    struct heads query = call->query;
+    query.data += (chunk->first_row + own->first) * query.token_stride + kv_head * group * query.head_stride;
+    int64_t stride = own->count > 1 ? query.token_stride : query.head_stride, series_stride = query.head_stride;
+    const number *rows_of_queries = convert_queries(&query, site->head_dim, own->count, group,
+                                                    (number *)(memory + sums_size + softmax_size));
+    if (sizeof(number) != sizeof(bf16)) {
+        stride = site->head_dim;
+        series_stride = series * stride;
+    }
     memset(sums, 0, sums_size);
     for (int64_t row = 0; row < num_rows; row++)
         softmax[row] = begin_softmax(site, kv_head * group + row / own->count);
@@ -406,11 +436,10 @@ AVX512_BF16 static void attention_task(const void *argument, int64_t index)
             next = find_first_tile(call, index + call->num_threads);
         else
             next = tile;
-        for (int64_t number = 0; number < num_series; number++)
+        for (int64_t part = 0; part < num_series; part++)
             for (int64_t row = 0, rows; row < series; row += rows) {
-                struct queries queries = {query + number * call->query.head_stride + row * stride, stride, begin, 0,
-                                          softmax + number * series + row, sums + (number * series + row) * width,
-                                          width};
+                struct queries queries = {rows_of_queries + part * series_stride + row * stride, stride, begin, 0,
+                                          softmax + part * series + row, sums + (part * series + row) * width, width};
                 rows = rows_of_block(series - row);
                 if (own->count > 1) {
                     queries.position += row;
@@ -427,7 +456,7 @@ AVX512_BF16 static void attention_task(const void *argument, int64_t index)
                        (kv_head * group + row / own->count) * call->output.head_stride;
         for (int64_t at = 0; at < site->value_dim; at += 16)
             store16(output + at, first16(site->value_dim - at),
-                    _mm512_div_ps(_mm512_loadu_ps(sums + row * width + at), _mm512_set1_ps(softmax[row].sum)));
+                    over(load_floats(sums + row * width + at), all(softmax[row].sum)));
     }
 }
 

@@ -18,27 +18,27 @@ struct norm_call {
 };
 
 /* Root mean square normalisation (Zhang and Sennrich 2019). */
-AVX512_BF16 static void norm_task(const void *argument, int64_t index)
+static void norm_task(const void *argument, int64_t index)
 {
     const struct norm_call *call = argument;
     int64_t end = (index + 1) * ROWS_A_TASK < call->num_rows ? (index + 1) * ROWS_A_TASK : call->num_rows;
     for (int64_t row = index * ROWS_A_TASK; row < end; row++) {
         const bf16 *input = call->input + row * call->width;
-        __m512 squares = _mm512_setzero_ps();
+        floats squares = all(0);
         for (int64_t at = 0; at < call->width; at += 16) {
-            __m512 value = load16(input + at, first16(call->width - at));
-            squares = _mm512_fmadd_ps(value, value, squares);
+            floats value = load16(input + at, first16(call->width - at));
+            squares = times_plus(value, value, squares);
         }
-        float mean = _mm512_reduce_add_ps(squares) / (float)call->width;
-        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(mean + call->epsilon));
+        float mean = sum_of(squares) / (float)call->width;
+        floats scale = all(1.0f / sqrtf(mean + call->epsilon));
         for (int64_t at = 0; at < call->width; at += 16) {
-            __mmask16 mask = first16(call->width - at);
-            __m512 value = _mm512_mul_ps(load16(input + at, mask), scale), weight = load16(call->weight + at, mask);
+            lanes mask = first16(call->width - at);
+            floats value = times(load16(input + at, mask), scale), weight = load16(call->weight + at, mask);
             if (call->is_offset)
-                weight = _mm512_add_ps(weight, _mm512_set1_ps(1.0f));
+                weight = add(weight, all(1.0f));
             else
                 value = rounded(value);
-            store16(call->output + row * call->width + at, mask, _mm512_mul_ps(value, weight));
+            store16(call->output + row * call->width + at, mask, times(value, weight));
         }
     }
 }
@@ -55,18 +55,18 @@ INLINE void turn(const bf16 *input, const bf16 *cosine, const bf16 *sine, int64_
 {
     int64_t half = head_dim / 2;
     for (int64_t at = 0; at < half; at += 16) {
-        __mmask16 mask = first16(half - at);
-        __m512 first = load16(input + at, mask), second = load16(input + half + at, mask);
-        __m512 a = rounded(_mm512_mul_ps(first, load16(cosine + at, mask)));
-        __m512 b = rounded(_mm512_mul_ps(second, load16(sine + at, mask)));
-        __m512 c = rounded(_mm512_mul_ps(second, load16(cosine + half + at, mask)));
-        __m512 d = rounded(_mm512_mul_ps(first, load16(sine + half + at, mask)));
-        store16(output + at, mask, _mm512_sub_ps(a, b));
-        store16(output + half + at, mask, _mm512_add_ps(c, d));
+        lanes mask = first16(half - at);
+        floats first = load16(input + at, mask), second = load16(input + half + at, mask);
+        floats a = rounded(times(first, load16(cosine + at, mask)));
+        floats b = rounded(times(second, load16(sine + at, mask)));
+        floats c = rounded(times(second, load16(cosine + half + at, mask)));
+        floats d = rounded(times(first, load16(sine + half + at, mask)));
+        store16(output + at, mask, subtract(a, b));
+        store16(output + half + at, mask, add(c, d));
     }
 }
 
-AVX512_BF16 static void rotary_task(const void *argument, int64_t index)
+static void rotary_task(const void *argument, int64_t index)
 {
     const struct rotary_call *call = argument;
     int64_t end = (index + 1) * ROWS_A_TASK < call->num_tokens ? (index + 1) * ROWS_A_TASK : call->num_tokens;
@@ -85,15 +85,15 @@ struct add_call {
 
 #define NUMBERS_A_TASK 16384
 
-AVX512_BF16 static void add_task(const void *argument, int64_t index)
+static void add_task(const void *argument, int64_t index)
 {
     const struct add_call *call = argument;
     int64_t begin = index * NUMBERS_A_TASK, end = begin + NUMBERS_A_TASK;
     if (end > call->count)
         end = call->count;
     for (int64_t at = begin; at < end; at += 16) {
-        __mmask16 mask = first16(end - at);
-        store16(call->output + at, mask, _mm512_add_ps(load16(call->first + at, mask), load16(call->second + at, mask)));
+        lanes mask = first16(end - at);
+        store16(call->output + at, mask, add(load16(call->first + at, mask), load16(call->second + at, mask)));
     }
 }
 
@@ -104,22 +104,27 @@ struct argmax_call {
 };
 
 /* The first of the greatest numbers of a row; NaN counts as none. */
-AVX512_BF16 static void argmax_task(const void *argument, int64_t row)
+static void argmax_task(const void *argument, int64_t row)
 {
     const struct argmax_call *call = argument;
     const bf16 *logits = call->logits + row * call->num_columns;
-    const __m512 lowest = _mm512_set1_ps(-INFINITY);
-    __m512 best = lowest;
-    __m512i places = _mm512_setzero_si512();
+    const floats lowest = all(-INFINITY);
+    floats best = lowest;
+    int64_t places[16] = {0}, first = 0;
     for (int64_t at = 0; at < call->num_columns; at += 16) {
-        __mmask16 mask = first16(call->num_columns - at);
-        __m512 value = _mm512_mask_mov_ps(lowest, mask, load16(logits + at, mask));
-        __mmask16 is_better = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
-        best = _mm512_mask_mov_ps(best, is_better, value);
-        places = _mm512_mask_mov_epi32(places, is_better, _mm512_set1_epi32((int)at));
+        lanes mask = first16(call->num_columns - at);
+        floats value = where(mask, load16(logits + at, mask), lowest);
+        lanes is_better = is_greater(value, best);
+        if (__builtin_expect(!is_better, 1))
+            continue;
+        best = where(is_better, value, best);
+        for (uint32_t left = is_better; left; left &= left - 1)
+            places[__builtin_ctz(left)] = at + __builtin_ctz(left);
     }
-    __mmask16 is_best = _mm512_cmp_ps_mask(best, _mm512_set1_ps(_mm512_reduce_max_ps(best)), _CMP_EQ_OQ);
-    places = _mm512_add_epi32(places, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    call->result[row] = is_best ? _mm512_mask_reduce_min_epi32(is_best, places) : 0;
+    lanes is_best = is_equal(best, all(greatest_of(best)));
+    for (uint32_t left = is_best, is_first = 1; left; left &= left - 1, is_first = 0)
+        if (is_first || places[__builtin_ctz(left)] < first)
+            first = places[__builtin_ctz(left)];
+    call->result[row] = first;
 }
 #endif

@@ -10,13 +10,10 @@
 #define TS_PARALLEL_LINEAR_H
 
 #include "numbers/numbers.h"
+#include "operations/elementwise.h"
 #include "pool.h"
 
-#define MOST_ROWS 6 /* 6 tokens x 4 vectors of outputs, 4 of weights and 1 of inputs are 29 of 32 registers */
-#define KEEPING_ROWS 4 /* with more, what makes the numbers bfloat16 finds no registers */
 #define MOST_PARTS 8
-/* So many read numbers as they are stored, for it takes longer to keep them. */
-#define FEW_TOKENS 10
 /* Of one or two tokens, which wait for memory alone. What is read once should leave the caches to the interpreter. */
 #define BYTES_AHEAD 2048
 
@@ -45,75 +42,89 @@ struct linear_call {
     const struct linear *layer;
     const bf16 *input; /* [T, K], rows `stride` apart */
     int64_t stride;
+    const number *numbers; /* the same as the processor multiplies them, `numbers_stride` apart */
+    int64_t numbers_stride;
     int64_t num_tokens;
     int64_t tokens_a_task;
     const bf16 *residual; /* [T, N] or NULL: added to what the only part gives */
     bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
 };
 
-/* `rows` tokens times `num_pairs` pairs of inputs from `first` on, which are left in bfloat16 if it `keeps`. */
-INLINE void multiply(const enum number_kind kind, const int keeps, const int rows, const bf16 *input, int64_t stride,
-                     const struct panel *panel, int64_t first, int64_t num_pairs, __m512 sums[][4])
+/* `rows` tokens times `num_pairs` pairs of inputs from `first` on, for `parts` times 16 of a panel's outputs, which are
+ * left in bfloat16 if it `keeps`. */
+INLINE void multiply_parts(const enum number_kind kind, const int keeps, const int rows, const int part,
+                           const int parts, const number *input, int64_t stride, const struct panel *panel,
+                           int64_t first, int64_t num_pairs, floats sums[][4])
 {
     const int64_t size = bytes_of_pair(kind), bytes_ahead = panel->bytes_ahead;
     const uint8_t *numbers = panel->numbers + first * size, *ahead = panel->ahead + first * bytes_ahead;
     bf16 *kept = keeps ? panel->kept + first * 2 * PANEL : NULL;
     struct decoder decoder = make_decoder(kind, panel->head);
-    __m512 sum[MOST_ROWS][4];
+    floats sum[MOST_ROWS][4];
     input += 2 * first;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-            sum[row][part] = _mm512_setzero_ps();
+        for (int i = 0; i < parts; i++)
+            sum[row][i] = all(0);
     for (int64_t pair = 0; pair < num_pairs; pair++) {
         const uint8_t *from = numbers + pair * size;
-        __m512bh weight[4];
-        load_pair(kind, from, first + pair, &decoder, weight);
+        operand weight[4];
+        load_pair(kind, from, first + pair, part, parts, &decoder, weight);
         if (keeps)
 #pragma GCC unroll 4
-            for (int part = 0; part < 4; part++)
-                _mm512_store_si512(kept + pair * 2 * PANEL + 32 * part, (__m512i)weight[part]);
-        if (rows < 3)
+            for (int i = 0; i < parts; i++)
+                keep_operand(kept + pair * 2 * PANEL + 32 * (part + i), weight[i]);
+        if (rows < 3 && part == 0)
 #pragma GCC unroll 4
             for (int line = 0; line < size; line += 64)
-                _mm_prefetch((const char *)from + line + BYTES_AHEAD, _MM_HINT_NTA);
-        else if (kind == BFLOAT16)
+                __builtin_prefetch(from + line + BYTES_AHEAD, 0, 0);
+        else if (kind == BFLOAT16 && part == 0)
             for (int64_t byte = 0; byte < bytes_ahead; byte += 64)
-                _mm_prefetch((const char *)ahead + pair * bytes_ahead + byte, _MM_HINT_T1);
+                __builtin_prefetch(ahead + pair * bytes_ahead + byte, 0, 2);
 #pragma GCC unroll 6
         for (int row = 0; row < rows; row++) {
-            int32_t both;
-            memcpy(&both, input + row * stride + pair * 2, sizeof both);
-            __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+            both inputs = pair_of(input + row * stride + pair * 2);
 #pragma GCC unroll 4
-            for (int part = 0; part < 4; part++)
-                sum[row][part] = _mm512_dpbf16_ps(sum[row][part], weight[part], inputs);
+            for (int i = 0; i < parts; i++)
+                sum[row][i] = dot(sum[row][i], weight[i], inputs);
         }
     }
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
-        for (int part = 0; part < 4; part++)
-            sums[row][part] = sum[row][part];
+        for (int i = 0; i < parts; i++)
+            sums[row][part + i] = sum[row][i];
 }
 
-INLINE void multiply_block(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
-                           const struct panel *panel, int64_t first, int64_t num_pairs, __m512 sums[][4])
+/* All of the panel's outputs, so many at once as there are registers for. */
+INLINE void multiply(const enum number_kind kind, const int keeps, const int rows, const number *input, int64_t stride,
+                     const struct panel *panel, int64_t first, int64_t num_pairs, floats sums[][4])
+{
+    const int parts = kind == BFLOAT16 || PARTS_AT_ONCE(rows) > 2 ? PARTS_AT_ONCE(rows) : 2;
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part += parts)
+        multiply_parts(kind, keeps, rows, part, parts, input, stride, panel, first, num_pairs, sums);
+}
+
+INLINE void multiply_block(const enum number_kind kind, int rows, const number *input, int64_t stride,
+                           const struct panel *panel, int64_t first, int64_t num_pairs, floats sums[][4])
 {
     switch (kind == BFLOAT16 || !panel->kept ? rows : 0) {
     case 0: multiply(kind, 1, KEEPING_ROWS, input, stride, panel, first, num_pairs, sums); break;
     case 1: multiply(kind, 0, 1, input, stride, panel, first, num_pairs, sums); break;
     case 2: multiply(kind, 0, 2, input, stride, panel, first, num_pairs, sums); break;
     case 3: multiply(kind, 0, 3, input, stride, panel, first, num_pairs, sums); break;
+#if MOST_ROWS > 4
     case 4: multiply(kind, 0, 4, input, stride, panel, first, num_pairs, sums); break;
     case 5: multiply(kind, 0, 5, input, stride, panel, first, num_pairs, sums); break;
-    default: multiply(kind, 0, 6, input, stride, panel, first, num_pairs, sums); break;
+#endif
+    default: multiply(kind, 0, MOST_ROWS, input, stride, panel, first, num_pairs, sums); break;
     }
 }
 
-AVX512_BF16 static void multiply_pairs(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
-                                       int64_t first, int64_t num_pairs, __m512 sums[][4])
+static void multiply_pairs(int rows, const number *input, int64_t stride, const struct panel *panel, int64_t first,
+                           int64_t num_pairs, floats sums[][4])
 {
     switch (panel->kind) {
     case BFLOAT16: multiply_block(BFLOAT16, rows, input, stride, panel, first, num_pairs, sums); break;
@@ -124,8 +135,7 @@ AVX512_BF16 static void multiply_pairs(int rows, const bf16 *input, int64_t stri
 }
 
 /* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
-AVX512_BF16 static void multiply_panel(int rows, const bf16 *input, int64_t stride, const struct panel *panel,
-                                       __m512 sums[][4])
+static void multiply_panel(int rows, const number *input, int64_t stride, const struct panel *panel, floats sums[][4])
 {
     const bf16 *scales = panel->scales;
     if (!scales) {
@@ -133,14 +143,14 @@ AVX512_BF16 static void multiply_panel(int rows, const bf16 *input, int64_t stri
         return;
     }
     for (int64_t first = 0, count; first < panel->num_pairs; first += count, scales += PANEL) {
-        __m512 sum[MOST_ROWS][4];
+        floats sum[MOST_ROWS][4];
         count = panel->num_pairs - first < panel->pairs_a_group ? panel->num_pairs - first : panel->pairs_a_group;
         multiply_pairs(rows, input, stride, panel, first, count, sum);
         for (int part = 0; part < 4; part++) {
-            __m512 scale = load16(scales + 16 * part, 0xffff);
+            floats scale = load16(scales + 16 * part, 0xffff);
             for (int row = 0; row < rows; row++)
-                sums[row][part] = first ? _mm512_fmadd_ps(sum[row][part], scale, sums[row][part])
-                                        : _mm512_mul_ps(sum[row][part], scale);
+                sums[row][part] = first ? times_plus(sum[row][part], scale, sums[row][part])
+                                        : times(sum[row][part], scale);
         }
     }
 }
@@ -150,32 +160,28 @@ static inline int rows_of_block(int64_t left)
 {
     if (left <= MOST_ROWS)
         return (int)left;
-    return left == MOST_ROWS + 1 || left == MOST_ROWS + 2 ? 4 : MOST_ROWS;
+    return left <= MOST_ROWS + 2 ? (int)(left + 1) / 2 : MOST_ROWS;
 }
 
-INLINE __m512 activated(enum activation kind, __m512 value)
+INLINE floats activated(enum activation kind, floats value)
 {
-    const __m512 one = _mm512_set1_ps(1.0f);
     switch (kind) {
-    case SILU:
-        return _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), value))));
+    case SILU: return over(value, add(all(1.0f), exp16(subtract(all(0), value))));
     case GELU_TANH: {
-        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(value, value), value);
-        __m512 inner = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, value);
-        __m512 twice = _mm512_mul_ps(inner, _mm512_set1_ps(2 * 0.7978845608f));
+        floats cube = times(times(value, value), value);
+        floats inner = times_plus(all(0.044715f), cube, value);
+        floats twice = times(inner, all(2 * 0.7978845608f));
         /* 0.5 (1 + tanh(x)) = 1 / (1 + e^(-2x)) */
-        return _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), twice))));
+        return over(value, add(all(1.0f), exp16(subtract(all(0), twice))));
     }
-    case RELU:
-        return _mm512_max_ps(value, _mm512_setzero_ps());
-    default:
-        return value;
+    case RELU: return greater(value, all(0));
+    default: return value;
     }
 }
 
-INLINE __m512 with_bias(__m512 sum, const bf16 *bias, int64_t first, __mmask16 mask)
+INLINE floats with_bias(floats sum, const bf16 *bias, int64_t first, lanes mask)
 {
-    return bias ? _mm512_add_ps(sum, load16(bias + first, mask)) : sum;
+    return bias ? add(sum, load16(bias + first, mask)) : sum;
 }
 
 static inline struct panel panel_of(const struct linear_part *part, int64_t index, int64_t num_pairs)
@@ -220,14 +226,14 @@ static inline struct panel unpacked(const struct panel *panel, int64_t num_block
     return kept;
 }
 
-AVX512_BF16 static void linear_task(const void *argument, int64_t index)
+static void linear_task(const void *argument, int64_t index)
 {
     const struct linear_call *call = argument;
     const struct linear *layer = call->layer;
     int64_t place = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
     int64_t end = begin + call->tokens_a_task < call->num_tokens ? begin + call->tokens_a_task : call->num_tokens;
-    int number = find_part(layer, &place), num_factors = layer->activation ? 2 : 1;
-    const struct linear_part *part = &layer->parts[number], *gated = &layer->parts[1];
+    int which = find_part(layer, &place), num_factors = layer->activation ? 2 : 1;
+    const struct linear_part *part = &layer->parts[which], *gated = &layer->parts[1];
     struct panel panels[2];
     int is_keeping = 0;
     for (int i = 0; i < num_factors; i++) {
@@ -237,13 +243,13 @@ AVX512_BF16 static void linear_task(const void *argument, int64_t index)
         is_keeping |= panels[i].kept != NULL;
     }
     int64_t first = place * PANEL, width = part->num_outputs;
-    __m512 sums[MOST_ROWS][4], others[MOST_ROWS][4];
+    floats sums[MOST_ROWS][4], others[MOST_ROWS][4];
     for (int64_t token = begin, rows; token < end; token += rows) {
         rows = is_keeping ? KEEPING_ROWS : rows_of_block(end - token);
-        const bf16 *input = call->input + token * call->stride;
-        multiply_panel((int)rows, input, call->stride, &panels[0], sums);
+        const number *input = call->numbers + token * call->numbers_stride;
+        multiply_panel((int)rows, input, call->numbers_stride, &panels[0], sums);
         if (layer->activation)
-            multiply_panel((int)rows, input, call->stride, &panels[1], others);
+            multiply_panel((int)rows, input, call->numbers_stride, &panels[1], others);
         for (int i = 0; i < num_factors; i++)
             if (panels[i].kept)
                 panels[i] = unpacked(&panels[i], (end - token - rows + MOST_ROWS - 1) / MOST_ROWS);
@@ -255,16 +261,16 @@ AVX512_BF16 static void linear_task(const void *argument, int64_t index)
                 int64_t at = first + 16 * i;
                 if (at >= width)
                     break;
-                __mmask16 mask = first16(width - at);
+                lanes mask = first16(width - at);
                 int64_t element = (token + row) * width + at;
-                __m512 value = with_bias(sums[row][i], part->bias, at, mask);
+                floats value = with_bias(sums[row][i], part->bias, at, mask);
                 if (layer->activation) {
-                    __m512 other = rounded(with_bias(others[row][i], gated->bias, at, mask));
-                    value = _mm512_mul_ps(rounded(activated(layer->activation, rounded(value))), other);
+                    floats other = rounded(with_bias(others[row][i], gated->bias, at, mask));
+                    value = times(rounded(activated(layer->activation, rounded(value))), other);
                 }
                 if (call->residual)
-                    value = _mm512_add_ps(load16(call->residual + element, mask), rounded(value));
-                store16(call->outputs[number] + element, mask, value);
+                    value = add(load16(call->residual + element, mask), rounded(value));
+                store16(call->outputs[which] + element, mask, value);
             }
     }
 }
@@ -272,7 +278,7 @@ AVX512_BF16 static void linear_task(const void *argument, int64_t index)
 /* Tokens of one task: their inputs stay in a core's second-level cache while the panels pass by. */
 static inline int64_t tokens_a_task(int64_t num_tokens, int64_t num_inputs)
 {
-    int64_t most = 196608 / num_inputs / 12 * 12;
+    int64_t most = 393216 / (int64_t)sizeof(number) / num_inputs / 12 * 12;
     if (most < 48)
         most = 48;
     int64_t num_tasks = (num_tokens + most - 1) / most;
@@ -280,8 +286,39 @@ static inline int64_t tokens_a_task(int64_t num_tokens, int64_t num_inputs)
     return (even + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS;
 }
 
-static inline void linear_run(struct linear_call *call, int num_threads)
+/* Inputs of some tokens to what the processor multiplies. */
+static void convert_task(const void *argument, int64_t index)
 {
+    const struct linear_call *call = argument;
+    int64_t end = (index + 1) * ROWS_A_TASK < call->num_tokens ? (index + 1) * ROWS_A_TASK : call->num_tokens;
+    int64_t width = call->layer->num_inputs;
+    for (int64_t token = index * ROWS_A_TASK; token < end; token++)
+        for (int64_t at = 0; at < width; at += 16)
+            store_numbers((number *)call->numbers + token * call->numbers_stride + at,
+                          load16(call->input + token * call->stride + at, first16(width - at)));
+}
+
+/* Returns 0 where there is no memory. */
+static inline int convert_inputs(struct linear_call *call, int num_threads)
+{
+    if (sizeof(number) == sizeof(bf16)) {
+        call->numbers = (const number *)call->input;
+        call->numbers_stride = call->stride;
+        return 1;
+    }
+    call->numbers_stride = (call->layer->num_inputs + 15) / 16 * 16;
+    call->numbers = scratch_of((size_t)(call->num_tokens * call->numbers_stride) * sizeof(number), CALLERS_SCRATCH);
+    if (!call->numbers)
+        return 0;
+    pool_run(convert_task, call, (call->num_tokens + ROWS_A_TASK - 1) / ROWS_A_TASK, num_threads);
+    return 1;
+}
+
+/* Returns 0 where there is no memory. */
+static inline int linear_run(struct linear_call *call, int num_threads)
+{
+    if (!convert_inputs(call, num_threads))
+        return 0;
     call->tokens_a_task = tokens_a_task(call->num_tokens, call->layer->num_inputs);
     const struct linear *next = call->layer->next;
     if (next && num_threads > 1) { /* the panel that the second thread will begin with */
@@ -292,10 +329,11 @@ static inline void linear_run(struct linear_call *call, int num_threads)
     }
     int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
     pool_run_in_order(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
+    return 1;
 }
 
 /* Rows of a packed weight, as an embedding looks them up. */
-AVX512_BF16 static void look_up(const struct linear_part *part, int64_t num_inputs, const int64_t *rows,
+static void look_up(const struct linear_part *part, int64_t num_inputs, const int64_t *rows,
                                 int64_t num_rows, bf16 *to)
 {
     for (int64_t i = 0; i < num_rows; i++, to += num_inputs) {
@@ -320,9 +358,11 @@ AVX512_BF16 static void look_up(const struct linear_part *part, int64_t num_inpu
                 else
                     both[j] = (byte >> vector % 2 * 4 & 15) - 8;
             }
-            __m512 scale = load16(panel.scales + pair / panel.pairs_a_group * PANEL + row, 1);
-            __m512 numbers = _mm512_castps128_ps512(_mm_setr_ps((float)both[0], (float)both[1], 0, 0));
-            store16(to + 2 * pair, 3, _mm512_mul_ps(numbers, _mm512_broadcastss_ps(_mm512_castps512_ps128(scale))));
+            float numbers[16] = {(float)both[0], (float)both[1]};
+            uint32_t bits = (uint32_t)panel.scales[pair / panel.pairs_a_group * PANEL + row] << 16;
+            float scale;
+            memcpy(&scale, &bits, sizeof scale);
+            store16(to + 2 * pair, 3, times(load_floats(numbers), all(scale)));
         }
         if (panel.kind == CODED)
             decode_exceptions(panel.head, 2 * row, to);

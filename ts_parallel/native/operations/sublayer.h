@@ -71,7 +71,7 @@ static inline int sublayer_run(const struct sublayer_call *call, int num_threads
                                .num_tokens = num_tokens,
                                .residual = call->residual,
                                .outputs = {call->output}};
-    int done = 1;
+    int done;
     pool_run(norm_task, &norm, (num_tokens + ROWS_A_TASK - 1) / ROWS_A_TASK, num_threads);
     if (sublayer->site) {
         for (int i = 0; i < 3; i++) {
@@ -82,11 +82,10 @@ static inline int sublayer_run(const struct sublayer_call *call, int num_threads
     } else {
         first.outputs[0] = between;
     }
-    linear_run(&first, num_threads);
-    if (sublayer->site)
+    done = linear_run(&first, num_threads);
+    if (done && sublayer->site)
         done = attend_sublayer(call, heads, between, num_threads);
-    if (done)
-        linear_run(&last, num_threads);
+    done = done && linear_run(&last, num_threads);
     free(room);
     return done;
 }

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.native import HAS_KERNELS, why_no_kernels
+from ts_parallel.native import CANNOT_BE_HAD, VARIANT, WHY
 from ts_parallel.runtime.backends.base import Backend
 from ts_parallel.runtime.backends.native.backend import NativeBackend
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
@@ -24,7 +24,7 @@ def choose_backend(
         num_threads: CPU threads that it may take; None: those that it has had.
 
     Raises:
-        ConfigError: as `refuse_unquantizable`.
+        ConfigError: as `refuse_unquantizable`, or a variant of the kernels was asked for that cannot run here.
     """
     refuse_unquantizable(quantization, device, dtype)
     reason = _why_torch(device, dtype)
@@ -32,9 +32,20 @@ def choose_backend(
     if num_threads is not None:
         backend.set_num_threads(num_threads)
     threads = f", {num_threads} threads" if num_threads is not None and device.type == "cpu" else ""
-    why = f": {reason}" if reason else ""
-    logger.info("ts_parallel computes %s on %s by the %s backend%s%s", _name(dtype), device, backend.name, threads, why)
+    variant = "" if VARIANT is None or reason else f", {VARIANT.label}"
+    why = reason or WHY
+    logger.info(
+        "ts_parallel computes %s on %s by the %s backend%s%s: %s",
+        *(_name(dtype), device, backend.name, variant, threads, why),
+    )
     return backend
+
+
+def own_dtype(dtype: str, device: str) -> str:
+    """What the setting `dtype` means on `device`: `auto` is float32 on a CPU for which there are no kernels, for torch
+    multiplies float32 there many times as fast as bfloat16, and rounds less; else it is the checkpoint's."""
+    is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return "float32" if dtype == "auto" and is_cpu and VARIANT is None else dtype
 
 
 def refuse_unquantizable(quantization: str | None, device: torch.device, dtype: torch.dtype) -> None:
@@ -47,10 +58,8 @@ def refuse_unquantizable(quantization: str | None, device: torch.device, dtype: 
         return
     if device.type != "cpu":
         raise ConfigError(f"quantization {quantization} is for device cpu, not {device.type}: leave quantization out")
-    if not HAS_KERNELS:
-        raise ConfigError(
-            f"quantization {quantization} needs the package's kernels, and {why_no_kernels()}: leave quantization out"
-        )
+    if VARIANT is None:
+        raise ConfigError(f"quantization {quantization} needs the package's kernels, and {WHY}: leave quantization out")
     if dtype != torch.bfloat16:
         raise ConfigError(
             f"quantization {quantization} is of bfloat16 weights, not {_name(dtype)}: set dtype to bfloat16"
@@ -59,12 +68,18 @@ def refuse_unquantizable(quantization: str | None, device: torch.device, dtype: 
 
 
 def _why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch's own functions are the best that there is; None where the kernels are."""
+    """Why torch's own functions are the best that there is; None where the kernels are.
+
+    Raises:
+        ConfigError: a variant of the kernels was asked for that cannot run here.
+    """
     if device.type != "cpu":
         return "the kernels are for CPUs"
+    if CANNOT_BE_HAD:
+        raise ConfigError(WHY)
     if dtype != torch.bfloat16:
         return "the kernels are for bfloat16"
-    return None if HAS_KERNELS else why_no_kernels()
+    return WHY if VARIANT is None else None
 
 
 def _name(dtype: torch.dtype) -> str:

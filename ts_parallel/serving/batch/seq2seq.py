@@ -23,7 +23,7 @@ from ts_parallel.partition.model.model_config import choose_dtype, read_model_co
 from ts_parallel.partition.model.seq2seq import SEQ2SEQ_TASKS, SPEECH, Seq2SeqCall, call_of_seq2seq, longest_answer
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest, RankProgram
-from ts_parallel.runtime.backends.choose import choose_backend
+from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
 from ts_parallel.runtime.batch.part_runner import Part, PartRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
@@ -51,7 +51,9 @@ def make_seq2seq_task(config: Seq2SeqConfig, folder: Path) -> tuple[Task, Rules]
     """
     folder = settings_folder(folder)
     model_config = read_model_config(folder)
-    call = call_of_seq2seq(config.task, model_config, choose_dtype(config.dtype, model_config))
+    call = call_of_seq2seq(
+        config.task, model_config, choose_dtype(own_dtype(config.dtype, config.device), model_config)
+    )
     generation = read_generation_config(folder, model_config)
     tokenizer = read_tokenizer(folder) if has_tokenizer(folder) else None
     limits = AnswerLimits(config.max_new_tokens, generation, model_config)
@@ -66,7 +68,7 @@ def make_part_runner(config: Seq2SeqConfig, folder: Path, topology: Topology) ->
     """This rank's stages of each part, loaded and ready to run."""
     index, group = read_index(folder), topology.tensor_parallel
     place = PipelinePlace(topology.stage, topology.num_stages, 1, config.split_points)
-    request = ProgramRequest(folder, config.dtype, group.rank, group.size, place, config.task)
+    request = ProgramRequest(folder, own_dtype(config.dtype, config.device), group.rank, group.size, place, config.task)
     return run_program(prepare_program(request, index), index, topology)
 
 
