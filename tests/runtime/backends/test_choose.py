@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, kernels
+from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, VARIANT, VARIANTS, WHY, Variant, kernels
 from ts_parallel.runtime.backends import choose
-from ts_parallel.runtime.backends.choose import choose_backend, refuse_unquantizable
+from ts_parallel.runtime.backends.choose import choose_backend, own_dtype, refuse_unquantizable
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -52,7 +52,8 @@ def test_bfloat16_on_a_cpu_has_the_kernels_where_there_are_any(caplog: pytest.Lo
     caplog.set_level(logging.INFO)
     backend = choose_backend(CPU, torch.bfloat16, num_threads=3)
     assert backend.name == ("native" if HAS_KERNELS else "torch")
-    assert f"bfloat16 on cpu by the {backend.name} backend, 3 threads" in caplog.text
+    variant = f", {VARIANT.label}" if VARIANT else ""
+    assert f"bfloat16 on cpu by the {backend.name} backend{variant}, 3 threads: {WHY}" in caplog.text
     assert HAS_KERNELS == (backend.weights is not None) == bool(backend.quantizations)
     if HAS_KERNELS:
         torch.set_num_threads(1)  # torch's alone: the kernels keep theirs
@@ -75,10 +76,20 @@ def test_variable_leaves_the_kernels_out() -> None:
 def test_quantization_is_refused_where_nothing_multiplies_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="int8 is for device cpu, not meta: leave"):
         refuse_unquantizable("int8", META, torch.bfloat16)
-    monkeypatch.setattr(choose, "HAS_KERNELS", True)
+    monkeypatch.setattr(choose, "VARIANT", VARIANTS[0])
     with pytest.raises(ConfigError, match="int4 is of bfloat16 weights, not float16: set dtype to bfloat16"):
         refuse_unquantizable("int4", CPU, torch.float16)
-    monkeypatch.setattr(choose, "HAS_KERNELS", False)
+    monkeypatch.setattr(choose, "VARIANT", None)
     with pytest.raises(ConfigError, match=r"int8 needs the package's kernels, and .*: leave quantization out"):
         refuse_unquantizable("int8", CPU, torch.bfloat16)
     refuse_unquantizable(None, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("variant", [None, VARIANTS[0]])
+def test_dtype_that_is_left_open_is_float32_where_there_are_no_kernels(
+    variant: Variant | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "VARIANT", variant)
+    assert own_dtype("auto", "cpu") == ("auto" if variant else "float32")
+    assert own_dtype("auto", "cuda") == "auto"
+    assert own_dtype("bfloat16", "cpu") == "bfloat16"

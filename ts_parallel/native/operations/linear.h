@@ -138,6 +138,8 @@ static void multiply_pairs(int rows, const number *input, int64_t stride, const 
 static void multiply_panel(int rows, const number *input, int64_t stride, const struct panel *panel, floats sums[][4])
 {
     const bf16 *scales = panel->scales;
+    if (!rows && !panel->kept)
+        return; /* the other of a pair is only kept */
     if (!scales) {
         multiply_pairs(rows, input, stride, panel, 0, panel->num_pairs, sums);
         return;
