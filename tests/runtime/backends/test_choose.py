@@ -14,7 +14,7 @@ import torch
 from ts_parallel.errors import ConfigError
 from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, kernels
 from ts_parallel.runtime.backends import choose
-from ts_parallel.runtime.backends.choose import choose_backend, refuse_unquantizable
+from ts_parallel.runtime.backends.choose import choose_backend, describe_choice, kernel_variants, refuse_unquantizable
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -35,6 +35,25 @@ def test_log_says_which_backend_and_why(
     (line,) = [record.message for record in caplog.records]
     kind = str(dtype).removeprefix("torch.")
     assert line == f"ts_parallel computes {kind} on {device.type} by the {name} backend: {why}"
+
+
+@pytest.mark.parametrize("device", [CPU, META])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_choice_is_told_without_being_made(device: torch.device, dtype: torch.dtype) -> None:
+    choice = describe_choice(device, dtype)
+    assert choice.backend == choose_backend(device, dtype).name
+    assert (choice.backend == "native") == (not choice.reasons)
+    if choice.backend == "native":
+        assert choice.instruction_set == kernel_variants()[0]
+    else:
+        assert choice.instruction_set == (torch.backends.cpu.get_cpu_capability() if device == CPU else "META")
+
+
+def test_variants_are_those_that_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bool(kernel_variants()) == HAS_KERNELS
+    monkeypatch.setattr(choose, "HAS_KERNELS", False)
+    assert kernel_variants() == ()
+    assert describe_choice(CPU, torch.bfloat16).backend == "torch"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,34 @@ from ts_parallel.runtime.backends.native.backend import NativeBackend
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 
 logger = logging.getLogger(__name__)
+
+_VARIANTS = ("AVX-512 BF16",)  # that the kernels are compiled in, the fastest first
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who computes one dtype on one device, by which instructions."""
+
+    backend: str
+    """`Backend.name`."""
+    instruction_set: str
+    """The variant of the kernels; of torch's own functions, as torch calls it."""
+    reasons: tuple[str, ...] = ()
+    """Why it is not the kernels, half a sentence each; none where it is."""
+
+
+def describe_choice(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `choose_backend` takes for weights of `dtype` on `device`, and why."""
+    reason = _why_torch(device, dtype)
+    if reason is None:
+        return Choice(NativeBackend.name, kernel_variants()[0])
+    of_torch = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type.upper()
+    return Choice(TorchBackend.name, of_torch, (reason,))
+
+
+def kernel_variants() -> tuple[str, ...]:
+    """The variants of the kernels that can run here, the fastest first; none where there are no kernels."""
+    return _VARIANTS if HAS_KERNELS else ()
 
 
 def choose_backend(
@@ -27,12 +56,12 @@ def choose_backend(
         ConfigError: as `refuse_unquantizable`.
     """
     refuse_unquantizable(quantization, device, dtype)
-    reason = _why_torch(device, dtype)
-    backend: Backend = TorchBackend() if reason else NativeBackend()
+    choice = describe_choice(device, dtype)
+    backend: Backend = NativeBackend() if choice.backend == NativeBackend.name else TorchBackend()
     if num_threads is not None:
         backend.set_num_threads(num_threads)
     threads = f", {num_threads} threads" if num_threads is not None and device.type == "cpu" else ""
-    why = f": {reason}" if reason else ""
+    why = "".join(f": {reason}" for reason in choice.reasons)
     logger.info("ts_parallel computes %s on %s by the %s backend%s%s", _name(dtype), device, backend.name, threads, why)
     return backend
 
