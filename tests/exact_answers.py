@@ -70,7 +70,7 @@ def keep_programs(folder: Path, tp: int, pp: int) -> None:
     request, index = program_request(config, folder, 0, PipelinePlace(0, pp)), read_index(folder)
     programs = {own: pickle.dumps(program) for own, program in make_programs(request, index).items()}
     with mock.patch.dict(os.environ, {prepared.CACHE_VARIABLE: f"{folder}-programs"}):
-        cache = prepared._cache_folder()
+        cache, _ = prepared.find_cache()
     assert cache is not None
     prepared._keep(cache / prepared._digest(request, index), programs)
 

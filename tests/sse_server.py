@@ -37,6 +37,7 @@ class Recorder:
     url: str
     answers: dict[str, Answer]
     models: list[str] = field(default_factory=lambda: ["demo"])
+    card: dict[str, Any] = field(default_factory=dict)  # what each model's entry has beside its id
     bodies: list[dict[str, Any]] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)  # of `time.perf_counter()` at which the bodies came
     keys: list[str | None] = field(default_factory=list)
@@ -140,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models" and self.recorder.models:
-            self._send(200, json.dumps({"data": [{"id": name} for name in self.recorder.models]}))
+            self._send(200, json.dumps({"data": [{"id": name, **self.recorder.card} for name in self.recorder.models]}))
         else:
             self._send(404, json.dumps({"error": {"message": f"no route {self.path}"}}))
 

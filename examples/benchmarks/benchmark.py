@@ -11,8 +11,8 @@ round, and while one works nobody else does. Whoever is not installed, fails or 
 
 Written are a Markdown page, which is printed too, all figures as JSON, and a plot where matplotlib is installed:
 
-- output tokens/s: the median of the rounds, as a part of the roofline's limit (`roofline.py`), and the median of each
-  round's ratio to this package's engine in process on one rank;
+- output tokens/s: the median of the rounds, as a part of the roofline's limit (`roofline.py`), the GB/s of weights and
+  the GFLOP/s that these are, and the median of each round's ratio to this package's engine in process on one rank;
 - the time to the first token of one prompt while nothing else is asked: of the engine in process, that is its prefill
   alone, so the server's ratio to it tells what TorchServe and HTTP add;
 - the time between two tokens of an answer, in the median and within which 99 of 100 are;
@@ -34,21 +34,25 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmark_plot import draw
-from benchmark_report import Result, cpu_name, markdown
+from benchmark_report import Result, markdown
 from peers.process import PeerError, run_once
 from peers.programs.engine import measured_config
 from peers.rounds import OUTPUT_TOKENS, PROMPT_TOKENS, VOCABULARY, Task, make_prompts
 from peers.sides import PEERS, Running, Side, find_peer, own_sides, peer_sides
-from roofline import Machine, work_of_llama
+from roofline import Machine, Work, work_of_llama
 
 from ts_parallel.cli.server.serve import check
+from ts_parallel.errors import TSParallelError
+from ts_parallel.machine import this_machine
 from ts_parallel.partition.prepared import CACHE_VARIABLE
+from ts_parallel.runtime.backends.choose import describe_choice
 
 __all__ = ["PROMPT_TOKENS", "make_model", "make_prompts"]  # what the other examples measure with
 
@@ -88,11 +92,13 @@ def make_model(folder: Path, config: Mapping[str, Any] = MODEL) -> None:
 
 
 class Comparison:
-    """Owns the systems that run, and what is known of them. One that fails is ended, and the others go on."""
+    """Owns the systems that run, and what is known of them. One that fails is ended and named, with the figures that it
+    had made by then, and the others go on."""
 
     def __init__(self, sides: list[Side], streams: list[int]) -> None:
         self.systems: dict[str, Result] = {}
         self.failed: dict[str, str] = {}
+        self.roofline: list[dict[str, Any]] = []
         self._sides = {side.name: side for side in sides}
         self._streams = streams
         self._running: dict[str, tuple[Running, ExitStack]] = {}
@@ -160,9 +166,22 @@ class Comparison:
     def _fail(self, name: str, error: PeerError) -> None:
         tell(f"{name} failed: {error}")
         self.failed[name] = str(error)
-        self.systems.pop(name, None)
+        if not any(row["streams"] for row in self.systems.get(name, {"rounds": []})["rounds"]):
+            self.systems.pop(name, None)  # nothing is known of it
         if name in self._running:
             self._running.pop(name)[1].close()
+
+    def look_at_machine(self) -> None:
+        """What it could do at this moment (`roofline.Machine`). Where that fails, it is named, and all goes on."""
+        if "roofline" in self.failed:
+            return
+        try:
+            found: dict[str, Any] = json.loads(run_once([sys.executable, "-m", "roofline"], _SECONDS_OF_THE_ROOFLINE))
+        except (PeerError, ValueError) as error:
+            tell(f"roofline failed: {error}")
+            self.failed["roofline"] = str(error)
+            return
+        self.roofline.append(found)
 
     def look_at_memory(self) -> None:
         for name, (system, _) in self._running.items():
@@ -171,29 +190,51 @@ class Comparison:
 
 def compare(sides: list[Side], folder: Path, scratch: Path, streams: list[int], rounds: int) -> Result:
     """Run everything on the model in `folder`; `benchmark_report` says what the result has."""
-    roofline: list[dict[str, float]] = []
     with Comparison(sides, streams) as comparison:
         comparison.start(folder, scratch)
         for number in range(rounds):
-            roofline.append(json.loads(run_once([sys.executable, "-m", "roofline"], _SECONDS_OF_THE_ROOFLINE)))
+            comparison.look_at_machine()
             comparison.round(number)
         comparison.look_at_memory()
-    work = work_of_llama(json.loads((folder / "config.json").read_text()))
-    machine = Machine(
-        statistics.median(row["bandwidth"] for row in roofline), statistics.median(row["flops"] for row in roofline)
-    )
+    work, roofline = work_of_llama(json.loads((folder / "config.json").read_text())), comparison.roofline
     compare_tokens(comparison.systems)
     return {
         "date": str(date.today()),
-        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "machine": describe_machine(),
+        "work": asdict(work),
         "prompt_tokens": PROMPT_TOKENS,
         "output_tokens": OUTPUT_TOKENS,
         "streams": streams,
         "rounds": rounds,
         "roofline": roofline,
-        "limit": {str(count): work.limit(machine, count, PROMPT_TOKENS, OUTPUT_TOKENS) for count in streams},
+        "limit": limits(work, roofline, streams),
         "systems": comparison.systems,
         "failed": comparison.failed,
+    }
+
+
+def limits(work: Work, roofline: list[dict[str, Any]], streams: list[int]) -> dict[str, dict[str, float] | None]:
+    """By the median of the rounds, for each number of streams as text; None where the machine was not measured."""
+    if not roofline:
+        return dict.fromkeys(map(str, streams))
+    machine = Machine(*(statistics.median(row[key] for row in roofline) for key in ("bandwidth", "flops")))
+    return {str(count): work.limit(machine, count, PROMPT_TOKENS, OUTPUT_TOKENS) for count in streams}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and instruction sets, and by what this package computes the model's dtype on them."""
+    import torch
+
+    machine = this_machine()
+    choice = describe_choice(torch.device("cpu"), torch.bfloat16)
+    return {
+        "processor": machine.processor,
+        "num_cores": machine.num_cores,
+        "instruction_sets": machine.instruction_sets,
+        "dtype": "bfloat16",
+        "backend": choice.backend,
+        "instruction_set": choice.instruction_set,
+        "why": choice.why,
     }
 
 
@@ -230,7 +271,11 @@ def trace(folder: Path, sizes: list[int]) -> dict[str, float]:
     seconds = {}
     for size in sizes:
         started = time.perf_counter()
-        check(measured_config(folder, size), folder)
+        try:
+            check(measured_config(folder, size), folder)
+        except TSParallelError as error:  # each of this package's systems will fail, and say so
+            tell(f"{size} rank(s) cannot be traced: {error}")
+            continue
         seconds[str(size)] = time.perf_counter() - started
     return seconds
 

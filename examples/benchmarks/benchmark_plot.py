@@ -22,9 +22,10 @@ def draw(result: Result, file: Path) -> None:
 
     figure, (rates, latencies) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     streams = result["streams"]
-    limit = [result["limit"][str(count)] for count in streams]
-    rates.plot(streams, [row["rate"] for row in limit], "kx--", label="limit by the roofline")
-    latencies.plot(streams, [row["next"] * 1e3 for row in limit], "kx--")
+    if result["roofline"]:
+        limit = [result["limit"][str(count)] for count in streams]
+        rates.plot(streams, [row["rate"] for row in limit], "kx--", label="limit by the roofline")
+        latencies.plot(streams, [row["next"] * 1e3 for row in limit], "kx--")
     for system in result["systems"].values():
         line = _plot(rates, streams, [median_of(system, "rate", count) for count in streams], system["label"], 1)
         color = line.get_color()
@@ -37,9 +38,9 @@ def draw(result: Result, file: Path) -> None:
         axes.grid(alpha=0.3)
     rates.set_ylim(bottom=0)
     rates.legend(fontsize="small", loc="upper left")
-    figure.suptitle(
-        f"{result['machine']['cpu']}, {result['machine']['cores']} cores, {result['date']}", fontsize="small"
-    )
+    machine = result["machine"]
+    about = f"{machine['processor']}, {machine['num_cores']} cores, {machine['instruction_set']}, {machine['dtype']}"
+    figure.suptitle(f"{about}, {result['date']}", fontsize="small")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

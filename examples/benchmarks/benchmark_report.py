@@ -1,16 +1,18 @@
 """The benchmark's figures summed up, and as Markdown. Knows neither processes nor models.
 
-A result is the JSON that `benchmark.py` writes: `machine`, `streams`, `rounds`, the `roofline` of each round and its
-`limit`, `missing` and `failed` systems with the reason, and `systems`: each one's `label`, `about`, `peak_mib` of its
-ranks, and its `rounds`: `first`, and for each number of streams, as text, `rate`, `next` and `slow`. Times are seconds.
+A result is the JSON that `benchmark.py` writes: `machine`, `work` (`roofline.Work`), `streams`, `rounds`, the
+`roofline` of each round (`roofline.Machine`) and its `limit`, None where no round has one; `missing` and `failed`
+systems with the reason; and `systems`: each one's `label`, `about`, `peak_mib` of its ranks, and its `rounds`: `first`,
+and for each number of streams, as text, `rate`, `next` and `slow`. Times are seconds.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
+
+from roofline import Work
 
 Result = dict[str, Any]
 REFERENCE = "engine-1"
@@ -18,24 +20,27 @@ REFERENCE = "engine-1"
 
 def median_of(system: Result, key: str, streams: int | None = None) -> float | None:
     """The rounds' median of `first`, or of what is known for a number of streams; None where it is not."""
-    rows = [row if streams is None else row["streams"][str(streams)] for row in system["rounds"]]
-    values = [row[key] for row in rows if row.get(key) is not None]
+    values = [value for value in _values(system, key, streams) if value is not None]
     return statistics.median(values) if values else None
+
+
+def _values(system: Result, key: str, streams: int | None) -> list[float | None]:
+    """Of each round; one that failed was in fewer rounds, and not in all of its last one."""
+    rows = system["rounds"]
+    return [row.get(key) if streams is None else row["streams"].get(str(streams), {}).get(key) for row in rows]
 
 
 def median_ratio(
     result: Result, name: str, key: str, streams: int | None = None, *, reference: str = REFERENCE
 ) -> float | None:
-    """The median of each round's ratio to another system; None where one of them was not measured, or both are one."""
+    """The median of each round's ratio to another system, of the rounds that have both; None where none has, and for
+    the other system itself."""
     systems = result["systems"]
     if name not in systems or reference not in systems or name == reference:
         return None
-
-    def values(system: Result) -> list[float]:
-        return [(row if streams is None else row["streams"][str(streams)])[key] for row in system["rounds"]]
-
-    pairs = zip(values(systems[name]), values(systems[reference]), strict=True)
-    return statistics.median(own / other for own, other in pairs)
+    pairs = zip(*(_values(systems[each], key, streams) for each in (name, reference)), strict=False)
+    ratios = [own / other for own, other in pairs if own is not None and other is not None]
+    return statistics.median(ratios) if ratios else None
 
 
 def markdown(result: Result) -> str:
@@ -44,32 +49,54 @@ def markdown(result: Result) -> str:
 
 
 def _head(result: Result) -> str:
-    machine, roofline = result["machine"], result["roofline"]
-    bandwidth, flops = (statistics.median(row[key] for row in roofline) for key in ("bandwidth", "flops"))
+    """Of which machine and dtype the figures are, and what it could do."""
+    machine = result["machine"]
+    sets = " ".join(machine["instruction_sets"]) or "no AVX2"
+    by = {"native": "the package's kernels", "torch": "torch's own functions"}[machine["backend"]]
+    why = "".join(f", for {reason}" for reason in machine["reasons"])
     return (
-        f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, medians of rounds: {result['rounds']}. "
-        f"Roofline: {bandwidth / 1e9:.1f} GB/s read, {flops / 1e9:.0f} GFLOP/s in bfloat16.\n"
+        f"{result['date']}, {machine['processor']}, {machine['num_cores']} cores, {sets}; {machine['dtype']}, in "
+        f"ts_parallel by {by} ({machine['instruction_set']}){why}; medians of rounds: {result['rounds']}. "
+        f"{_roofline(result['roofline'])}\n"
     )
 
 
+def _roofline(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "Roofline: not measured."
+    bandwidth, flops = (statistics.median(row[key] for row in rows) for key in ("bandwidth", "flops"))
+    best = " or ".join(sorted({row["product"] for row in rows}))
+    names = rows[0]["products"]
+    each = ", ".join(f"{name} {_giga(statistics.median(row['products'][name] for row in rows))}" for name in names)
+    return f"Roofline: {_giga(bandwidth)} GB/s read, {_giga(flops)} GFLOP/s multiplied in {best} (of {each})."
+
+
+def _giga(number: float) -> str:
+    """In billions, two digits at least."""
+    return f"{number / 1e9:.1f}" if number < 1e11 else f"{number / 1e9:.0f}"
+
+
 def _rates(result: Result) -> str:
-    streams = result["streams"]
-    columns = [f"{count} stream{'s' * (count > 1)}, tokens/s | of limit | ratio" for count in streams]
+    streams, work = result["streams"], Work(**result["work"])
+    kinds = "tokens/s | of limit | GB/s | GFLOP/s | ratio"
+    columns = [f"{count} stream{'s' * (count > 1)}, {kinds}" for count in streams]
     rows = []
     for name, system in result["systems"].items():
         cells = [system["label"]]
         for count in streams:
-            rate = median_of(system, "rate", count)
-            assert rate is not None
-            limit = result["limit"][str(count)]["rate"]
-            cells += [
-                f"{rate:.0f}",
-                f"{rate / limit:.0%}",
-                _number(median_ratio(result, name, "rate", count), 1, ".2f"),
-            ]
+            rate, limit = median_of(system, "rate", count), result["limit"][str(count)]
+            if rate is None:
+                cells += ["—"] * (kinds.count("|") + 1)
+                continue
+            read, multiplied = work.rates(rate, count, result["prompt_tokens"], result["output_tokens"])
+            cells += [f"{rate:.0f}", "—" if limit is None else f"{rate / limit['rate']:.0%}"]
+            cells += [_giga(read), _giga(multiplied), _number(median_ratio(result, name, "rate", count), 1, ".2f")]
         rows.append(cells)
-    limits = [f"{result['limit'][str(count)]['rate']:.0f} | 100% | —" for count in streams]
-    return _table(["system", *columns], [*rows, ["limit by the roofline", *limits]])
+    if result["roofline"]:
+        most = [_giga(statistics.median(row[key] for row in result["roofline"])) for key in ("bandwidth", "flops")]
+        limits = [f"{result['limit'][str(count)]['rate']:.0f} | 100% | {' | '.join(most)} | —" for count in streams]
+        rows.append(["limit by the roofline", *limits])
+    return _table(["system", *columns], rows)
 
 
 def _latencies(result: Result) -> str:
@@ -84,10 +111,11 @@ def _latencies(result: Result) -> str:
             spread = slow / usual if usual and slow else None
             cells += [_number(usual, 1e3, ".1f"), _number(slow, 1e3, ".1f"), _number(spread, 1, ".2f")]
         rows.append(cells)
-    limit = result["limit"]
-    own = [f"{limit[str(count)]['next'] * 1e3:.1f} | — | —" for count in streams]
-    last = ["limit by the roofline", f"{limit[str(streams[0])]['first'] * 1e3:.1f}", "—", *own]
-    return _table(["system", "first token when idle, ms", "ratio", *columns], [*rows, last])
+    if result["roofline"]:
+        limit = result["limit"]
+        own = [f"{limit[str(count)]['next'] * 1e3:.1f} | — | —" for count in streams]
+        rows.append(["limit by the roofline", f"{limit[str(streams[0])]['first'] * 1e3:.1f}", "—", *own])
+    return _table(["system", "first token when idle, ms", "ratio", *columns], rows)
 
 
 def _pairs(result: Result) -> str:
@@ -112,7 +140,7 @@ def _starts(result: Result) -> str:
     rows = []
     for system in result["systems"].values():
         about = system["about"]
-        peaks = ", ".join(f"{peak:.0f}" for peak in system["peak_mib"]) or "—"
+        peaks = ", ".join(f"{peak:.0f}" for peak in system.get("peak_mib", ())) or "—"
         same = "—" if system["same_tokens"] is None else f"{system['same_tokens']}"
         cells = [system["label"], about["version"], f"{about['ready_seconds']:.1f}"]
         rows.append([*cells, _number(about["load_seconds"], 1, ".2f"), peaks, same])
@@ -142,12 +170,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = " | ".join(columns)
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def cpu_name(read: Callable[[], str] = Path("/proc/cpuinfo").read_text) -> str:
-    """As Linux calls it; `an unknown CPU` elsewhere."""
-    try:
-        lines = read().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "an unknown CPU")

@@ -25,7 +25,7 @@ from programs import keep_for_ranks
 from ts_parallel.cli.main import main
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.server.serve import serve
-from ts_parallel.cli.server.torchserve import find_java, free_ports, is_loopback
+from ts_parallel.cli.server.torchserve import find_java, free_ports
 from ts_parallel.errors import ConfigError, StartupError
 from ts_parallel.partition.prepared import CACHE_VARIABLE
 
@@ -307,18 +307,3 @@ def test_missing_java_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StartupError, match="JAVA_HOME"):
         find_java()
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("127.0.0.1", True),
-        ("127.1.2.3", True),
-        ("::1", True),
-        ("localhost", True),
-        ("0.0.0.0", False),
-        ("example.org", False),
-    ],
-)
-def test_loopback_is_known(host: str, expected: bool) -> None:
-    assert is_loopback(host) is expected

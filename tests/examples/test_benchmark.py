@@ -15,7 +15,7 @@ import pytest
 from places import BENCHMARKS
 
 # A measured process without a model: 1 ms for each token of all streams. A task of 13 streams makes it fail, one of 14
-# makes it sleep. It starts a child, as torchrun does.
+# makes it sleep; a `weak` one fails at a whole round of several streams. It starts a child, as torchrun does.
 FAKE = """
 import subprocess, sys, time
 from peers.rounds import Answer, batches, serve_rounds
@@ -30,6 +30,8 @@ class Fake:
     def answer(self, prompts, streams, num_tokens):
         if streams == 13:
             raise ValueError("no thirteen streams")
+        if "weak" in sys.argv and streams > 1 and num_tokens == 64:
+            raise MemoryError("no room for so many")
         time.sleep(600 if streams == 14 else 0)
         answers = []
         for batch in batches(prompts, streams):
@@ -138,7 +140,8 @@ def test_one_that_fails_leaves_the_comparison_and_the_others_go_on(
     import benchmark
     from benchmark_report import markdown
 
-    monkeypatch.setattr(benchmark, "run_once", lambda *_: json.dumps({"bandwidth": 3e10, "flops": 4e11}))
+    measured = {"bandwidth": 3e10, "flops": 4e11, "product": "float32 by torch", "products": {"float32 by torch": 4e11}}
+    monkeypatch.setattr(benchmark, "run_once", lambda *_: json.dumps(measured))
     (tmp_path / "config.json").write_text(json.dumps(benchmark.MODEL))
     broken = fake_side("broken", [sys.executable, "-c", "raise SystemExit('no such model')"])
     sides = [fake_side("engine-1", fake), broken, fake_side("generate", fake)]
@@ -154,6 +157,96 @@ def test_one_that_fails_leaves_the_comparison_and_the_others_go_on(
     page = markdown({**result, "missing": {"vllm": "vllm is not installed"}, "traced_seconds": {"1": 2.0}})
     assert "- vllm: not measured: vllm is not installed" in page and "- broken: failed: ended: no such model" in page
     assert page.count("the system generate") == 3
+    head, *_ = page.splitlines()
+    machine = result["machine"]
+    assert f"{machine['processor']}, {machine['num_cores']} cores" in head and "; bfloat16, in ts_parallel by " in head
+    assert machine["instruction_set"] in head
+    assert "30.0 GB/s read, 400 GFLOP/s multiplied in float32 by torch (of float32 by torch 400)." in head
+    (limit,) = [line for line in page.splitlines() if line.startswith("| limit by the roofline") and "100%" in line]
+    assert limit.count("| 100% | 30.0 | 400 | — |") == 2
+
+
+def test_one_that_fails_midway_keeps_the_figures_that_it_had(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import benchmark
+    from benchmark_report import markdown, median_ratio
+
+    measured = {"bandwidth": 3e10, "flops": 4e11, "product": "bfloat16 by torch", "products": {}}
+    monkeypatch.setattr(benchmark, "run_once", lambda *_: json.dumps(measured))
+    (tmp_path / "config.json").write_text(json.dumps(benchmark.MODEL))
+    sides = [fake_side("engine-1", fake), fake_side("weak", [*fake, "weak"])]
+    result = benchmark.compare(sides, tmp_path, tmp_path, [1, 2], 2)
+    assert result["failed"] == {"weak": "ended: MemoryError: no room for so many"}
+    assert [len(system["rounds"]) for system in result["systems"].values()] == [2, 1]
+    ratio = median_ratio(result, "weak", "rate", 1)
+    assert ratio is not None and ratio > 0
+    assert median_ratio(result, "weak", "rate", 2) is None
+    page = markdown({**result, "missing": {}, "traced_seconds": {}})
+    assert f" | {ratio:.2f} | — | — | — | — | — |" in page  # beside one stream, and nothing of two
+    assert "- weak: failed: ended: MemoryError" in page
+
+
+def test_machine_that_cannot_be_measured_is_named_and_the_comparison_goes_on(
+    fake: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import benchmark
+    from benchmark_report import markdown
+    from peers.process import PeerError
+
+    calls: list[float] = []
+
+    def run_once(command: list[str], seconds: float) -> str:
+        calls.append(seconds)
+        raise PeerError(f"roofline was not done after {seconds:g} s")
+
+    monkeypatch.setattr(benchmark, "run_once", run_once)
+    (tmp_path / "config.json").write_text(json.dumps(benchmark.MODEL))
+    result = benchmark.compare([fake_side("engine-1", fake)], tmp_path, tmp_path, [1], 2)
+    assert result["failed"] == {"roofline": "roofline was not done after 60 s"}
+    assert len(calls) == 1  # not again in each round
+    assert [len(system["rounds"]) for system in result["systems"].values()] == [2]
+    page = markdown({**result, "missing": {}, "traced_seconds": {}})
+    assert "Roofline: not measured." in page and "- roofline: failed: roofline was not done after 60 s" in page
+    assert "limit by the roofline" not in page
+    rates = next(line for line in page.splitlines() if line.startswith("| the system engine-1"))
+    _, rate, share, read, multiplied, _ = (cell.strip() for cell in rates.strip("|").split("|"))
+    assert share == "—" and min(map(float, (rate, read, multiplied))) > 0
+
+
+def test_system_that_cannot_be_started_is_named(tmp_path: Path) -> None:
+    import benchmark
+
+    with benchmark.Comparison([fake_side("a", ["/no/such/program"])], [1]) as comparison:
+        comparison.start(tmp_path, tmp_path)
+    assert comparison.failed == {"a": "cannot run /no/such/program: No such file or directory"}
+
+
+def test_product_has_bounded_time_and_one_turn_at_least() -> None:
+    from roofline import _SIZES_OF_GEMM, best_rate
+
+    def product(rows: int, columns: int, inner: int) -> Any:
+        sizes.append((rows, columns, inner))
+        return lambda: time.sleep(2 * rows * columns * inner / 4e9)
+
+    sizes: list[tuple[int, int, int]] = []
+    assert 0 < best_rate(product, 0.5) <= 4e9
+    assert sizes == [*_SIZES_OF_GEMM[:1]]  # the second would take two seconds and as much to warm up
+    assert 0 < best_rate(product, 0.0) <= 4e9
+
+
+def test_products_are_those_that_this_machine_has() -> None:
+    import torch
+    from roofline import find_products
+
+    from ts_parallel.runtime.backends.choose import kernel_variants
+
+    products = find_products()
+    names = {"float32 by torch", "bfloat16 by torch"}
+    assert products.keys() == names | ({"bfloat16 by the kernels"} if kernel_variants() else set())
+    for product in products.values():
+        made: Any = product(3, 64, 32)()
+        assert isinstance(made, torch.Tensor) and made.shape[-2:] == (3, 64)
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +302,10 @@ def test_limit_is_the_slower_of_reading_and_computing() -> None:
     assert work.step_seconds(machine, 10, 10) == 2.0
     # 100 prompt tokens, one sampled: 16,000 + 40 FLOP.
     assert work.limit(machine, 1, 100, 3) == {"rate": 3 / (16.04 + 2 * 1.0), "first": 16.04, "next": 1.0}
+    # At the limit of memory all of its bandwidth is used, at that of the product all of that.
+    assert work.rates(1.0, 1, 1, 1) == (200.0, 200.0)
+    assert work.rates(5.0, 10, 1, 1) == (100.0, 1000.0)
+    assert work.rates(1.0, 1, 100, 3)[1] * 3 == pytest.approx(16_000 + 40 + 2 * 200)
     sizes = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 10}
     assert work_of_llama({**sizes, "num_hidden_layers": 3, "vocab_size": 7}) == Work(3 * (64 + 64 + 64 + 240), 56)
 
@@ -266,11 +363,12 @@ def test_plot_is_drawn_where_matplotlib_is(tmp_path: Path) -> None:
 
     rows = [{"first": 0.1, "streams": {"1": {"rate": 9.0, "next": 0.1, "slow": 0.2}, "8": {"rate": 50.0}}}]
     limit = {count: {"rate": 100.0, "first": 0.1, "next": 0.01} for count in ("1", "8")}
-    machine = {"cpu": "a CPU", "cores": 2}
+    machine = {"processor": "a CPU", "num_cores": 2, "instruction_set": "AVX2", "dtype": "bfloat16"}
     systems = {"a": {"label": "A", "rounds": rows}}
-    result = {"date": "today", "machine": machine, "streams": [1, 8], "limit": limit, "systems": systems}
-    draw(result, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    result = {"date": "today", "machine": machine, "streams": [1, 8], "systems": systems}
+    for number, known in enumerate(({"roofline": [{}], "limit": limit}, {"roofline": []})):
+        draw({**result, **known}, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_benchmark_ends_what_it_started_when_it_is_ended(fake: list[str], tmp_path: Path) -> None:

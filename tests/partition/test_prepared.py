@@ -176,7 +176,11 @@ def test_file_of_the_working_directory_is_not_taken_for_a_library(
 
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_folder_that_is_not_ones_own_is_done_without(
-    is_shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[ProgramRequest]
+    is_shared: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made: list[ProgramRequest],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It cannot be written, or others may write there too."""
     folder = tmp_path / "programs"
@@ -190,6 +194,7 @@ def test_folder_that_is_not_ones_own_is_done_without(
     assert [prepare(request).architecture for _ in range(2)] == ["LlamaForCausalLM"] * 2
     assert len(made) == 2
     assert not is_shared or programs_in(folder) == []
+    assert f"not kept: {f'others may write to {folder}' if is_shared else '[Errno 17]'}" in caplog.text
 
 
 def test_disk_that_is_full_costs_the_next_start_time_and_no_more(

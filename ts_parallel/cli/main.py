@@ -1,4 +1,4 @@
-"""`ts-parallel plan | convert | verify | archive | serve | complete | bench`."""
+"""`ts-parallel plan | convert | verify | archive | serve | complete | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "ts_parallel.cli.server.serve",
     "complete": "ts_parallel.cli.client.complete",
     "bench": "ts_parallel.cli.client.bench",
+    "doctor": "ts_parallel.cli.doctor.doctor",
 }
 """Each command → its module, whose function of that name it is."""
 

@@ -62,6 +62,12 @@ def processor_flags() -> frozenset[str]:
     return frozenset(next(own, "").split())
 
 
+def usable_variants(flags: Collection[str] | None = None) -> list[Variant]:
+    """Those that a processor with these flags, by default this one, has all for and that were compiled."""
+    found = processor_flags() if flags is None else frozenset(flags)
+    return [variant for variant in VARIANTS if variant.needs and variant.needs <= found and variant.is_compiled]
+
+
 def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None, str]:
     """The variant that `wanted`, the value of `ISA_VARIABLE`, and the processor's flags lead to, or none.
 
@@ -80,11 +86,10 @@ def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None,
         if not by_name[wanted].is_compiled:
             return None, f"{ISA_VARIABLE} is {wanted}, which was not compiled when the package was installed"
         return by_name[wanted], f"{ISA_VARIABLE} is {wanted}"
-    usable = [variant for variant in VARIANTS if variant.needs and variant.needs <= frozenset(flags)]
-    for variant in usable:
-        if variant.is_compiled:
-            return variant, "the best of what this processor has"
+    usable = usable_variants(flags)
     if usable:
+        return usable[0], "the best of what this processor has"
+    if any(variant.needs and variant.needs <= frozenset(flags) for variant in VARIANTS):
         return None, "they were not compiled when the package was installed"
     return None, "this processor has neither AVX2 with FMA nor NEON"
 
@@ -101,4 +106,4 @@ HAS_KERNELS = VARIANT is not None
 if not TYPE_CHECKING:
     kernels = import_module(VARIANT.module) if VARIANT else None
 
-__all__ = ["CANNOT_BE_HAD", "HAS_KERNELS", "ISA_VARIABLE", "VARIANT", "VARIANTS", "WHY", "kernels"]
+__all__ = ["CANNOT_BE_HAD", "HAS_KERNELS", "ISA_VARIABLE", "VARIANT", "VARIANTS", "WHY", "kernels", "usable_variants"]

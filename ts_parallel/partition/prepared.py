@@ -50,7 +50,9 @@ def prepare_program(
     """
     refuse_quantized(request.folder, request.settings)
     own = request.rank, request.place.rank
-    cache = _cache_folder()
+    cache, problem = find_cache()
+    if problem:
+        logger.warning("the model's trace is not kept: %s", problem)
     if cache is None:
         on_making()
         return _unpickle(_make(request)[own])
@@ -108,27 +110,27 @@ def _file_of(stem: Path, own: tuple[int, int]) -> Path:
     return stem.with_name(f"{stem.name}-{rank}-{place}")
 
 
-def _cache_folder() -> Path | None:
-    """The user's own folder of programs; None where none can be had."""
+def find_cache() -> tuple[Path | None, str]:
+    """The user's own folder of programs; where none can be had, None and why."""
     base = Path(os.environ.get(CACHE_VARIABLE) or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = base if os.environ.get(CACHE_VARIABLE) else base / "ts_parallel"
-    return folder if base.parts[:1] != ("~",) and _is_ours(folder) else None
+    problem = "this user has no home folder" if base.parts[:1] == ("~",) else _why_not_ours(folder)
+    return None if problem else folder, problem
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether this user, and nobody else, may write there: its files are pickles, and what they say is done."""
+def _why_not_ours(folder: Path) -> str:
+    """Why it is not so that this user, and nobody else, may write there; empty where it is. Its files are pickles, and
+    what they say is done."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
         with TemporaryDirectory(dir=folder):
             pass
     except OSError as error:
-        logger.info("the model's trace is not kept: %s", error)
-        return False
+        return str(error)
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
-        logger.warning("the model's trace is not kept: others may write to %s", folder)
-        return False
-    return True
+        return f"others may write to {folder}"
+    return ""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import read_index
@@ -11,11 +12,12 @@ from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.machine import this_machine
 from ts_parallel.partition.load import RankModel, load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.backends.base import Backend
-from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
+from ts_parallel.runtime.backends.choose import choose_backend, describe_choice, own_dtype
 from ts_parallel.runtime.kv_budget import bytes_beside_weights
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.topology import Topology
@@ -73,6 +75,19 @@ def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) ->
         expert_parallel=config.enable_expert_parallel,
     )
     return part, choose_backend(topology.device, part.program.dtype, topology.num_threads)
+
+
+def describe_computing(runner: Runner, topology: Topology) -> dict[str, Any]:
+    """By what this rank computes, for clients who measure it: the fields of `model_list`'s `computed_by`."""
+    machine, choice = this_machine(), describe_choice(topology.device, runner.dtype)
+    return {
+        "processor": machine.processor,
+        "num_cores": machine.num_cores,
+        "device": topology.device.type,
+        "backend": choice.backend,
+        "instruction_set": choice.instruction_set,
+        "dtype": str(runner.dtype).removeprefix("torch."),
+    }
 
 
 def make_engine(runner: Runner, config: HandlerConfig) -> Engine:

@@ -10,7 +10,7 @@ from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.router import Delivery
 from ts_parallel.runtime.runner import Runner
-from ts_parallel.serving.causal_lm import make_engine, make_runner
+from ts_parallel.serving.causal_lm import describe_computing, make_engine, make_runner
 from ts_parallel.serving.metrics import labels_of
 from ts_parallel.serving.torchserve.front_end import discard
 from ts_parallel.serving.torchserve.keep_open import has_replicas, keep_one_open
@@ -47,7 +47,8 @@ class TextGenerationService:
 
             engine = EngineThread(make_engine(runner, config), exit_soon, config.stream_interval)
             settings = settings_folder(folder, config.config_folder)
-            return runner, GenerationService(settings, context.model_name, engine, config)
+            computed_by = describe_computing(runner, topology)
+            return runner, GenerationService(settings, context.model_name, engine, config, computed_by)
 
         topology, watch, (runner, service) = start_rank(context, HandlerConfig, load)
         log_loaded(topology, runner.weights)

@@ -34,22 +34,28 @@ class MeasuredProcess:
 
     Args:
         environment: set beside this process's own variables.
+
+    Raises:
+        PeerError: it cannot be started.
     """
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
         self._log = log
         self._started = time.perf_counter()
         with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                command,
-                cwd=BENCHMARKS,
-                env={**os.environ, **(environment or {})},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,  # Ctrl-C is for the benchmark, which then ends them all
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    cwd=BENCHMARKS,
+                    env={**os.environ, **(environment or {})},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the benchmark, which then ends them all
+                )
+            except OSError as error:
+                raise PeerError(f"cannot run {command[0]}: {error.strerror}") from None
         self._replies = queue.SimpleQueue[str]()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -88,10 +94,12 @@ class MeasuredProcess:
         except queue.Empty:
             raise PeerError(f"said nothing for {seconds:g} s{self._last_words()}") from None
         try:
-            reply: dict[str, Any] = json.loads(line)
+            reply = json.loads(line)
         except ValueError:
-            what = "answered with no JSON" if line else "ended"
-            raise PeerError(f"{what}{self._last_words()}") from None
+            reply = None
+        if not isinstance(reply, dict):
+            what = "answered with no JSON object" if line else "ended"
+            raise PeerError(f"{what}{self._last_words()}")
         return reply
 
     def _last_words(self) -> str:

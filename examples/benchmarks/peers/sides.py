@@ -27,7 +27,7 @@ from ts_parallel.config import ARCHIVE_VERSION
 from ts_parallel.errors import StartupError
 
 SECONDS_TO_START = 180.0
-SECONDS_OF_A_ROUND = 120.0
+SECONDS_OF_A_ROUND = 600.0  # which only who hangs takes: 32 streams at 10 tokens/s have half of it left
 _SECONDS_TO_LOOK = 60.0
 
 

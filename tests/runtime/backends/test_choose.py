@@ -14,7 +14,13 @@ import torch
 from ts_parallel.errors import ConfigError
 from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, VARIANT, VARIANTS, WHY, Variant, kernels
 from ts_parallel.runtime.backends import choose
-from ts_parallel.runtime.backends.choose import choose_backend, own_dtype, refuse_unquantizable
+from ts_parallel.runtime.backends.choose import (
+    choose_backend,
+    describe_choice,
+    kernel_variants,
+    own_dtype,
+    refuse_unquantizable,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -34,7 +40,27 @@ def test_log_says_which_backend_and_why(
     assert choose_backend(device, dtype).name == name
     (line,) = [record.message for record in caplog.records]
     kind = str(dtype).removeprefix("torch.")
-    assert line == f"ts_parallel computes {kind} on {device.type} by the {name} backend: {why}"
+    own = torch.backends.cpu.get_cpu_capability() if device == CPU else "META"
+    assert line == f"ts_parallel computes {kind} on {device.type} by the {name} backend, {own}: {why}"
+
+
+@pytest.mark.parametrize("device", [CPU, META])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_choice_is_told_without_being_made(device: torch.device, dtype: torch.dtype) -> None:
+    choice = describe_choice(device, dtype)
+    assert choice.backend == choose_backend(device, dtype).name
+    assert choice.why
+    if choice.backend == "native":
+        assert choice.instruction_set == kernel_variants()[0]
+    else:
+        assert choice.instruction_set == (torch.backends.cpu.get_cpu_capability() if device == CPU else "META")
+
+
+def test_variants_are_those_that_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bool(kernel_variants()) == HAS_KERNELS
+    monkeypatch.setattr(choose, "VARIANT", None)
+    assert kernel_variants() == ()
+    assert describe_choice(CPU, torch.bfloat16).backend == "torch"
 
 
 @pytest.fixture
@@ -52,8 +78,8 @@ def test_bfloat16_on_a_cpu_has_the_kernels_where_there_are_any(caplog: pytest.Lo
     caplog.set_level(logging.INFO)
     backend = choose_backend(CPU, torch.bfloat16, num_threads=3)
     assert backend.name == ("native" if HAS_KERNELS else "torch")
-    variant = f", {VARIANT.label}" if VARIANT else ""
-    assert f"bfloat16 on cpu by the {backend.name} backend{variant}, 3 threads: {WHY}" in caplog.text
+    own = VARIANT.label if VARIANT else torch.backends.cpu.get_cpu_capability()
+    assert f"bfloat16 on cpu by the {backend.name} backend, {own}, 3 threads: {WHY}" in caplog.text
     assert HAS_KERNELS == (backend.weights is not None) == bool(backend.quantizations)
     if HAS_KERNELS:
         torch.set_num_threads(1)  # torch's alone: the kernels keep theirs
@@ -68,9 +94,8 @@ def test_variable_leaves_the_kernels_out() -> None:
     )
     environment = {**os.environ, ISA_VARIABLE: "none"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert "bfloat16 on cpu by the torch backend: " in result.stderr
-    if HAS_KERNELS:
-        assert f"torch backend: {ISA_VARIABLE} is none" in result.stderr
+    assert "bfloat16 on cpu by the torch backend, " in result.stderr
+    assert f": {ISA_VARIABLE} is none" in result.stderr
 
 
 def test_quantization_is_refused_where_nothing_multiplies_integers(monkeypatch: pytest.MonkeyPatch) -> None:

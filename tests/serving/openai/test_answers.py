@@ -8,7 +8,7 @@ from http_client import events
 
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.exchange import error_body
-from ts_parallel.serving.openai.answers import Completion, CompletionStream, TextStream, Usage, WholeText
+from ts_parallel.serving.openai.answers import Completion, CompletionStream, TextStream, Usage, WholeText, model_list
 
 
 def test_text_stream_sends_each_piece_as_it_is() -> None:
@@ -71,3 +71,10 @@ def test_errors_have_openai_shape() -> None:
     assert body == {"error": {"message": "no", "type": "invalid_request_error", "param": "prompt", "code": 400}}
     failed = CompletionStream("7", "m", include_usage=False, has_usage_in_each=False).fail(EngineError("died"))
     assert events(failed)[0]["error"]["code"] == 500
+
+
+def test_list_of_models_says_by_what_they_are_computed_where_that_is_known() -> None:
+    (plain,) = json.loads(model_list("demo", 7, 512))["data"]
+    assert plain == {"id": "demo", "object": "model", "created": 7, "owned_by": "ts_parallel", "max_model_len": 512}
+    (told,) = json.loads(model_list("demo", 7, 512, {"dtype": "bfloat16"}))["data"]
+    assert told == {**plain, "computed_by": {"dtype": "bfloat16"}}

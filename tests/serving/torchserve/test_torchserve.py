@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ts_parallel.cli.server.archive import handler_config
 from ts_parallel.cli.server.serve import running
 from ts_parallel.cli.server.torchserve import TorchServe, free_ports
+from ts_parallel.machine import this_machine
 
 pytestmark = pytest.mark.torchserve
 
@@ -145,7 +146,12 @@ def test_seed_decides_a_sampled_answer(server: TorchServe) -> None:
 def test_models_and_health_answer(server: TorchServe) -> None:
     status, text = get(f"{server.url}/1.0/v1/models")
     assert status == 200
-    assert [(model["id"], model["max_model_len"]) for model in json.loads(text)["data"]] == [("demo", LONGEST)]
+    (model,) = json.loads(text)["data"]
+    assert (model["id"], model["max_model_len"]) == ("demo", LONGEST)
+    computed_by, machine = model["computed_by"], this_machine()
+    assert (computed_by["processor"], computed_by["num_cores"]) == (machine.processor, machine.num_cores)
+    assert computed_by["device"] == "cpu" and computed_by["backend"] in ("native", "torch")
+    assert computed_by["dtype"] in ("float32", "bfloat16") and computed_by["instruction_set"]
     assert get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
 
 

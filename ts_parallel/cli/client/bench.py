@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ts_parallel.cli.client.computing import computing_line, find_computing
 from ts_parallel.cli.client.dialect import Dialect, find_dialect
 from ts_parallel.cli.client.measure import PERCENTILES, Record, follow, run_load, summarize
 from ts_parallel.cli.client.remote import URL, APIKey, ServedModel, Timeout, base_url, find_model
@@ -85,13 +86,15 @@ def bench(
     if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
         raise ConfigError(f"cannot write {json_file}: it is a folder, or its own is missing or not writable")
     client = Client(base_url(url), api_key, timeout)
-    dialect = find_dialect(client, model or find_model(client), Ask(0.0, prompts.make(4), 2))
+    name = model or find_model(client)
+    computed_by = find_computing(client, name)
+    dialect = find_dialect(client, name, Ask(0.0, prompts.make(4), 2))
     for ask in (ask for load in loads for ask in load.asks):
         dialect.body(ask)  # what cannot be asked is refused before the load, not in the middle of it
     for _ in client.complete(dialect.body(prompts.like(loads[0].asks[0]))):
         pass
     results = run_loads(client, dialect, loads)
-    failed = report(client.url, dialect, results, json_file, seed)
+    failed = report(client.url, dialect, computed_by, results, json_file, seed)
     raise typer.Exit(130 if len(results) < len(loads) else 1 if failed else 0)
 
 
@@ -166,12 +169,19 @@ def _with_progress(records: Iterator[Record], load: Load) -> Iterator[Record]:
 
 
 def report(
-    url: str, dialect: Dialect, results: list[tuple[Load, list[Record]]], json_file: Path | None, seed: int
+    url: str,
+    dialect: Dialect,
+    computed_by: Mapping[str, Any],
+    results: list[tuple[Load, list[Record]]],
+    json_file: Path | None,
+    seed: int,
 ) -> int:
     """Print the tables and the notes, write the file; returns how many requests failed."""
     summaries = [(load, summarize(records)) for load, records in results]
     console = Console()
     if summaries:
+        head = f"{dialect.model}: {computing_line(computed_by)}"
+        console.print(head, markup=False, highlight=False, soft_wrap=True)
         console.print(_rates(summaries))
         console.print(_latencies(summaries))
     for note in _notes(dialect, summaries):
@@ -184,6 +194,7 @@ def report(
         whole = {
             "url": url,
             "model": dialect.model,
+            "computed_by": dict(computed_by),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seed": seed,
             "refused_extras": sorted(dialect.refused),

@@ -83,12 +83,20 @@ class Client:
         """The names that `v1/models` lists.
 
         Raises:
+            RemoteError: as `model_cards`.
+        """
+        return list(self.model_cards())
+
+    def model_cards(self) -> dict[str, dict[str, Any]]:
+        """What `v1/models` says of each, by name.
+
+        Raises:
             RemoteError: it cannot be asked, or answered with no such list.
         """
         with self._exchange("GET", "models", None) as (_, chunks):
             text = b"".join(chunks).decode(errors="replace")
         try:
-            return [str(entry["id"]) for entry in json.loads(text)["data"]]
+            return {str(entry["id"]): dict(entry) for entry in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError):
             raise RemoteError(f"{self.url}/models answered with no list of models: {_one_line(text)}") from None
 

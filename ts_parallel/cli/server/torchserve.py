@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import psutil
 
 from ts_parallel.config import ARCHIVE_VERSION
 from ts_parallel.errors import ConfigError, StartupError
+from ts_parallel.machine import is_loopback
 from ts_parallel.serving.torchserve.worker import CANNOT_START
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -254,15 +254,6 @@ class TorchServe:
         else:
             environment.pop("JAVA_HOME", None)
         return environment
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def free_ports(count: int) -> list[int]:

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.native import CANNOT_BE_HAD, VARIANT, WHY
+from ts_parallel.native import CANNOT_BE_HAD, VARIANT, WHY, usable_variants
 from ts_parallel.runtime.backends.base import Backend
 from ts_parallel.runtime.backends.native.backend import NativeBackend
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 
 logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Choice:
+    """Who computes one dtype on one device, by which instructions."""
+
+    backend: str
+    """`Backend.name`."""
+    instruction_set: str
+    """The variant of the kernels; of torch's own functions, as torch calls it."""
+    why: str
+    """Why it is this variant of the kernels, or why it is not the kernels: half a sentence."""
+
+
+def describe_choice(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What `choose_backend` takes for weights of `dtype` on `device`, and why.
+
+    Raises:
+        ConfigError: a variant of the kernels was asked for that cannot run here.
+    """
+    reason = _why_torch(device, dtype)
+    if reason is None:
+        assert VARIANT is not None
+        return Choice(NativeBackend.name, VARIANT.label, WHY)
+    of_torch = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type.upper()
+    return Choice(TorchBackend.name, of_torch, reason)
+
+
+def kernel_variants() -> tuple[str, ...]:
+    """The variants of the kernels that can run here, first the one that does; none where there are no kernels."""
+    others = [variant.label for variant in usable_variants() if variant != VARIANT]
+    return () if VARIANT is None else (VARIANT.label, *others)
 
 
 def choose_backend(
@@ -27,16 +59,14 @@ def choose_backend(
         ConfigError: as `refuse_unquantizable`, or a variant of the kernels was asked for that cannot run here.
     """
     refuse_unquantizable(quantization, device, dtype)
-    reason = _why_torch(device, dtype)
-    backend: Backend = TorchBackend() if reason else NativeBackend()
+    choice = describe_choice(device, dtype)
+    backend: Backend = NativeBackend() if choice.backend == NativeBackend.name else TorchBackend()
     if num_threads is not None:
         backend.set_num_threads(num_threads)
     threads = f", {num_threads} threads" if num_threads is not None and device.type == "cpu" else ""
-    variant = "" if VARIANT is None or reason else f", {VARIANT.label}"
-    why = reason or WHY
     logger.info(
-        "ts_parallel computes %s on %s by the %s backend%s%s: %s",
-        *(_name(dtype), device, backend.name, variant, threads, why),
+        "ts_parallel computes %s on %s by the %s backend, %s%s: %s",
+        *(_name(dtype), device, backend.name, choice.instruction_set, threads, choice.why),
     )
     return backend
 

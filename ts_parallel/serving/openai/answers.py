@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,10 +285,11 @@ def completion_head(request_id: str, model: str) -> dict[str, Any]:
     return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": model}
 
 
-def model_list(model: str, created: int, max_model_len: int) -> str:
-    """OpenAI's `GET v1/models`."""
+def model_list(model: str, created: int, max_model_len: int, computed_by: Mapping[str, Any] | None = None) -> str:
+    """OpenAI's `GET v1/models`, with vLLM's `max_model_len`; `computed_by` is left out where it is not known."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "ts_parallel"}
-    return json.dumps({"object": "list", "data": [{**entry, "max_model_len": max_model_len}]})
+    entry |= {"max_model_len": max_model_len, **({"computed_by": dict(computed_by)} if computed_by else {})}
+    return json.dumps({"object": "list", "data": [entry]})
 
 
 def _completion_choice(

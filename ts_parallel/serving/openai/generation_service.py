@@ -6,7 +6,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,22 @@ GeneratingBody = NativeBody | CompletionBody | ChatBody
 class GenerationService:
     """Turns raw requests into running jobs. Owns the tokenizer; the engine's thread is lent."""
 
-    def __init__(self, folder: Path, name: str, engine: EngineThread, config: HandlerConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        engine: EngineThread,
+        config: HandlerConfig,
+        computed_by: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            computed_by: what `model_list` says of the machine.
+        """
         model_config = read_model_config(folder)
         self.engine = engine
         self._name = name
+        self._computed_by = computed_by
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
         self._most_choices = config.max_num_seqs
         self._most_open = config.max_num_seqs + config.max_num_waiting
@@ -108,7 +120,7 @@ class GenerationService:
         return Reply.whole(text, PROMETHEUS)
 
     def _models(self, request_id: str, request: RawRequest) -> Reply:
-        return Reply.whole(model_list(self._name, self._started_at, self._max_model_len))
+        return Reply.whole(model_list(self._name, self._started_at, self._max_model_len, self._computed_by))
 
     def _tokenize(self, request_id: str, request: RawRequest) -> Reply:
         body = parse_plain(TokenizeBody, request)

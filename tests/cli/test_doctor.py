@@ -1,0 +1,232 @@
+"""`ts-parallel doctor` on this machine, and on one where this or that is missing, full or wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ts_parallel.cli.doctor import computing, host, loopback, software
+from ts_parallel.cli.doctor.finding import Finding, Status
+from ts_parallel.cli.main import app
+from ts_parallel.machine import Machine
+from ts_parallel.partition.prepared import CACHE_VARIABLE
+from ts_parallel.runtime.backends.choose import choose_backend, kernel_variants
+
+COMMAND = str(Path(sys.executable).parent / "ts-parallel")
+PROGRAM = "from ts_parallel.cli.main import main; main()"
+SUBJECTS = [
+    *("versions", "processor", "backend", "linear bfloat16", "attention", "norm", "rotary", "argmax", "Java", "memory"),
+    *("huge pages", "shared memory", "temporary folder", "trace cache", "ports", "ranks over gloo"),
+]
+LINE = re.compile(r"(ok|warning|FAIL) +(.{17}) (.+)")
+AVX2_ALONE = {
+    "TS_PARALLEL_ISA": "none",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+def run(**changes: str | None) -> tuple[int, dict[str, tuple[str, str]], str]:
+    """Exit status, each subject's status and text, and the last line."""
+    environment = {**os.environ, **{key: value for key, value in changes.items() if value is not None}}
+    for key in (key for key, value in changes.items() if value is None):
+        environment.pop(key, None)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "doctor"], capture_output=True, text=True, timeout=180, env=environment
+    )
+    assert result.stderr == ""
+    return result.returncode, *read(result.stdout)
+
+
+def read(output: str) -> tuple[dict[str, tuple[str, str]], str]:
+    *lines, last = output.splitlines()
+    found = {}
+    for line in lines:
+        match = LINE.fullmatch(line)
+        assert match is not None, line
+        found[match[2].strip()] = (match[1], match[3])
+    return found, last
+
+
+def test_this_machine_has_all_that_is_needed_and_a_screen_says_so() -> None:
+    status, found, last = run()
+    counts = Counter(state for state, _ in found.values())
+    failed = {name for name, (state, _) in found.items() if state == "FAIL"}
+    assert failed <= ({"Java"} if shutil.which("java") is None else set()), found  # of tests, few need that
+    assert status == bool(failed)
+    integers = ["linear int8", "linear int4"] if kernel_variants() else []
+    assert list(found) == [*SUBJECTS[:4], *integers, *SUBJECTS[4:]]
+    assert len(found) < 24
+    assert last.startswith(f"{counts['ok']} ok")
+    for name, (state, text) in found.items():
+        if name in ("attention", "norm", "rotary", "argmax") or name.startswith("linear"):
+            assert state == "ok" and "numbers beside float64" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in found["versions"][1]
+    assert all(variant in found["backend"][1] for variant in kernel_variants()[:1])
+    assert found["ranks over gloo"] == ("ok", "2 processes on loopback have added up")
+
+
+def test_what_is_missing_is_told_with_what_to_do_and_the_status(tmp_path: Path) -> None:
+    """A machine with AVX2 alone, without Java, with a cache that cannot be written, whose ranks cannot talk."""
+    (tmp_path / "file").touch()
+    missing: dict[str, str | None] = {"PATH": str(tmp_path), "JAVA_HOME": None, **AVX2_ALONE}
+    status, found, last = run(
+        **missing,
+        **{CACHE_VARIABLE: str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path / "file")},
+        GLOO_SOCKET_IFNAME="no-such-interface",
+    )
+    assert status == 1
+    assert found["Java"][0] == "FAIL" and "install Java 11 or later" in found["Java"][1]
+    assert found["ranks over gloo"][0] == "FAIL" and "set GLOO_SOCKET_IFNAME=lo" in found["ranks over gloo"][1]
+    assert found["trace cache"][0] == "warning" and f"by {CACHE_VARIABLE}" in found["trace cache"][1]
+    assert found["temporary folder"][0] == "warning" and "set TMPDIR to a folder" in found["temporary folder"][1]
+    assert found["backend"][0] == "warning"
+    assert found["backend"][1].startswith("bfloat16 by torch's own functions, AVX2; float32 by torch's own functions")
+    assert {found[name][0] for name in ("linear bfloat16", "attention", "norm", "rotary", "argmax")} == {"ok"}
+    assert "2 FAIL" in last
+
+
+def test_kernel_that_answers_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(choose_backend(torch.device("cpu"), torch.bfloat16))
+    right: Any = kind.make_norm
+    monkeypatch.setattr(kind, "make_norm", lambda *own: lambda hidden: right(*own)(hidden) * 1.02)
+    monkeypatch.setattr(kind, "rotary", lambda *_: 1 / 0)
+    result = CliRunner().invoke(app, ["doctor"])
+    found, _ = read(result.stdout)
+    assert result.exit_code == 1
+    status, text = found["norm"]
+    assert status == "FAIL" and re.search(r"^[\d,]+ of 30,720 numbers by .* are off by more than \|x\|/100", text)
+    assert ("TS_PARALLEL_ISA=none" if kernel_variants() else "dtype: float32") in text
+    assert found["rotary"][0] == "FAIL" and "the check ended by ZeroDivisionError" in found["rotary"][1]
+    assert found["argmax"][0] == "ok"  # the others follow
+
+
+def status_of(finding: Finding) -> Status:
+    """A line that is not ok says what to do."""
+    assert (finding.status == Status.OK) == (not finding.advice), finding.line
+    return finding.status
+
+
+def java_that_says(text: str, folder: Path, status: int = 0) -> None:
+    (folder / "java").write_text(f"#!/bin/sh\necho '{text}' >&2\nexit {status}\n")
+    (folder / "java").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("says", "status"),
+    [
+        ('openjdk version "17.0.12" 2024-07-16', Status.OK),
+        ('java version "11.0.2"', Status.OK),
+        ('java version "1.8.0_412"', Status.FAIL),
+        ("what?", Status.WARNING),
+    ],
+)
+def test_java_is_asked_for_its_version(
+    says: str, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    java_that_says(says, tmp_path)
+    assert status_of(software.java()) == status
+    java_that_says(says, tmp_path, status=1)
+    assert status_of(software.java()) == Status.FAIL
+
+
+def test_library_that_is_too_old_or_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert status_of(software.versions()) == Status.OK
+    needs = ["torch>=99", "no-such-thing>=1; extra == 'test'", "nobody-has-this==1.0"]
+    monkeypatch.setattr(software, "requires", lambda _: needs)
+    found = software.versions()
+    assert found.status == Status.FAIL and found.advice == "pip install 'torch>=99' 'nobody-has-this==1.0'"
+
+
+@pytest.mark.parametrize(("free", "status"), [(2**20, Status.FAIL), (2**29, Status.WARNING), (2**33, Status.OK)])
+def test_folder_that_is_full_is_told(
+    free: int, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert status_of(host.temporary_folder()) == status
+    assert status_of(host.shared_memory(tmp_path)) == (Status.OK if status == Status.OK else Status.WARNING)
+
+
+def test_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(host.tempfile, "gettempdir", lambda: str(file / "folder"))
+    found = host.temporary_folder()
+    assert status_of(found) == Status.FAIL and "cannot be written to (Not a directory)" in found.text
+    assert status_of(host.shared_memory(tmp_path / "none")) == Status.WARNING
+
+
+def test_folder_that_is_full_only_once_it_is_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a quota does it: room is shown, and none is given."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        return Path("/dev/full").open("wb", buffering=0)
+
+    monkeypatch.setattr(host.tempfile, "TemporaryFile", full)
+    found = host.shared_memory(tmp_path)
+    assert status_of(found) == Status.WARNING and "No space left on device" in found.text
+
+
+@pytest.mark.parametrize(("free", "status"), [(2**28, Status.FAIL), (2**30, Status.WARNING), (2**32, Status.OK)])
+def test_memory_that_no_worker_fits_in_fails(free: int, status: Status) -> None:
+    assert status_of(host.memory(free)) == status
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("always [madvise] never", Status.OK),
+        ("[always] madvise never", Status.OK),
+        ("always madvise [never]", Status.WARNING),
+        (None, Status.WARNING),
+    ],
+)
+def test_huge_pages_are_looked_for(text: str | None, status: Status, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "enabled").write_text(f"{text}\n")
+    assert status_of(host.huge_pages(tmp_path / "enabled")) == status
+
+
+def test_port_that_somebody_listens_on_is_named() -> None:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        own.listen()
+        port = own.getsockname()[1]
+        found = host.ports([port])
+        assert status_of(found) == Status.WARNING and f"{port} (TCP) taken" in found.text
+    assert status_of(host.ports([port])) == Status.OK
+
+
+@pytest.mark.parametrize(("quota", "status"), [(None, Status.OK), (4.0, Status.OK), (1.5, Status.WARNING)])
+def test_quota_below_the_cores_is_told(quota: float | None, status: Status) -> None:
+    found = computing.processor(Machine("a CPU", 4, ("AVX2",)), quota)
+    assert status_of(found) == status
+    assert found.text == "a CPU, 4 cores, AVX2"
+
+
+def test_ranks_that_are_late_fail_and_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loopback, "_SECONDS", 0.1)
+    with loopback.two_ranks() as ranks:
+        started: list[Callable[[], bool]] = [psutil.Process(each.pid).is_running for each in ranks._processes]
+        found = ranks.finding()
+    assert status_of(found) == Status.FAIL and "no sum after 0.1 s" in found.text
+    assert not any(is_running() for is_running in started)
