@@ -53,10 +53,9 @@ def _head(result: Result) -> str:
     machine = result["machine"]
     sets = " ".join(machine["instruction_sets"]) or "no AVX2"
     by = {"native": "the package's kernels", "torch": "torch's own functions"}[machine["backend"]]
-    why = "".join(f", for {reason}" for reason in machine["reasons"])
     return (
         f"{result['date']}, {machine['processor']}, {machine['num_cores']} cores, {sets}; {machine['dtype']}, in "
-        f"ts_parallel by {by} ({machine['instruction_set']}){why}; medians of rounds: {result['rounds']}. "
+        f"ts_parallel by {by} ({machine['instruction_set']}: {machine['why']}); medians of rounds: {result['rounds']}. "
         f"{_roofline(result['roofline'])}\n"
     )
 

@@ -15,6 +15,7 @@ from ts_parallel.runtime.backends.torch.backend import TorchBackend
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class Choice:
     """Who computes one dtype on one device, by which instructions."""
