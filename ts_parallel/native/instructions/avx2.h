@@ -10,9 +10,9 @@
 #define VARIANT_NAME "AVX2"
 /* 4 times 2 vectors of sums, 4 of weights and 2 of inputs are 14 of 16 registers. */
 #define MOST_ROWS 4
-#define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : (rows) > 1 ? 2 : 4) /* so many times 16 outputs */
+#define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
 #define KEEPING_ROWS 0
-#define FEW_TOKENS 2
+#define FEW_TOKENS 3
 
 typedef uint16_t bf16;
 typedef uint16_t lanes; /* which of sixteen */
