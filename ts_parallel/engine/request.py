@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -74,7 +75,7 @@ class Request:
     """Its first tokens that some step has computed or will, so that their keys and values are there for the next."""
     num_in_flight: int = 0
     """Its chunks that were scheduled and whose step has given no result yet."""
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: array[int] = field(default_factory=lambda: array("q"))
     num_remembered: int = 0
     """How many of its blocks others may begin with."""
     num_cached: int | None = None

@@ -219,7 +219,7 @@ class Scheduler:
             request_id=request.request_id,
             token_ids=request.token_ids(start, end),
             start=start,
-            block_ids=tuple(request.block_ids),
+            block_ids=request.block_ids[:],
             is_sampled=end == request.num_tokens,
             sampling=sampling,
             prompt_ids=request.prompt_ids if needs_history else (),
