@@ -105,9 +105,9 @@ class Bench:
         self.outputs: list[TokenOutput] = []
         self.engine = Engine(self.runner, self.scheduler)
 
-    def add(self, request_id: str, num_prompt: int, max_tokens: int) -> Request:
+    def add(self, request_id: str, num_prompt: int, max_tokens: int, priority: int = 0) -> Request:
         prompt = tuple(zlib.crc32(f"{request_id}{index}".encode()) % 1000 for index in range(num_prompt))
-        request = Request(request_id, prompt, max_tokens)
+        request = Request(request_id, prompt, max_tokens, priority=priority)
         self.engine.add(request)
         return request
 
@@ -266,6 +266,53 @@ def test_newest_request_steps_back_rather_than_take_blocks_of_older_ones() -> No
     assert bench.step() == [("old", 1)]
     assert len(old.block_ids) == 3
     assert not new.block_ids
+
+
+def test_less_urgent_request_gives_its_blocks_to_a_more_urgent_one_that_came_later() -> None:
+    bench = Bench(num_blocks=4, block_size=4)
+    lax = bench.add("lax", 7, 6, priority=1)
+    assert bench.step() == [("lax", 7)]
+    urgent = bench.add("urgent", 7, 6)
+    assert bench.step() == [("lax", 1), ("urgent", 7)]
+    assert bench.step() == [("urgent", 1)]  # "lax" wants a third block: its own are the first to go
+    assert bench.step() == [("urgent", 1)]
+    assert (lax.num_scheduled, len(lax.block_ids)) == (0, 0)
+    assert len(urgent.block_ids) == 3
+    bench.finish()
+    for request in (lax, urgent):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)
+    assert [output.request_id for output in bench.outputs if output.finish_reason] == ["urgent", "lax"]
+
+
+def test_of_equally_urgent_requests_the_one_that_came_last_steps_back_first() -> None:
+    """Whichever was admitted last: here it is the oldest, which was preempted while it was paused."""
+    bench = Bench(num_blocks=6, block_size=4)
+    old, middle = bench.add("old", 8, 8), bench.add("middle", 7, 9)
+    bench.step()
+    bench.add("new", 13, 1)
+    assert bench.step(paused={"old"}) == [("middle", 1), ("new", 13)]
+    assert not old.block_ids
+    assert bench.step() == [("middle", 1), ("old", 9)]
+    while bench.scheduler.figures().stats.num_preemptions == 1:
+        bench.step()
+    assert bench.scheduler.running == [old] and list(bench.scheduler.waiting) == [middle]
+    bench.finish()
+    for request in (old, middle):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, request.max_tokens)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_urgent_request_runs_to_its_end_before_less_urgent_ones_that_want_its_blocks(num_stages: int) -> None:
+    bench = Bench(num_blocks=6, block_size=2, num_stages=num_stages)
+    lax = [bench.add(f"lax{number}", 3, 6, priority=2) for number in range(2)]
+    bench.step()
+    urgent = bench.add("urgent", 4, 7, priority=-1)
+    bench.finish()
+    ends = [output.request_id for output in bench.outputs if output.finish_reason]
+    assert ends[0] == "urgent" or num_stages > 1
+    assert bench.scheduler.figures().stats.num_preemptions > 0
+    for request in (*lax, urgent):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, request.max_tokens)
 
 
 def test_paused_request_gives_its_blocks_to_those_that_run() -> None:

@@ -49,7 +49,7 @@ class GenerationParams:
     """The answer does not end by a stop token before it has so many."""
     stop_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    """Who waits is admitted in this order, the lowest first."""
+    """Who waits is admitted in this order, the lowest first; who runs gives its blocks up in the opposite one."""
     scores_prompt: bool = False
     """Whether the log-probabilities of the prompt's own tokens are wanted too."""
 
