@@ -55,7 +55,8 @@ struct counter {
     _Atomic uint32_t value;
     _Atomic uint32_t num_asleep;
     struct process owner;
-    char pad[APART - 2 * sizeof(uint32_t) - sizeof(struct process)];
+    _Atomic uint32_t has_owner; /* once this is set, `owner` is whole and stays as it is */
+    char pad[APART - 3 * sizeof(uint32_t) - sizeof(struct process)];
 };
 
 /* `sent` and `taken` count units since the beginning; their difference is what lies in the ring. */
@@ -142,9 +143,21 @@ static bool has_ended(struct process process)
     return start != UNKNOWN && start != process.start;
 }
 
+/* Nobody else has to have entered before a rank begins to wait. Who saw a process's id without its start yet would take
+ * it for one that has ended, so all of `owner` is published at once: written first, then released, and read only by who
+ * has acquired it. */
 static void enter(struct counter *counter, int rank)
 {
     counter->owner = (struct process){getpid(), rank, start_of(getpid())};
+    atomic_store_explicit(&counter->has_owner, 1, memory_order_release);
+}
+
+/* All zero where nobody has entered yet. */
+static struct process owner_of(struct counter *counter)
+{
+    if (!atomic_load_explicit(&counter->has_owner, memory_order_acquire))
+        return (struct process){0};
+    return counter->owner;
 }
 
 /* ---- Waiting ---- */
@@ -175,7 +188,7 @@ static void sleep_until(struct counter *counter, uint32_t wanted)
 /* Whether to go on waiting; if not, an exception is set. */
 static bool is_worth_waiting(struct call *call, struct counter *counter, uint32_t wanted, uint64_t began)
 {
-    struct process owner = counter->owner;
+    struct process owner = owner_of(counter);
     bool is_lost = has_ended(owner), is_late = now_ns() - began >= call->patience_ns;
     if (has_reached(counter, wanted))
         return true;
