@@ -1,7 +1,8 @@
 /* Ranks of one host talk through memory that all of them have mapped: teams that sum and gather, rings of messages.
  *
  * Addresses are those of the caller's mapping; the memory is zero before anybody enters. A waiting rank spins, then
- * offers its core to others, then sleeps until it is woken, and looks now and then whether the other one lives.
+ * offers its core to others where that is cheap, then sleeps until it is woken, and looks now and then whether the
+ * other one lives.
  * Knows bytes and element types, not tensors. Linux only. */
 
 #define PY_SSIZE_T_CLEAN
@@ -40,6 +41,8 @@
 #define HELD_NS 4000
 #define SPIN_NS 40000
 #define YIELD_NS 600000 /* longer than the leader takes between two steps: to be woken costs tens of microseconds */
+#define DEAR_NS 500000  /* a yield that took so long has given the core to a program that wants it for itself */
+#define SHY_NS 200000000
 #define TICK_NS 250000000
 
 static const uint64_t second = 1000000000;
@@ -222,8 +225,16 @@ static bool wait_slowly(struct call *call, struct counter *counter, uint32_t wan
         if (waited > HELD_NS)
             let_others_run(call);
     }
-    while (now_ns() - began < SPIN_NS + YIELD_NS) {
+    /* Who yields to a busy program loses a time slice of milliseconds, however nice that is, for it forfeits the time it
+     * was entitled to; who sleeps keeps that, and runs soon after it is woken. There are dozens of waits in a token, so
+     * after one such loss this thread sleeps at once for a while, and then tries again. */
+    static _Thread_local uint64_t yields_from;
+    for (uint64_t now = now_ns(); now >= yields_from && now - began < SPIN_NS + YIELD_NS;) {
+        uint64_t before = now;
         sched_yield();
+        now = now_ns();
+        if (now - before > DEAR_NS)
+            yields_from = now + SHY_NS;
         if (has_reached(counter, wanted))
             return true;
     }
