@@ -309,7 +309,7 @@ def test_urgent_request_runs_to_its_end_before_less_urgent_ones_that_want_its_bl
     urgent = bench.add("urgent", 4, 7, priority=-1)
     bench.finish()
     ends = [output.request_id for output in bench.outputs if output.finish_reason]
-    assert ends[0] == "urgent" or num_stages > 1
+    assert ends[0] == "urgent"
     assert bench.scheduler.figures().stats.num_preemptions > 0
     for request in (*lax, urgent):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, request.max_tokens)
@@ -326,6 +326,20 @@ def test_paused_request_gives_its_blocks_to_those_that_run() -> None:
     bench.finish()
     for request in (old, new):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 4)
+
+
+def test_least_urgent_of_the_paused_gives_its_blocks_first() -> None:
+    bench = Bench(num_blocks=5, block_size=4)
+    lax, strict = bench.add("lax", 4, 6, priority=3), bench.add("strict", 4, 6, priority=2)
+    bench.add("runs", 8, 6, priority=4)
+    bench.step()
+    for _ in range(2):
+        bench.step(paused={"lax", "strict"})
+    assert (len(lax.block_ids), len(strict.block_ids)) == (1, 1)  # there was one that nobody had
+    for _ in range(4):
+        bench.step(paused={"lax", "strict"})
+    assert (len(lax.block_ids), len(strict.block_ids)) == (0, 1)
+    bench.finish()
 
 
 def test_request_that_was_preempted_and_paused_holds_up_nobody_and_keeps_its_place() -> None:

@@ -79,14 +79,13 @@ class _BlockTables:
         blocks = self._block_ids[first_blocks + positions // self._block_size]
         return blocks * self._block_size + positions % self._block_size
 
-    def first_slots(self, first_blocks: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
-        """Of the first `longest` tokens of sequences of `lengths` `[B]` → `[B, longest]`; where a sequence has no more
-        blocks, its last one comes again."""
-        device = lengths.device
-        numbers = torch.arange(-(-longest // self._block_size), device=device)
-        last = (lengths - 1) // self._block_size
-        blocks = self._block_ids[first_blocks.unsqueeze(1) + torch.minimum(numbers, last.unsqueeze(1))]
-        offsets = torch.arange(self._block_size, device=device)
+    def first_slots(self, first_blocks: torch.Tensor, last: torch.Tensor, longest: int) -> torch.Tensor:
+        """Of the first `longest` tokens of sequences whose last ones are at `last` `[B]` → `[B, longest]`; where a
+        sequence has no more blocks, its last one comes again."""
+        numbers = torch.arange(-(-longest // self._block_size), device=last.device)
+        own = torch.minimum(numbers, (last // self._block_size).unsqueeze(1))
+        blocks = self._block_ids[first_blocks.unsqueeze(1) + own]
+        offsets = torch.arange(self._block_size, device=last.device)
         return (blocks.unsqueeze(2) * self._block_size + offsets).flatten(1)[:, :longest]
 
 
@@ -103,25 +102,28 @@ def lay_out(plan: StepPlan, block_size: int, device: torch.device) -> PagedLayou
             row, first_block = packed.chunks[NUMBERS_A_CHUNK * number], chunks[number, 3:]
             rows = slice(row, row + len(chunk.token_ids))
             prefills.append(_lay_out_prefill(chunk, rows, first_block, tables, device))
+    own = chunks[as_tensor(decodes).to(device)] if prefills else chunks
     _, counts, _, first_blocks = chunks.unbind(1)
     return PagedLayout(
         token_ids=packed.token_ids.to(device),
         positions=positions,
         sampled_rows=packed.sampled_rows.to(device),
         slots=tables.slots(first_blocks.repeat_interleave(counts, output_size=positions.numel()), positions[0]),
-        decode=_lay_out_decodes(plan, chunks[as_tensor(decodes).to(device)], tables) if decodes else None,
+        decode=_lay_out_decodes([plan.chunks[number] for number in decodes], own, tables) if decodes else None,
         prefills=tuple(prefills),
     )
 
 
-def _lay_out_decodes(plan: StepPlan, chunks: torch.Tensor, tables: _BlockTables) -> _Decode:
-    """`chunks` are those of one token, as `PackedPlan` has them: `[B, 4]`."""
+def _lay_out_decodes(decodes: Sequence[Chunk], chunks: torch.Tensor, tables: _BlockTables) -> _Decode:
+    """`chunks` `[B, 4]` are those of `decodes`, as `PackedPlan` has them."""
     rows, _, last, first_blocks = chunks.unbind(1)
-    longest = max(chunk.end for chunk in plan.chunks if len(chunk.token_ids) == 1)
+    ends = [chunk.end for chunk in decodes]
+    longest = max(ends)
     distance = last.unsqueeze(1) - torch.arange(longest, device=chunks.device)
-    slots = tables.first_slots(first_blocks, last + 1, longest)
-    # What lies behind a sequence in its last block is of earlier ones: 0 × NaN would be NaN there too.
-    slots = torch.where(distance >= 0, slots, slots.gather(1, last.unsqueeze(1)))
+    slots = tables.first_slots(first_blocks, last, longest)
+    if min(ends) < longest:
+        # What lies behind a sequence in its last block is of earlier ones: 0 × NaN would be NaN there too.
+        slots = torch.where(distance >= 0, slots, slots.gather(1, last.unsqueeze(1)))
     return _Decode(rows, slots.flatten(), _Mask(distance))
 
 
