@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,15 @@ class SamplingParams:
 class Chunk:
     """The next tokens of one sequence: `token_ids` at positions `start`, `start + 1`, …
 
-    `block_ids` are the KV blocks that hold the sequence up to and with this chunk. `is_sampled` says whether the chunk
-    reaches the end of what is known, so that a next token is wanted.
+    `block_ids` are the KV blocks that hold the sequence up to and with this chunk: an `array("q")` where there are many
+    chunks, for those are laid out and compared without a number of Python's. Nobody writes to it. `is_sampled` says
+    whether the chunk reaches the end of what is known, so that a next token is wanted.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     start: int
-    block_ids: tuple[int, ...]
+    block_ids: Sequence[int]
     is_sampled: bool
     sampling: SamplingParams = SamplingParams()
     prompt_ids: tuple[int, ...] = ()
@@ -124,60 +121,6 @@ class StepPlan:
         """How many numbers the result is."""
         return sum(chunk.is_sampled + chunk.num_scores for chunk in self.chunks)
 
-    def encode(self) -> torch.Tensor:
-        """int64 `[N]`, all but the requests' names: two flags, how many of the numbers are masks, then each chunk's
-        counts, numbers and sampling, and at the end the masks of all chunks, which never become Python's numbers."""
-        num_words = sum(_num_words(chunk.allowed) for chunk in self.chunks)
-        numbers = [int(self.is_last), int(self.wants_logits), num_words]
-        for chunk in self.chunks:
-            rows = (
-                chunk.token_ids,
-                chunk.block_ids,
-                chunk.prompt_ids,
-                chunk.output_ids,
-                chunk.next_ids,
-                _encode_sampling(chunk),
-            )
-            numbers += (chunk.start, int(chunk.is_sampled), _num_words(chunk.allowed), *map(len, rows))
-            for row in rows:
-                numbers += row
-        encoded = bytearray(array("q", numbers))
-        for chunk in self.chunks:
-            encoded += chunk.allowed
-        return torch.frombuffer(encoded, dtype=torch.int64)
-
-    @staticmethod
-    def decode(encoded: torch.Tensor) -> StepPlan:
-        """The plan of `encode`'s numbers; its chunks have no `request_id`."""
-        after_chunks = len(encoded) - int(encoded[2])
-        numbers: list[int] = encoded[:after_chunks].tolist()
-        masks = encoded[after_chunks:].numpy().tobytes()
-        chunks, at, at_mask = [], 3, 0
-        while at < len(numbers):
-            start, is_sampled, num_words, *lengths = numbers[at : at + _CHUNK_HEAD]
-            ends = list(accumulate(lengths, initial=at + _CHUNK_HEAD))
-            token_ids, block_ids, prompt_ids, output_ids, next_ids, sampling = (
-                tuple(numbers[first:end]) for first, end in pairwise(ends)
-            )
-            params = _decode_sampling(sampling)
-            after_mask = at_mask + num_words * _BYTES_OF_WORD
-            chunks.append(
-                Chunk(
-                    "",
-                    token_ids,
-                    start,
-                    block_ids,
-                    bool(is_sampled),
-                    params,
-                    prompt_ids,
-                    output_ids,
-                    next_ids,
-                    masks[at_mask:after_mask],
-                )
-            )
-            at, at_mask = ends[-1], after_mask
-        return StepPlan(tuple(chunks), bool(numbers[0]), bool(numbers[1]))
-
 
 def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple[TokenLogprobs, ...]]:
     """Each chunk's, one for each of its rows, of a step's result without its tokens.
@@ -191,67 +134,12 @@ def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple
         for _ in range(chunk.num_rows if num_top is not None else 0):
             first, last = at + 1, at + 1 + 2 * (num_top or 0)
             ids, bits = numbers[first : (first + last) // 2], numbers[(first + last) // 2 : last]
-            rows.append(TokenLogprobs(_reals(numbers[at:first])[0], tuple(zip(ids, _reals(bits), strict=True))))
+            rows.append(TokenLogprobs(reals_of(numbers[at:first])[0], tuple(zip(ids, reals_of(bits), strict=True))))
             at = last
         results.append(tuple(rows))
     return results
 
 
-_CHUNK_HEAD = 9  # start, whether it is sampled, and the lengths of its mask and six rows
-_BYTES_OF_WORD = 8
-_DEFAULT = SamplingParams()
-_FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
-
-
-def _num_words(mask: bytes) -> int:
-    """How many int64 numbers it is."""
-    assert len(mask) % _BYTES_OF_WORD == 0
-    return len(mask) // _BYTES_OF_WORD
-
-
-def _encode_sampling(chunk: Chunk) -> tuple[int, ...]:
-    """Nothing for the defaults; else the seed, which counts modulo 2**64, counts, and the bits of all that is real."""
-    params = chunk.sampling
-    if params == _DEFAULT:
-        return ()
-    token_ids = [token_id for token_id, _ in params.logit_bias]
-    reals = [
-        *(getattr(params, name) for name in _FLOATS),
-        *(bias for _, bias in params.logit_bias),
-    ]
-    seed = (params.seed + 2**63) % 2**64 - 2**63
-    num_logprobs = -1 if params.num_logprobs is None else params.num_logprobs
-    return (seed, params.top_k, num_logprobs, *_bits(reals), *token_ids)
-
-
-def _decode_sampling(numbers: Sequence[int]) -> SamplingParams:
-    if not numbers:
-        return _DEFAULT
-    seed, top_k, num_logprobs = numbers[:3]
-    num_biases = (len(numbers) - 3 - len(_FLOATS)) // 2
-    reals = _reals(numbers[3 : len(numbers) - num_biases])
-    biases = tuple(zip(numbers[len(numbers) - num_biases :], reals[len(_FLOATS) :], strict=True))
-    named = dict(zip(_FLOATS, reals[: len(_FLOATS)], strict=True))
-    return SamplingParams(
-        seed=seed % 2**64,
-        top_k=top_k,
-        logit_bias=biases,
-        num_logprobs=None if num_logprobs < 0 else num_logprobs,
-        **named,
-    )
-
-
-def _bits(reals: Sequence[float]) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(reals)}q", struct.pack(f"<{len(reals)}d", *reals))
-
-
-def _reals(bits: Sequence[int]) -> tuple[float, ...]:
+def reals_of(bits: Sequence[int]) -> tuple[float, ...]:
+    """The float64 numbers whose bits these int64 numbers are."""
     return struct.unpack(f"<{len(bits)}d", struct.pack(f"<{len(bits)}q", *bits))

@@ -25,7 +25,7 @@ def test_tokens_take_as_many_blocks_as_they_fill_or_begin(num_tokens: int, num_b
 def test_request_that_grows_keeps_its_blocks_in_order() -> None:
     blocks, one, other = BlockManager(num_blocks=8, block_size=2), request("a"), request("b")
     blocks.hold(one, 3)
-    before = list(one.block_ids)
+    before = one.block_ids[:]
     blocks.hold(other, 1)
     blocks.hold(one, 4)
     assert one.block_ids == before  # its last block had room
@@ -47,7 +47,7 @@ def test_released_blocks_are_free_and_held_no_more() -> None:
     blocks, one = BlockManager(num_blocks=2, block_size=1), request()
     blocks.hold(one, 2)
     blocks.release(one)
-    assert one.block_ids == []
+    assert not one.block_ids
     assert blocks.num_free == 2
     blocks.release(one)
     assert blocks.num_free == 2

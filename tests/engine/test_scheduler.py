@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
+from ts_parallel.runtime.plan_codec import PlanDecoder, PlanEncoder
 from ts_parallel.step_plan import SamplingParams, StepPlan
 
 
@@ -48,31 +50,35 @@ class Stage:
             if chunk.is_sampled
         ]
 
-    def _slot(self, block_ids: tuple[int, ...], position: int) -> int:
+    def _slot(self, block_ids: Sequence[int], position: int) -> int:
         return block_ids[position // self._block_size] * self._block_size + position % self._block_size
 
 
 class SlotRunner:
-    """The first stage runs a step when it is submitted, the last one as late as it may: when it is collected."""
+    """The first stage runs a step when it is submitted, the last one as late as it may: when it is collected. That one
+    has the plan from what was sent of it."""
 
     def __init__(self, block_size: int, num_stages: int) -> None:
         self.num_stages = num_stages
         self.plans: list[StepPlan] = []
-        self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, StepPlan, list[int]]] = deque()  # with what arrives of the plan
         self._first, self._last = Stage(block_size), Stage(block_size)
+        self._encoder, self._decoder = PlanEncoder(), PlanDecoder()
 
     def submit(self, plan: StepPlan) -> None:
         waiting_for_a_token = {
-            chunk.request_id for earlier, _ in self.in_flight for chunk in earlier.chunks if chunk.is_sampled
+            chunk.request_id for earlier, _, _ in self.in_flight for chunk in earlier.chunks if chunk.is_sampled
         }
         assert not waiting_for_a_token & {chunk.request_id for chunk in plan.chunks}
         self.plans.append(plan)
-        self.in_flight.append((plan, self._first.run(plan)))
+        received = self._decoder.decode(self._encoder.encode(plan))
+        assert received == replace(plan, chunks=tuple(replace(chunk, request_id="") for chunk in plan.chunks))
+        self.in_flight.append((plan, received, self._first.run(plan)))
         assert len(self.in_flight) <= self.num_stages
 
     def collect(self) -> list[int]:
-        plan, token_ids = self.in_flight.popleft()
-        assert self._last.run(plan) == token_ids
+        _, received, token_ids = self.in_flight.popleft()
+        assert self._last.run(received) == token_ids
         return token_ids
 
 
@@ -99,9 +105,9 @@ class Bench:
         self.outputs: list[TokenOutput] = []
         self.engine = Engine(self.runner, self.scheduler)
 
-    def add(self, request_id: str, num_prompt: int, max_tokens: int) -> Request:
+    def add(self, request_id: str, num_prompt: int, max_tokens: int, priority: int = 0) -> Request:
         prompt = tuple(zlib.crc32(f"{request_id}{index}".encode()) % 1000 for index in range(num_prompt))
-        request = Request(request_id, prompt, max_tokens)
+        request = Request(request_id, prompt, max_tokens, priority=priority)
         self.engine.add(request)
         return request
 
@@ -228,7 +234,7 @@ def test_oldest_request_goes_on_when_blocks_run_out_and_the_newest_starts_over()
     old, new = bench.add("old", 8, 6), bench.add("new", 8, 6)
     assert bench.step() == [("old", 8), ("new", 8)]
     assert bench.step() == [("old", 1)]
-    assert (new.num_scheduled, new.block_ids) == (0, [])
+    assert (new.num_scheduled, len(new.block_ids)) == (0, 0)
     while not any(output.finish_reason for output in bench.outputs):
         assert ("old", 1) in bench.step()
     assert bench.outputs[-1].request_id == "old"
@@ -259,7 +265,54 @@ def test_newest_request_steps_back_rather_than_take_blocks_of_older_ones() -> No
     assert bench.step() == [("old", 1), ("new", 1)]
     assert bench.step() == [("old", 1)]
     assert len(old.block_ids) == 3
-    assert new.block_ids == []
+    assert not new.block_ids
+
+
+def test_less_urgent_request_gives_its_blocks_to_a_more_urgent_one_that_came_later() -> None:
+    bench = Bench(num_blocks=4, block_size=4)
+    lax = bench.add("lax", 7, 6, priority=1)
+    assert bench.step() == [("lax", 7)]
+    urgent = bench.add("urgent", 7, 6)
+    assert bench.step() == [("lax", 1), ("urgent", 7)]
+    assert bench.step() == [("urgent", 1)]  # "lax" wants a third block: its own are the first to go
+    assert bench.step() == [("urgent", 1)]
+    assert (lax.num_scheduled, len(lax.block_ids)) == (0, 0)
+    assert len(urgent.block_ids) == 3
+    bench.finish()
+    for request in (lax, urgent):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)
+    assert [output.request_id for output in bench.outputs if output.finish_reason] == ["urgent", "lax"]
+
+
+def test_of_equally_urgent_requests_the_one_that_came_last_steps_back_first() -> None:
+    """Whichever was admitted last: here it is the oldest, which was preempted while it was paused."""
+    bench = Bench(num_blocks=6, block_size=4)
+    old, middle = bench.add("old", 8, 8), bench.add("middle", 7, 9)
+    bench.step()
+    bench.add("new", 13, 1)
+    assert bench.step(paused={"old"}) == [("middle", 1), ("new", 13)]
+    assert not old.block_ids
+    assert bench.step() == [("middle", 1), ("old", 9)]
+    while bench.scheduler.figures().stats.num_preemptions == 1:
+        bench.step()
+    assert bench.scheduler.running == [old] and list(bench.scheduler.waiting) == [middle]
+    bench.finish()
+    for request in (old, middle):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, request.max_tokens)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_urgent_request_runs_to_its_end_before_less_urgent_ones_that_want_its_blocks(num_stages: int) -> None:
+    bench = Bench(num_blocks=6, block_size=2, num_stages=num_stages)
+    lax = [bench.add(f"lax{number}", 3, 6, priority=2) for number in range(2)]
+    bench.step()
+    urgent = bench.add("urgent", 4, 7, priority=-1)
+    bench.finish()
+    ends = [output.request_id for output in bench.outputs if output.finish_reason]
+    assert ends[0] == "urgent"
+    assert bench.scheduler.figures().stats.num_preemptions > 0
+    for request in (*lax, urgent):
+        assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, request.max_tokens)
 
 
 def test_paused_request_gives_its_blocks_to_those_that_run() -> None:
@@ -269,10 +322,24 @@ def test_paused_request_gives_its_blocks_to_those_that_run() -> None:
     assert bench.step(paused={"old"}) == [("new", 1)]
     assert len(old.block_ids) == 2  # as long as nobody needs them
     assert bench.step(paused={"old"}) == [("new", 1)]
-    assert (old.num_scheduled, old.block_ids) == (0, [])
+    assert (old.num_scheduled, len(old.block_ids)) == (0, 0)
     bench.finish()
     for request in (old, new):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 4)
+
+
+def test_least_urgent_of_the_paused_gives_its_blocks_first() -> None:
+    bench = Bench(num_blocks=5, block_size=4)
+    lax, strict = bench.add("lax", 4, 6, priority=3), bench.add("strict", 4, 6, priority=2)
+    bench.add("runs", 8, 6, priority=4)
+    bench.step()
+    for _ in range(2):
+        bench.step(paused={"lax", "strict"})
+    assert (len(lax.block_ids), len(strict.block_ids)) == (1, 1)  # there was one that nobody had
+    for _ in range(4):
+        bench.step(paused={"lax", "strict"})
+    assert (len(lax.block_ids), len(strict.block_ids)) == (0, 1)
+    bench.finish()
 
 
 def test_request_that_was_preempted_and_paused_holds_up_nobody_and_keeps_its_place() -> None:
@@ -280,7 +347,7 @@ def test_request_that_was_preempted_and_paused_holds_up_nobody_and_keeps_its_pla
     first, slow = bench.add("first", 8, 6), bench.add("slow", 8, 6)
     bench.step()
     bench.step()
-    assert (len(first.block_ids), slow.block_ids) == (3, [])
+    assert (len(first.block_ids), len(slow.block_ids)) == (3, 0)
     paused = {"slow"}
     while bench.scheduler.running:
         bench.step(paused)
@@ -342,7 +409,7 @@ def test_paused_one_in_flight_is_waited_for_and_then_preempted() -> None:
     assert bench.step({"slow"}) == [("new", 1)]
     assert bench.step({"slow"}) == []
     assert bench.step({"slow"}) == [("new", 1)]
-    assert slow.block_ids == []
+    assert not slow.block_ids
     bench.finish()
     for request in (slow, new):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)
@@ -507,7 +574,7 @@ def test_blocks_in_flight_are_waited_for_and_then_taken() -> None:
     assert bench.step() == []  # "old" needs a block; "new", in flight, holds the last
     assert new.num_in_flight == 0 and len(new.block_ids) == 2
     assert bench.step() == [("old", 1)]
-    assert (new.num_scheduled, new.block_ids) == (0, [])
+    assert (new.num_scheduled, len(new.block_ids)) == (0, 0)
     bench.finish()
     for request in (old, new):
         assert bench.tokens(request.request_id) == request.output_ids == answer(request.prompt_ids, 6)

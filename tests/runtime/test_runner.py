@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.errors import ConfigError, PlanError
 from ts_parallel.partition.build import eager_program, shard_causal_lm
-from ts_parallel.runtime.runner import Runner, refuse_unpageable
+from ts_parallel.runtime.runner import Runner, check_plan, refuse_unpageable
 from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology, open_topology
 
@@ -109,6 +110,37 @@ def test_only_sampled_chunks_get_a_token(runner: Runner, plain: PreTrainedModel)
         ]
     assert run(runner, plan) == wanted
     assert run(runner, StepPlan((chunk("a", 0, 5, is_sampled=False),))) == []
+
+
+GOOD = Chunk("a", (1, 2, 3), 7, (0, 4), is_sampled=True, next_ids=(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"token_ids": (1, 10, 3)}, "token id 10 is not below 10"),
+        ({"token_ids": (1, -1, 3)}, "token id -1 is negative"),
+        ({"next_ids": (2, 2**40)}, f"token id {2**40} is not below 10"),
+        ({"next_ids": (2, 3, 4, 5)}, "4 rows of 3 tokens are wanted"),
+        ({"block_ids": (0, 5)}, "block ids 0 to 5 are not within 0 to 4"),
+        ({"block_ids": (-2, 4)}, "block ids -2 to 4 are not within 0 to 4"),
+        ({"block_ids": (4,)}, "tokens 7 to 10 have 8 slots"),
+        ({"start": -1}, "tokens -1 to 2 have 16 slots"),
+        ({"start": 14}, "tokens 14 to 17 have 16 slots"),
+        ({"token_ids": ()}, "tokens 7 to 7 have 16 slots"),
+    ],
+)
+def test_what_is_no_address_is_named_before_anything_is_computed(wrong: dict[str, Any], message: str) -> None:
+    check_plan(StepPlan((GOOD,)), num_blocks=5, block_size=8, vocabulary=10)
+    with pytest.raises(AssertionError, match=f"^{message}$"):
+        check_plan(StepPlan((GOOD, replace(GOOD, **wrong))), num_blocks=5, block_size=8, vocabulary=10)
+
+
+def test_every_step_of_a_runner_is_checked(runner: Runner) -> None:
+    for wrong in (replace(chunk("a", 0, 5), block_ids=(40,)), replace(chunk("a", 0, 5), token_ids=(1, 2048))):
+        for run_plan in (runner.submit, runner.logits):
+            with pytest.raises(AssertionError):
+                run_plan(StepPlan((wrong,)))
 
 
 def test_sign_of_life_leaves_nothing_to_collect(runner: Runner) -> None:

@@ -117,7 +117,7 @@ class BlockManager:
                 self._free[block] = None
                 if block not in self._of_block:
                     self._free.move_to_end(block, last=False)
-        request.block_ids.clear()
+        del request.block_ids[:]
         request.num_remembered = 0
 
     def _given_back(self, others: Sequence[Request]) -> set[int]:

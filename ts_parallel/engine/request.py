@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -48,7 +49,7 @@ class GenerationParams:
     """The answer does not end by a stop token before it has so many."""
     stop_token_ids: tuple[int, ...] = ()
     priority: int = 0
-    """Who waits is admitted in this order, the lowest first."""
+    """Who waits is admitted in this order, the lowest first; who runs gives its blocks up in the opposite one."""
     scores_prompt: bool = False
     """Whether the log-probabilities of the prompt's own tokens are wanted too."""
 
@@ -74,7 +75,7 @@ class Request:
     """Its first tokens that some step has computed or will, so that their keys and values are there for the next."""
     num_in_flight: int = 0
     """Its chunks that were scheduled and whose step has given no result yet."""
-    block_ids: list[int] = field(default_factory=list)
+    block_ids: array[int] = field(default_factory=lambda: array("q"))
     num_remembered: int = 0
     """How many of its blocks others may begin with."""
     num_cached: int | None = None

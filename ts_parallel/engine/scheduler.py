@@ -84,16 +84,17 @@ class Scheduler:
     def schedule(self, paused: Collection[str] = ()) -> StepPlan:
         """The next step. Decoding requests come first: a long prompt does not hold them up; `paused` ones sit out.
 
-        A running request that finds no free block takes those of a paused one, else of the one that was admitted last.
-        Who loses them starts over later: its tokens are recomputed, so they stay the same. One that is in flight keeps
-        its blocks, and is waited for. So an empty step says that the oldest result in flight is needed first, or,
-        without any, nobody but the paused ones is there.
+        A running request that finds no free block takes those of a paused one, else of the least urgent: the one whose
+        priority is worst, of those the one that came last. Who loses them starts over later: its tokens are recomputed,
+        so they stay the same. One that is in flight keeps its blocks, and is waited for; so the more urgent have their
+        turn in a step first. So an empty step says that the oldest result in flight is needed first, or, without any,
+        nobody but the paused ones is there.
         """
         budget, num_seats = self._max_num_batched_tokens, self._num_seats(paused)
         prefill_budget = self._most_prefill_tokens(paused)
         step: list[tuple[Request, Chunk]] = []
         active = [request for request in _awake(self.running, paused) if request.num_behind]
-        for request in sorted(active, key=lambda request: request.num_behind > 1):
+        for request in sorted(active, key=lambda request: (request.num_behind > 1, _turn(request))):
             is_prefill = request.num_behind > 1
             num_tokens = min(request.num_behind, budget, prefill_budget if is_prefill else 1)
             if not num_tokens or len(step) == num_seats:
@@ -205,7 +206,8 @@ class Scheduler:
         """The running requests that give way to whoever can run, the first first: paused, and not in flight."""
         if not paused:
             return []
-        return [own for own in reversed(self.running) if own.request_id in paused and not own.num_in_flight]
+        yielding = [own for own in self.running if own.request_id in paused and not own.num_in_flight]
+        return sorted(yielding, key=_turn, reverse=True)
 
     def _chunk(self, request: Request, num_tokens: int) -> Chunk:
         start, end = request.num_scheduled, request.num_scheduled + num_tokens
@@ -219,7 +221,7 @@ class Scheduler:
             request_id=request.request_id,
             token_ids=request.token_ids(start, end),
             start=start,
-            block_ids=tuple(request.block_ids),
+            block_ids=request.block_ids[:],
             is_sampled=end == request.num_tokens,
             sampling=sampling,
             prompt_ids=request.prompt_ids if needs_history else (),
@@ -229,15 +231,16 @@ class Scheduler:
         )
 
     def _make_room(self, request: Request, num_tokens: int, paused: Collection[str]) -> bool:
-        """Whether `request` can hold `num_tokens`, after preempting paused requests, then the latest, at worst itself.
+        """Whether `request` can hold `num_tokens`, after preempting paused requests, then the least urgent, at worst
+        itself.
 
-        Where the next of them is in flight, `request` waits for it: so those that can run never change their order.
+        Where the next of them is in flight, `request` waits for it: so nobody yields to one that is less urgent.
         """
         while not self._blocks.can_hold(request, num_tokens):
             if len(self.running) == 1:
                 return False
             in_flight = [own for own in self.running if own.request_id in paused and own.num_in_flight]
-            first = (self._yielding(paused) or in_flight or [self.running[-1]])[0]
+            first = (self._yielding(paused) or in_flight or [max(self.running, key=_turn)])[0]
             if first.num_in_flight:
                 return False
             self._preempt(first)
@@ -259,5 +262,6 @@ def _awake(requests: Iterable[Request], paused: Collection[str]) -> Iterator[Req
 
 
 def _turn(request: Request) -> tuple[int, int]:
-    """What those who wait are sorted by: one that was preempted is where it would be, had it never run."""
+    """What requests are sorted by, the most urgent first: one that was preempted waits where it would, had it never
+    run."""
     return request.priority, request.place

@@ -1,7 +1,8 @@
 /* Ranks of one host talk through memory that all of them have mapped: teams that sum and gather, rings of messages.
  *
  * Addresses are those of the caller's mapping; the memory is zero before anybody enters. A waiting rank spins, then
- * offers its core to others, then sleeps until it is woken, and looks now and then whether the other one lives.
+ * offers its core to others where that is cheap, then sleeps until it is woken, and looks now and then whether the
+ * other one lives.
  * Knows bytes and element types, not tensors. Linux only. */
 
 #define PY_SSIZE_T_CLEAN
@@ -40,6 +41,8 @@
 #define HELD_NS 4000
 #define SPIN_NS 40000
 #define YIELD_NS 600000 /* longer than the leader takes between two steps: to be woken costs tens of microseconds */
+#define DEAR_NS 500000  /* a yield that took so long has given the core to a program that wants it for itself */
+#define SHY_NS 200000000
 #define TICK_NS 250000000
 
 static const uint64_t second = 1000000000;
@@ -55,7 +58,8 @@ struct counter {
     _Atomic uint32_t value;
     _Atomic uint32_t num_asleep;
     struct process owner;
-    char pad[APART - 2 * sizeof(uint32_t) - sizeof(struct process)];
+    _Atomic uint32_t has_owner; /* once this is set, `owner` is whole and stays as it is */
+    char pad[APART - 3 * sizeof(uint32_t) - sizeof(struct process)];
 };
 
 /* `sent` and `taken` count units since the beginning; their difference is what lies in the ring. */
@@ -142,9 +146,21 @@ static bool has_ended(struct process process)
     return start != UNKNOWN && start != process.start;
 }
 
+/* Nobody else has to have entered before a rank begins to wait. Who saw a process's id without its start yet would take
+ * it for one that has ended, so all of `owner` is published at once: written first, then released, and read only by who
+ * has acquired it. */
 static void enter(struct counter *counter, int rank)
 {
     counter->owner = (struct process){getpid(), rank, start_of(getpid())};
+    atomic_store_explicit(&counter->has_owner, 1, memory_order_release);
+}
+
+/* All zero where nobody has entered yet. */
+static struct process owner_of(struct counter *counter)
+{
+    if (!atomic_load_explicit(&counter->has_owner, memory_order_acquire))
+        return (struct process){0};
+    return counter->owner;
 }
 
 /* ---- Waiting ---- */
@@ -175,7 +191,7 @@ static void sleep_until(struct counter *counter, uint32_t wanted)
 /* Whether to go on waiting; if not, an exception is set. */
 static bool is_worth_waiting(struct call *call, struct counter *counter, uint32_t wanted, uint64_t began)
 {
-    struct process owner = counter->owner;
+    struct process owner = owner_of(counter);
     bool is_lost = has_ended(owner), is_late = now_ns() - began >= call->patience_ns;
     if (has_reached(counter, wanted))
         return true;
@@ -209,8 +225,16 @@ static bool wait_slowly(struct call *call, struct counter *counter, uint32_t wan
         if (waited > HELD_NS)
             let_others_run(call);
     }
-    while (now_ns() - began < SPIN_NS + YIELD_NS) {
+    /* Who yields to a busy program loses a time slice of milliseconds, however nice that is, for it forfeits the time it
+     * was entitled to; who sleeps keeps that, and runs soon after it is woken. There are dozens of waits in a token, so
+     * after one such loss this thread sleeps at once for a while, and then tries again. */
+    static _Thread_local uint64_t yields_from;
+    for (uint64_t now = now_ns(); now >= yields_from && now - began < SPIN_NS + YIELD_NS;) {
+        uint64_t before = now;
         sched_yield();
+        now = now_ns();
+        if (now - before > DEAR_NS)
+            yields_from = now + SHY_NS;
         if (has_reached(counter, wanted))
             return true;
     }

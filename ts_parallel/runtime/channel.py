@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 import torch.distributed as dist
 
+from ts_parallel.runtime.plan_codec import PlanDecoder, PlanEncoder
 from ts_parallel.shared_memory import Ring, open_rings
 from ts_parallel.step_plan import StepPlan
 from ts_parallel.topology import Topology
@@ -33,7 +34,9 @@ class _Kind(IntEnum):
 
 
 # Bytes of each kind that lie in memory between two ranks at most; what finds no room goes through torch.distributed.
-_ROOM = {_Kind.NUMBERS: 2**18, _Kind.HIDDEN: 2**21, _Kind.RESULT: 2**19, _Kind.INPUT: 2**19}
+# A plan has about 100 bytes a sequence and 8 a new token, but sequences that begin with blocks of the prefix cache have
+# all of those at once: 128 of 4,000 tokens are 270 KB, and a mask of 128,000 tokens is 16.
+_ROOM = {_Kind.NUMBERS: 2**21, _Kind.HIDDEN: 2**21, _Kind.RESULT: 2**19, _Kind.INPUT: 2**19}
 
 _Route = tuple[int, int, _Kind]
 """Who sends, who receives, what."""
@@ -55,6 +58,8 @@ class StepChannel:
         self._tensor_parallel_rank = topology.tensor_parallel.rank
         self._sending: deque[tuple[int, dist.Work, torch.Tensor]] = deque()  # with the number of plans before it
         self._num_plans = 0
+        self._encoder = PlanEncoder(with_choice=self._num_stages > 1)  # in one stage, the leader chooses
+        self._decoder = PlanDecoder()
         self._group: dist.ProcessGroup | None = None
         self._hidden_group: dist.ProcessGroup | None = None
         self._rings: dict[_Route, Ring] = {}
@@ -66,16 +71,20 @@ class StepChannel:
             self._rings = open_rings(self._group, routes, patience)
 
     def send_plan(self, plan: StepPlan) -> None:
-        """The leader's next plan to every other rank. With it, at most `num_stages` may be without a result."""
+        """The leader's next plan to every other rank. With it, at most `num_stages` may be without a result.
+
+        All get all plans, in one order: of a sequence they are told what is new since its last chunk (`plan_codec`).
+        """
         self._begin_plan()
         if self._topology.world_size == 1:
             return
-        numbers = plan.encode()
+        numbers = self._encoder.encode(plan)
         for rank in range(1, self._topology.world_size):
             self._send_numbers(numbers, rank)
 
     def receive_plan(self) -> StepPlan:
-        plan = StepPlan.decode(self._receive_numbers())
+        """The next plan; where there is one stage, without what only the leader needs: how tokens are chosen."""
+        plan = self._decoder.decode(self._receive_numbers())
         self._begin_plan()
         return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from ts_parallel.errors import ConfigError, PlanError
 from ts_parallel.partition.load import RankModel
 from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram
 from ts_parallel.runtime.backends.base import Attention, Backend
+from ts_parallel.runtime.backends.packed_plan import as_tensor
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.kv_budget import count_blocks
 from ts_parallel.runtime.stage import Stage
@@ -125,6 +127,7 @@ class Runner:
     @torch.inference_mode()
     def _run_stage(self, plan: StepPlan) -> torch.Tensor | None:
         """This rank's stage of a step: the logits `[R, V]` where it is the first rank of the last one."""
+        check_plan(plan, self.num_blocks, self.block_size, self._vocabulary)
         layout = self._attention.lay_out(plan)
         inputs = {TOKEN_IDS: layout.token_ids, POSITIONS: layout.positions, ROWS: layout.sampled_rows}
         sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
@@ -142,6 +145,27 @@ class Runner:
         if len(self._head) == 1:  # each rank has all of them
             return logits if self._group.rank == 0 else None
         return self._sums.gather(logits, self._head)
+
+
+def check_plan(plan: StepPlan, num_blocks: int, block_size: int, vocabulary: int) -> None:
+    """Assert of all that becomes an address that it is one: the kernels of no backend look.
+
+    Token ids are below `vocabulary`, block ids below `num_blocks`, a chunk lies within its blocks, and its rows are
+    tokens of its own. Who made a plan has seen to it (`Vocabulary.known`, `BlockManager.hold`); here ends what went
+    wrong on the way.
+    """
+    block_ids = array("q")
+    for chunk in plan.chunks:
+        num_slots, num_rows = len(chunk.block_ids) * block_size, len(chunk.next_ids)
+        assert 0 <= chunk.start < chunk.end <= num_slots, f"tokens {chunk.start} to {chunk.end} have {num_slots} slots"
+        assert num_rows <= len(chunk.token_ids), f"{num_rows} rows of {len(chunk.token_ids)} tokens are wanted"
+        token_ids = (*chunk.token_ids, *chunk.next_ids)
+        assert min(token_ids) >= 0, f"token id {min(token_ids)} is negative"
+        assert max(token_ids) < vocabulary, f"token id {max(token_ids)} is not below {vocabulary}"
+        block_ids.extend(chunk.block_ids)
+    if block_ids:
+        first, last = (int(bound) for bound in as_tensor(block_ids).aminmax())
+        assert 0 <= first and last < num_blocks, f"block ids {first} to {last} are not within 0 to {num_blocks - 1}"
 
 
 def _sampled(plan: StepPlan) -> list[Chunk]:

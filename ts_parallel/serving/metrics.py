@@ -53,7 +53,11 @@ def families(figures: Figures) -> Iterator[Family]:
 def _totals(stats: EngineStats) -> Iterator[tuple[str, str, int]]:
     yield "prompt_tokens_total", "Tokens of the prompts that were admitted.", stats.num_prompt_tokens
     yield "generation_tokens_total", "Tokens that were generated.", stats.num_generation_tokens
-    yield "num_preemptions_total", "How often a request gave its KV blocks up to an older one.", stats.num_preemptions
+    yield (
+        "num_preemptions_total",
+        "How often a request gave its KV blocks up to a more urgent or older one.",
+        stats.num_preemptions,
+    )
     yield "prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", stats.num_prefix_queries
     yield "prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", stats.num_prefix_hits
 

@@ -152,9 +152,8 @@ def paged(
     """Each site's output of each sequence, `[T, H, E]`, with as many tokens as the schedule adds."""
     attention = make_attention(shapes, dtype, block_size)
     assert isinstance(attention, KernelAttention) == (HAS_KERNELS and dtype == torch.bfloat16 and block_size % 2 == 0)
-    left = torch.inf if isinstance(attention, KernelAttention) else 100.0
     for buffer in (*attention.memory.keys, *attention.memory.values):
-        buffer.fill_(left)  # by earlier requests; one such slot that is read spoils the answer
+        buffer.fill_(torch.inf)  # by earlier requests; one such slot that is read spoils the answer
     outputs = [{name: list[torch.Tensor]() for name in NAMES} for _ in shapes]
     for plan in plans(schedule, block_size):
         layout = attention.lay_out(plan)
@@ -278,6 +277,21 @@ def test_layout_packs_the_chunks_one_after_another() -> None:
     assert layout.sampled_rows.tolist() == [3, 5]
     assert layout.decode is not None and layout.decode.rows.tolist() == [3]
     assert [prefill.rows for prefill in layout.prefills] == [slice(0, 3), slice(4, 6)]
+
+
+def test_decodes_are_padded_with_their_own_last_slot() -> None:
+    """In the blocks and behind them; blocks beyond a chunk's end are nobody's business."""
+    chunks = (
+        Chunk("a", (1,), 8, (5, 2, 3), is_sampled=True),
+        Chunk("b", (2, 3), 0, (9,), is_sampled=True),
+        Chunk("c", (4,), 1, (7, 6), is_sampled=True),
+    )
+    layout = lay_out(StepPlan(chunks), BLOCK_SIZE, CPU)
+    assert layout.decode is not None and layout.decode.rows.tolist() == [0, 3]
+    first, second = layout.decode.slots.view(2, 9).tolist()
+    assert first == [20, 21, 22, 23, 8, 9, 10, 11, 12]
+    assert second == [28, 29, *[29] * 7]
+    assert layout.decode.mask.of(None).sum(dim=1).tolist() == [9, 2]
 
 
 def test_rows_of_a_prompt_that_is_scored_come_before_the_sampled_one() -> None:

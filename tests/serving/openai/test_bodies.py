@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ts_parallel.errors import RequestError
+from ts_parallel.runtime.plan_codec import PlanDecoder, PlanEncoder
 from ts_parallel.serving.exchange import RawRequest
 from ts_parallel.serving.openai.bodies import (
     TokenizeBody,
@@ -94,7 +95,8 @@ def test_seed_is_any_whole_number(seed: int | None, used: int) -> None:
 def test_no_number_is_too_large_for_a_plan() -> None:
     params = parse_completion(raw({"prompt": "x", "top_k": 2**70, "seed": -(2**70)})).generation_params(1.0, 1)
     plan = StepPlan((Chunk("", (1,), 0, (0,), True, params.sampling),))
-    assert StepPlan.decode(plan.encode()) == plan
+    (received,) = PlanDecoder().decode(PlanEncoder().encode(plan)).chunks
+    assert received.sampling == params.sampling
 
 
 def test_null_is_the_default_where_it_means_nothing_else() -> None:

@@ -6,7 +6,6 @@ values side by side, so that each step copies them.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from ts_parallel.native import kernels
 from ts_parallel.partition.program import AttentionSite
 from ts_parallel.runtime.backends.kv_memory import KVMemory
 from ts_parallel.runtime.backends.native.norms import is_turned_by_kernels, rotary
+from ts_parallel.runtime.backends.packed_plan import pack
 from ts_parallel.step_plan import StepPlan
 
 
@@ -44,24 +44,13 @@ class KernelAttention:
 
     def lay_out(self, plan: StepPlan) -> KernelLayout:
         """What every attention site of a step shares."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        sampled: list[int] = []
-        chunks, blocks = array("q"), array("q")
-        for chunk in plan.chunks:
-            first = len(token_ids)
-            chunks.extend((first, len(chunk.token_ids), chunk.start, len(blocks)))
-            blocks.extend(chunk.block_ids)
-            token_ids += chunk.token_ids
-            positions += range(chunk.start, chunk.end)
-            sampled += range(first, first + len(chunk.next_ids))
-            if chunk.is_sampled:
-                sampled.append(len(token_ids) - 1)
+        packed = pack(plan)
+        chunks, block_ids = packed.chunks.tobytes(), packed.block_ids.tobytes()
         return KernelLayout(
-            token_ids=torch.tensor([token_ids]),
-            positions=torch.tensor([positions]),
-            sampled_rows=torch.tensor(sampled, dtype=torch.int64),
-            step=kernels.make_step(self._block_size, len(token_ids), chunks.tobytes(), blocks.tobytes()),
+            token_ids=packed.token_ids,
+            positions=packed.positions,
+            sampled_rows=packed.sampled_rows,
+            step=kernels.make_step(self._block_size, packed.token_ids.numel(), chunks, block_ids),
         )
 
     def __call__(

@@ -7,6 +7,7 @@ one by one. PagedAttention: Kwon et al. 2023 (https://arxiv.org/abs/2309.06180).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from ts_parallel.partition.program import AttentionSite
 from ts_parallel.runtime.backends.kv_memory import KVMemory
+from ts_parallel.runtime.backends.packed_plan import NUMBERS_A_CHUNK, as_tensor, pack
 from ts_parallel.runtime.backends.torch.norms import rotary
 from ts_parallel.step_plan import Chunk, StepPlan
 
@@ -40,7 +42,7 @@ class _Decode:
     """All sequences that add one token."""
 
     rows: torch.Tensor  # [B], their tokens among the step's
-    slots: torch.Tensor  # [B × longest], the slots they read; padding reads slot 0
+    slots: torch.Tensor  # [B × longest], the slots they read; padding reads the sequence's own last one again
     mask: _Mask  # of [B, longest]
 
 
@@ -65,59 +67,72 @@ class PagedLayout:
     prefills: tuple[_Prefill, ...]
 
 
+class _BlockTables:
+    """All chunks' blocks on the device, one behind the other. Tells slots of positions."""
+
+    def __init__(self, block_ids: torch.Tensor, block_size: int) -> None:
+        self._block_ids = block_ids
+        self._block_size = block_size
+
+    def slots(self, first_blocks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of tokens at `positions` of sequences whose blocks begin at `first_blocks`, both `[N]` → `[N]`."""
+        blocks = self._block_ids[first_blocks + positions // self._block_size]
+        return blocks * self._block_size + positions % self._block_size
+
+    def first_slots(self, first_blocks: torch.Tensor, last: torch.Tensor, longest: int) -> torch.Tensor:
+        """Of the first `longest` tokens of sequences whose last ones are at `last` `[B]` → `[B, longest]`; where a
+        sequence has no more blocks, its last one comes again."""
+        numbers = torch.arange(-(-longest // self._block_size), device=last.device)
+        own = torch.minimum(numbers, (last // self._block_size).unsqueeze(1))
+        blocks = self._block_ids[first_blocks.unsqueeze(1) + own]
+        offsets = torch.arange(self._block_size, device=last.device)
+        return (blocks.unsqueeze(2) * self._block_size + offsets).flatten(1)[:, :longest]
+
+
 def lay_out(plan: StepPlan, block_size: int, device: torch.device) -> PagedLayout:
     """The tensors that every attention site of a step shares."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    sampled: list[int] = []
-    decodes: list[tuple[int, list[int]]] = []
-    prefills: list[_Prefill] = []
-    for chunk in plan.chunks:
-        first = len(token_ids)
-        own = _slots(chunk, block_size)
-        token_ids += chunk.token_ids
-        positions += range(chunk.start, chunk.end)
-        slots += own[chunk.start :]
-        sampled += range(first, first + len(chunk.next_ids))
-        if chunk.is_sampled:
-            sampled.append(len(token_ids) - 1)
+    packed = pack(plan)
+    chunks, positions = as_tensor(packed.chunks).view(-1, NUMBERS_A_CHUNK).to(device), packed.positions.to(device)
+    tables = _BlockTables(as_tensor(packed.block_ids).to(device), block_size)
+    decodes, prefills = array("q"), list[_Prefill]()  # chunks by number
+    for number, chunk in enumerate(plan.chunks):
         if len(chunk.token_ids) == 1:
-            decodes.append((first, own))
+            decodes.append(number)
         else:
-            prefills.append(_lay_out_prefill(chunk, own, slice(first, len(token_ids)), device))
-
-    def tensor(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
-
+            row, first_block = packed.chunks[NUMBERS_A_CHUNK * number], chunks[number, 3:]
+            rows = slice(row, row + len(chunk.token_ids))
+            prefills.append(_lay_out_prefill(chunk, rows, first_block, tables, device))
+    own = chunks[as_tensor(decodes).to(device)] if prefills else chunks
+    _, counts, _, first_blocks = chunks.unbind(1)
     return PagedLayout(
-        token_ids=tensor(token_ids).unsqueeze(0),
-        positions=tensor(positions).unsqueeze(0),
-        sampled_rows=tensor(sampled),
-        slots=tensor(slots),
-        decode=_lay_out_decodes(decodes, device) if decodes else None,
+        token_ids=packed.token_ids.to(device),
+        positions=positions,
+        sampled_rows=packed.sampled_rows.to(device),
+        slots=tables.slots(first_blocks.repeat_interleave(counts, output_size=positions.numel()), positions[0]),
+        decode=_lay_out_decodes([plan.chunks[number] for number in decodes], own, tables) if decodes else None,
         prefills=tuple(prefills),
     )
 
 
-def _slots(chunk: Chunk, block_size: int) -> list[int]:
-    """The slot of each of a sequence's tokens, up to the chunk's end."""
-    return [block * block_size + offset for block in chunk.block_ids for offset in range(block_size)][: chunk.end]
+def _lay_out_decodes(decodes: Sequence[Chunk], chunks: torch.Tensor, tables: _BlockTables) -> _Decode:
+    """`chunks` `[B, 4]` are those of `decodes`, as `PackedPlan` has them."""
+    rows, _, last, first_blocks = chunks.unbind(1)
+    ends = [chunk.end for chunk in decodes]
+    longest = max(ends)
+    distance = last.unsqueeze(1) - torch.arange(longest, device=chunks.device)
+    slots = tables.first_slots(first_blocks, last, longest)
+    if min(ends) < longest:
+        # What lies behind a sequence in its last block is of earlier ones: 0 × NaN would be NaN there too.
+        slots = torch.where(distance >= 0, slots, slots.gather(1, last.unsqueeze(1)))
+    return _Decode(rows, slots.flatten(), _Mask(distance))
 
 
-def _lay_out_decodes(decodes: list[tuple[int, list[int]]], device: torch.device) -> _Decode:
-    lengths = torch.tensor([len(own) for _, own in decodes], device=device)
-    longest = max(len(own) for _, own in decodes)
-    padded = [number for _, own in decodes for number in (*own, *[0] * (longest - len(own)))]
-    distance = lengths.unsqueeze(1) - 1 - torch.arange(longest, device=device)
-    rows = torch.tensor([row for row, _ in decodes], device=device)
-    return _Decode(rows, torch.tensor(padded, device=device), _Mask(distance))
-
-
-def _lay_out_prefill(chunk: Chunk, own: list[int], rows: slice, device: torch.device) -> _Prefill:
-    queries = torch.arange(chunk.start, chunk.end, device=device)
-    distance = queries.unsqueeze(1) - torch.arange(chunk.end, device=device)
-    return _Prefill(rows, torch.tensor(own, device=device) if chunk.start else None, _Mask(distance))
+def _lay_out_prefill(
+    chunk: Chunk, rows: slice, first_block: torch.Tensor, tables: _BlockTables, device: torch.device
+) -> _Prefill:
+    keys = torch.arange(chunk.end, device=device)
+    mask = _Mask(keys[chunk.start :].unsqueeze(1) - keys)
+    return _Prefill(rows, tables.slots(first_block, keys) if chunk.start else None, mask)
 
 
 class PagedAttention:
