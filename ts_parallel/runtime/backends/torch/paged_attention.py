@@ -40,7 +40,7 @@ class _Decode:
     """All sequences that add one token."""
 
     rows: torch.Tensor  # [B], their tokens among the step's
-    slots: torch.Tensor  # [B × longest], the slots they read; padding reads slot 0
+    slots: torch.Tensor  # [B × longest], the slots they read; padding reads the sequence's own first
     mask: _Mask  # of [B, longest]
 
 
@@ -108,7 +108,8 @@ def _slots(chunk: Chunk, block_size: int) -> list[int]:
 def _lay_out_decodes(decodes: list[tuple[int, list[int]]], device: torch.device) -> _Decode:
     lengths = torch.tensor([len(own) for _, own in decodes], device=device)
     longest = max(len(own) for _, own in decodes)
-    padded = [number for _, own in decodes for number in (*own, *[0] * (longest - len(own)))]
+    # Masked or not, what is read is multiplied: another's NaN, by 0, would be this sequence's.
+    padded = [number for _, own in decodes for number in (*own, *own[:1] * (longest - len(own)))]
     distance = lengths.unsqueeze(1) - 1 - torch.arange(longest, device=device)
     rows = torch.tensor([row for row, _ in decodes], device=device)
     return _Decode(rows, torch.tensor(padded, device=device), _Mask(distance))
