@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ts_parallel.runtime.backends.torch.sampling import choose, uniform
-from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan, TokenLogprobs, read_logprobs
+from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan, TokenLogprobs, pack, read_logprobs
 
 NUMBERS = st.integers(0, 2**62)
 REALS = st.floats(allow_nan=False)
@@ -38,8 +38,8 @@ CHUNKS = st.builds(
     block_ids=st.lists(NUMBERS, max_size=4).map(tuple),
     is_sampled=st.booleans(),
     sampling=SAMPLING,
-    prompt_ids=st.lists(NUMBERS, max_size=3).map(tuple),
-    output_ids=st.lists(NUMBERS, max_size=3).map(tuple),
+    prompt_ids=st.lists(NUMBERS, max_size=3).map(pack),
+    output_ids=st.lists(NUMBERS, max_size=3).map(pack),
     next_ids=st.lists(NUMBERS, max_size=3).map(tuple),
     allowed=st.lists(st.binary(min_size=8, max_size=8), max_size=3).map(b"".join),
 )

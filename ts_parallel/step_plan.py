@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate, pairwise
 
 import torch
@@ -67,9 +68,9 @@ class Chunk:
     block_ids: tuple[int, ...]
     is_sampled: bool
     sampling: SamplingParams = SamplingParams()
-    prompt_ids: tuple[int, ...] = ()
-    output_ids: tuple[int, ...] = ()
-    """All tokens up to now, where `sampling` needs them."""
+    prompt_ids: bytes = b""
+    output_ids: bytes = b""
+    """All tokens up to now, where `sampling` needs them, as `pack` has them."""
     next_ids: tuple[int, ...] = ()
     """What follows the first tokens of the chunk, where log-probabilities of the prompt's own tokens are wanted."""
     allowed: bytes = b""
@@ -91,6 +92,15 @@ class Chunk:
         return 0 if self.sampling.num_logprobs is None else self.num_rows * (1 + 2 * self.sampling.num_logprobs)
 
 
+class NoToken(IntEnum):
+    """What a step's result has in a token's place where none can be chosen."""
+
+    NOT_A_NUMBER = -1
+    """The logits hold NaN."""
+    NOTHING_ALLOWED = -2
+    """All logits are minus infinity, the model's own or by what is forbidden."""
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """How likely one token was, and which tokens were the most likely in its place, the first the most.
@@ -107,8 +117,8 @@ class TokenLogprobs:
 class StepPlan:
     """The chunks of one step. Without chunks it is a sign of life; `is_last` ends the ranks that follow.
 
-    A step's result is int64 numbers: one token for each sampled chunk, then what `read_logprobs` reads. Or, with
-    `wants_logits`, the logits of the sampled chunks.
+    A step's result is int64 numbers: one token for each sampled chunk, or a `NoToken`, then what `read_logprobs` reads.
+    Or, with `wants_logits`, the logits of the sampled chunks.
     """
 
     chunks: tuple[Chunk, ...] = ()
@@ -125,25 +135,19 @@ class StepPlan:
         return sum(chunk.is_sampled + chunk.num_scores for chunk in self.chunks)
 
     def encode(self) -> torch.Tensor:
-        """int64 `[N]`, all but the requests' names: two flags, how many of the numbers are masks, then each chunk's
-        counts, numbers and sampling, and at the end the masks of all chunks, which never become Python's numbers."""
-        num_words = sum(_num_words(chunk.allowed) for chunk in self.chunks)
-        numbers = [int(self.is_last), int(self.wants_logits), num_words]
-        for chunk in self.chunks:
-            rows = (
-                chunk.token_ids,
-                chunk.block_ids,
-                chunk.prompt_ids,
-                chunk.output_ids,
-                chunk.next_ids,
-                _encode_sampling(chunk),
-            )
-            numbers += (chunk.start, int(chunk.is_sampled), _num_words(chunk.allowed), *map(len, rows))
+        """int64 `[N]`, all but the requests' names: two flags, how many of the numbers are words, then each chunk's
+        counts, numbers and sampling, and at the end the words of all chunks, which never become Python's numbers."""
+        words = [_words(chunk) for chunk in self.chunks]
+        numbers = [int(self.is_last), int(self.wants_logits), sum(_num_words(part) for own in words for part in own)]
+        for chunk, own in zip(self.chunks, words, strict=True):
+            rows = (chunk.token_ids, chunk.block_ids, chunk.next_ids, _encode_sampling(chunk))
+            numbers += (chunk.start, int(chunk.is_sampled), *map(_num_words, own), *map(len, rows))
             for row in rows:
                 numbers += row
         encoded = bytearray(array("q", numbers))
-        for chunk in self.chunks:
-            encoded += chunk.allowed
+        for own in words:
+            for part in own:
+                encoded += part
         return torch.frombuffer(encoded, dtype=torch.int64)
 
     @staticmethod
@@ -151,16 +155,16 @@ class StepPlan:
         """The plan of `encode`'s numbers; its chunks have no `request_id`."""
         after_chunks = len(encoded) - int(encoded[2])
         numbers: list[int] = encoded[:after_chunks].tolist()
-        masks = encoded[after_chunks:].numpy().tobytes()
-        chunks, at, at_mask = [], 3, 0
+        words = encoded[after_chunks:].numpy().tobytes()
+        chunks, at, at_word = [], 3, 0
         while at < len(numbers):
-            start, is_sampled, num_words, *lengths = numbers[at : at + _CHUNK_HEAD]
-            ends = list(accumulate(lengths, initial=at + _CHUNK_HEAD))
-            token_ids, block_ids, prompt_ids, output_ids, next_ids, sampling = (
-                tuple(numbers[first:end]) for first, end in pairwise(ends)
+            start, is_sampled, *lengths = numbers[at : at + _CHUNK_HEAD]
+            word_ends = list(accumulate(lengths[:_NUM_WORDS_OF], initial=at_word))
+            ends = list(accumulate(lengths[_NUM_WORDS_OF:], initial=at + _CHUNK_HEAD))
+            prompt_ids, output_ids, allowed = (
+                words[_BYTES_OF_WORD * first : _BYTES_OF_WORD * end] for first, end in pairwise(word_ends)
             )
-            params = _decode_sampling(sampling)
-            after_mask = at_mask + num_words * _BYTES_OF_WORD
+            token_ids, block_ids, next_ids, sampling = (tuple(numbers[first:end]) for first, end in pairwise(ends))
             chunks.append(
                 Chunk(
                     "",
@@ -168,15 +172,20 @@ class StepPlan:
                     start,
                     block_ids,
                     bool(is_sampled),
-                    params,
+                    _decode_sampling(sampling),
                     prompt_ids,
                     output_ids,
                     next_ids,
-                    masks[at_mask:after_mask],
+                    allowed,
                 )
             )
-            at, at_mask = ends[-1], after_mask
+            at, at_word = ends[-1], word_ends[-1]
         return StepPlan(tuple(chunks), bool(numbers[0]), bool(numbers[1]))
+
+
+def pack(token_ids: Iterable[int]) -> bytes:
+    """Their int64 numbers one behind the other: a long history is read as it lies, and not token by token."""
+    return array("q", token_ids).tobytes()
 
 
 def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple[TokenLogprobs, ...]]:
@@ -197,7 +206,8 @@ def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple
     return results
 
 
-_CHUNK_HEAD = 9  # start, whether it is sampled, and the lengths of its mask and six rows
+_NUM_WORDS_OF = 3  # prompt, output and mask
+_CHUNK_HEAD = 2 + _NUM_WORDS_OF + 4  # start, whether it is sampled, the lengths of these and of four rows
 _BYTES_OF_WORD = 8
 _DEFAULT = SamplingParams()
 _FLOATS = (
@@ -211,10 +221,14 @@ _FLOATS = (
 )
 
 
-def _num_words(mask: bytes) -> int:
-    """How many int64 numbers it is."""
-    assert len(mask) % _BYTES_OF_WORD == 0
-    return len(mask) // _BYTES_OF_WORD
+def _words(chunk: Chunk) -> tuple[bytes, ...]:
+    return chunk.prompt_ids, chunk.output_ids, chunk.allowed
+
+
+def _num_words(words: bytes) -> int:
+    """How many int64 numbers they are."""
+    assert len(words) % _BYTES_OF_WORD == 0
+    return len(words) // _BYTES_OF_WORD
 
 
 def _encode_sampling(chunk: Chunk) -> tuple[int, ...]:

@@ -96,30 +96,4 @@ AVX512_BF16 static void add_task(const void *argument, int64_t index)
         store16(call->output + at, mask, _mm512_add_ps(load16(call->first + at, mask), load16(call->second + at, mask)));
     }
 }
-
-struct argmax_call {
-    const bf16 *logits; /* [R, V], contiguous */
-    int64_t num_columns;
-    int64_t *result; /* [R] */
-};
-
-/* The first of the greatest numbers of a row; NaN counts as none. */
-AVX512_BF16 static void argmax_task(const void *argument, int64_t row)
-{
-    const struct argmax_call *call = argument;
-    const bf16 *logits = call->logits + row * call->num_columns;
-    const __m512 lowest = _mm512_set1_ps(-INFINITY);
-    __m512 best = lowest;
-    __m512i places = _mm512_setzero_si512();
-    for (int64_t at = 0; at < call->num_columns; at += 16) {
-        __mmask16 mask = first16(call->num_columns - at);
-        __m512 value = _mm512_mask_mov_ps(lowest, mask, load16(logits + at, mask));
-        __mmask16 is_better = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
-        best = _mm512_mask_mov_ps(best, is_better, value);
-        places = _mm512_mask_mov_epi32(places, is_better, _mm512_set1_epi32((int)at));
-    }
-    __mmask16 is_best = _mm512_cmp_ps_mask(best, _mm512_set1_ps(_mm512_reduce_max_ps(best)), _CMP_EQ_OQ);
-    places = _mm512_add_epi32(places, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    call->result[row] = is_best ? _mm512_mask_reduce_min_epi32(is_best, places) : 0;
-}
 #endif

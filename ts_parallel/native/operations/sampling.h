@@ -1,0 +1,545 @@
+/* Logits → token ids, a row a task: what `runtime/backends/torch/sampling.py` says, without its sort.
+ *
+ * bfloat16 has few numbers, and a row of V tokens has each of them often. So its tokens are counted by number: a group
+ * are those of one number, in the order of their ids. The most likely first, probabilities and their sums are then
+ * those of some thousand groups. A token that a penalty or bias has given a float32 number which is no bfloat16 is a
+ * stray, a group for itself; only strays are sorted. Sums are float64, and a row's are its own: nothing depends on the
+ * rows beside it.
+ */
+#ifndef TS_PARALLEL_SAMPLING_H
+#define TS_PARALLEL_SAMPLING_H
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "numbers/bf16.h"
+#include "numbers/numbers.h"
+
+/* In place of a token: `step_plan.NoToken`. */
+#define NOT_A_NUMBER -1
+#define NOTHING_ALLOWED -2
+
+#define MINUS_INFINITY 0xff80 /* in bfloat16 */
+#define MOST_NUMBERS 65536
+/* Beyond e^-50 of the best, all tokens of any vocabulary together are less than float64 tells apart. */
+#define NEGLIGIBLE 50.0
+
+struct argmax_call {
+    const bf16 *logits; /* [R, V], contiguous */
+    int64_t num_columns;
+    int64_t *result; /* [R] */
+};
+
+/* The first of the greatest numbers of a row, or why there is none. */
+AVX512_BF16 static void argmax_task(const void *argument, int64_t row)
+{
+    const struct argmax_call *call = argument;
+    const bf16 *logits = call->logits + row * call->num_columns;
+    const __m512 lowest = _mm512_set1_ps(-INFINITY);
+    __m512 best = lowest;
+    __m512i places = _mm512_setzero_si512();
+    __mmask16 is_nan = 0;
+    for (int64_t at = 0; at < call->num_columns; at += 16) {
+        __mmask16 mask = first16(call->num_columns - at);
+        __m512 value = _mm512_mask_mov_ps(lowest, mask, load16(logits + at, mask));
+        is_nan |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        __mmask16 is_better = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ);
+        best = _mm512_mask_mov_ps(best, is_better, value);
+        places = _mm512_mask_mov_epi32(places, is_better, _mm512_set1_epi32((int)at));
+    }
+    float greatest = _mm512_reduce_max_ps(best);
+    __mmask16 is_best = _mm512_cmp_ps_mask(best, _mm512_set1_ps(greatest), _CMP_EQ_OQ);
+    places = _mm512_add_epi32(places, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    call->result[row] = is_nan ? NOT_A_NUMBER
+                      : greatest == -INFINITY ? NOTHING_ALLOWED
+                                              : _mm512_mask_reduce_min_epi32(is_best, places);
+}
+
+/* `runtime/backends/native/sampling.py` packs it. Where something begins is counted in words of 8 bytes. */
+struct sampled_row {
+    int64_t row, top_k, position;
+    uint64_t seed;
+    double temperature, top_p, min_p, repetition, presence, frequency;
+    int64_t history, num_prompt, num_output;
+    int64_t biases, num_biases; /* ids, then float64 */
+    int64_t mask, num_words;    /* of `Chunk.allowed`; no words: anything is */
+};
+
+struct sample_call {
+    const bf16 *logits; /* [R, V], contiguous */
+    int64_t num_columns;
+    const struct sampled_row *rows;
+    const int64_t *words;
+    int64_t *result;
+};
+
+struct groups {
+    int64_t number;
+    float *values;   /* falling */
+    int32_t *counts;
+    int32_t *tokens; /* the stray, or -1 */
+    double *weights; /* e^((value - best) / temperature) */
+};
+
+/* Memory of a task. */
+struct sampling_room {
+    bf16 *own;          /* [V], the row as it is to be chosen from; strays are minus infinity */
+    int32_t *histogram; /* by how far below the greatest a number is */
+    uint64_t *touched;  /* bits [V] */
+    float *changed;     /* [V], what touched tokens have */
+    int32_t *times;     /* [V], how often the answer has a token */
+    uint64_t *strays, *sorting; /* [V] */
+    struct groups groups;
+};
+
+static inline size_t take_room(size_t *size, size_t num_bytes)
+{
+    size_t at = *size;
+    *size += (num_bytes + 63) / 64 * 64;
+    return at;
+}
+
+static struct sampling_room sampling_room_of(int64_t num_columns)
+{
+    size_t columns = (size_t)num_columns, most = columns + MOST_NUMBERS + 16, size = 0;
+    size_t own = take_room(&size, columns * sizeof(bf16));
+    size_t histogram = take_room(&size, (MOST_NUMBERS + 16) * sizeof(int32_t));
+    size_t touched = take_room(&size, columns / 8 + 8);
+    size_t changed = take_room(&size, columns * sizeof(float)), times = take_room(&size, columns * sizeof(int32_t));
+    size_t strays = take_room(&size, columns * sizeof(uint64_t)), sorting = take_room(&size, columns * sizeof(uint64_t));
+    size_t values = take_room(&size, most * sizeof(float)), counts = take_room(&size, most * sizeof(int32_t));
+    size_t tokens = take_room(&size, most * sizeof(int32_t)), weights = take_room(&size, most * sizeof(double));
+    char *memory = scratch_of(size, 0);
+    if (!memory)
+        abort(); /* a few MB: whoever lacks them cannot go on anyway */
+    struct groups groups = {0, (float *)(memory + values), (int32_t *)(memory + counts), (int32_t *)(memory + tokens),
+                            (double *)(memory + weights)};
+    return (struct sampling_room){(bf16 *)(memory + own),         (int32_t *)(memory + histogram),
+                                  (uint64_t *)(memory + touched), (float *)(memory + changed),
+                                  (int32_t *)(memory + times),    (uint64_t *)(memory + strays),
+                                  (uint64_t *)(memory + sorting), groups};
+}
+
+static inline float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float number_of(bf16 bits)
+{
+    return float_of((uint32_t)bits << 16);
+}
+
+/* int16 in the order of the numbers; both zeros are 0. */
+INLINE __m512i order32(__m512i bits)
+{
+    bits = _mm512_maskz_mov_epi16(_mm512_cmpneq_epi16_mask(bits, _mm512_set1_epi16((short)0x8000)), bits);
+    __m512i sign = _mm512_srai_epi16(bits, 15);
+    return _mm512_xor_si512(bits, _mm512_and_si512(sign, _mm512_set1_epi16(0x7fff)));
+}
+
+static inline int order_of(bf16 bits)
+{
+    return bits == 0x8000 ? 0 : bits & 0x8000 ? (int16_t)(bits ^ 0x7fff) : bits;
+}
+
+static inline float number_at(int order)
+{
+    return number_of((bf16)(order < 0 ? (uint16_t)order ^ 0x7fff : order));
+}
+
+/* The place of a row's greatest number in the order; minus infinity's where there is no other. */
+AVX512_BF16 static int greatest_of(const bf16 *row, int64_t num_columns, int *has_nan)
+{
+    const __m512i none = _mm512_set1_epi16((short)order_of(MINUS_INFINITY)), magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i infinity = _mm512_set1_epi16(0x7f80);
+    __m512i greatest = none;
+    __mmask32 nan = 0;
+    for (int64_t at = 0; at < num_columns; at += 32) {
+        __mmask32 mask = first32(num_columns - at);
+        __m512i bits = _mm512_maskz_loadu_epi16(mask, row + at);
+        nan |= _mm512_cmpgt_epi16_mask(_mm512_and_si512(bits, magnitude), infinity);
+        greatest = _mm512_mask_max_epi16(greatest, mask, greatest, order32(bits));
+    }
+    int16_t lanes[32];
+    _mm512_storeu_si512(lanes, greatest);
+    int found = lanes[0];
+    for (int i = 1; i < 32; i++)
+        found = lanes[i] > found ? lanes[i] : found;
+    *has_nan = nan != 0;
+    return found;
+}
+
+/* Token number `member`, from 0 on, of those that have this place in the order. */
+AVX512_BF16 static int64_t find_member(const bf16 *row, int64_t num_columns, int order, int64_t member)
+{
+    const __m512i wanted = _mm512_set1_epi16((short)order);
+    for (int64_t at = 0; at < num_columns; at += 32) {
+        __mmask32 mask = first32(num_columns - at);
+        uint32_t same = _mm512_mask_cmpeq_epi16_mask(mask, order32(_mm512_maskz_loadu_epi16(mask, row + at)), wanted);
+        int count = __builtin_popcount(same);
+        if (member < count) {
+            for (; member; member--)
+                same &= same - 1;
+            return at + __builtin_ctz(same);
+        }
+        member -= count;
+    }
+    abort(); /* it was counted */
+}
+
+static inline int is_allowed(const struct sampled_row *row, const uint64_t *mask, int64_t token)
+{
+    return !row->num_words || (token / 64 < row->num_words && mask[token / 64] >> (token % 64) & 1);
+}
+
+AVX512_BF16 static void copy_allowed(const struct sampled_row *row, const bf16 *from, const uint32_t *mask, bf16 *to,
+                                     int64_t num_columns)
+{
+    for (int64_t at = 0; at < num_columns; at += 32) {
+        __mmask32 columns = first32(num_columns - at), allowed = columns;
+        if (row->num_words)
+            allowed = at / 32 < 2 * row->num_words ? mask[at / 32] & columns : 0;
+        __m512i bits = _mm512_maskz_loadu_epi16(columns, from + at);
+        bits = _mm512_mask_mov_epi16(_mm512_set1_epi16((short)MINUS_INFINITY), allowed, bits);
+        _mm512_mask_storeu_epi16(to + at, columns, bits);
+    }
+}
+
+/* Whether the token was not touched before; then it has the model's own number. */
+static inline int touch(const struct sampling_room *room, const bf16 *logits, int64_t token)
+{
+    uint64_t bit = 1ULL << (token % 64);
+    if (room->touched[token / 64] & bit)
+        return 0;
+    room->touched[token / 64] |= bit;
+    room->changed[token] = number_of(logits[token]);
+    return 1;
+}
+
+/* A head may have fewer outputs than the vocabulary has tokens. */
+static inline int has_logit(const struct sample_call *call, int64_t token)
+{
+    return token >= 0 && token < call->num_columns;
+}
+
+/* How often the answer has a token tells what is taken off it. */
+static void take_off_repeated(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
+                              const struct sampling_room *room)
+{
+    const int64_t *output = call->words + row->history + row->num_prompt;
+    for (int64_t i = 0; i < row->num_output; i++)
+        if (has_logit(call, output[i])) {
+            touch(room, logits, output[i]);
+            room->times[output[i]] = 0;
+        }
+    for (int64_t i = 0; i < row->num_output; i++)
+        if (has_logit(call, output[i]))
+            room->times[output[i]]++;
+    for (int64_t i = 0; i < row->num_output; i++)
+        if (has_logit(call, output[i]) && room->times[output[i]]) {
+            room->changed[output[i]] -= (float)(row->presence + row->frequency * room->times[output[i]]);
+            room->times[output[i]] = 0;
+        }
+}
+
+/* Penalties, then biases, each as float32 rounds. */
+static void change_numbers(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
+                           const struct sampling_room *room)
+{
+    const int64_t *seen = call->words + row->history, *ids = call->words + row->biases;
+    float *changed = room->changed, repetition = (float)row->repetition;
+    memset(room->touched, 0, (size_t)(call->num_columns / 8 + 8));
+    for (int64_t i = 0; row->repetition != 1 && i < row->num_prompt + row->num_output; i++)
+        if (has_logit(call, seen[i]) && touch(room, logits, seen[i])) {
+            float own = changed[seen[i]];
+            changed[seen[i]] = own > 0 ? own / repetition : own * repetition;
+        }
+    if (row->presence != 0 || row->frequency != 0)
+        take_off_repeated(call, row, logits, room);
+    for (int64_t i = 0; i < row->num_biases; i++)
+        if (has_logit(call, ids[i])) {
+            double bias;
+            memcpy(&bias, ids + row->num_biases + i, sizeof bias);
+            touch(room, logits, ids[i]);
+            changed[ids[i]] += (float)bias;
+        }
+}
+
+/* Greater numbers come first, then lower ids. */
+static inline uint64_t stray_of(float value, int64_t token)
+{
+    uint32_t bits = bits_of(value), order = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    return (uint64_t)~order << 32 | (uint64_t)token;
+}
+
+static inline float value_of_stray(uint64_t stray)
+{
+    uint32_t order = ~(uint32_t)(stray >> 32);
+    return float_of(order & 0x80000000 ? order & 0x7fffffff : ~order);
+}
+
+/* Makes `room->own` of the model's logits; how many strays there are, or -1 where a number is none. */
+static int64_t make_own(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
+                        const struct sampling_room *room)
+{
+    const uint64_t *mask = (const uint64_t *)(call->words + row->mask);
+    int64_t num_strays = 0;
+    copy_allowed(row, logits, (const uint32_t *)mask, room->own, call->num_columns);
+    change_numbers(call, row, logits, room);
+    for (int64_t word = 0; word < (call->num_columns + 63) / 64; word++)
+        for (uint64_t left = room->touched[word]; left; left &= left - 1) {
+            int64_t token = 64 * word + __builtin_ctzll(left);
+            float value = room->changed[token];
+            if (!is_allowed(row, mask, token))
+                continue;
+            if (value != value)
+                return -1;
+            if (bits_of(value) & 0xffff) {
+                room->own[token] = MINUS_INFINITY;
+                room->strays[num_strays++] = stray_of(value, token);
+            } else {
+                room->own[token] = (bf16)(bits_of(value) >> 16);
+            }
+        }
+    return num_strays;
+}
+
+/* Those that are not below `lowest`, the greatest first. They come with rising ids, and each pass keeps their order. */
+static int64_t sort_strays(const struct sampling_room *room, int64_t number, float lowest)
+{
+    uint64_t *from = room->strays, *to = room->sorting;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < number; i++)
+        if (value_of_stray(from[i]) >= lowest)
+            from[kept++] = from[i];
+    for (int shift = 32; shift < 64 && kept > 1; shift += 8) { /* four passes end where they began */
+        int64_t places[257] = {0};
+        for (int64_t i = 0; i < kept; i++)
+            places[(from[i] >> shift & 255) + 1]++;
+        for (int digit = 0; digit < 256; digit++)
+            places[digit + 1] += places[digit];
+        for (int64_t i = 0; i < kept; i++)
+            to[places[from[i] >> shift & 255]++] = from[i];
+        uint64_t *other = from;
+        from = to, to = other;
+    }
+    return kept;
+}
+
+/* How many tokens have each number, from the `greatest` on as far down as `span` places of the order. */
+AVX512_BF16 static void count_numbers(const bf16 *row, int64_t num_columns, int greatest, int span, int32_t *histogram)
+{
+    const __m512i first = _mm512_set1_epi16((short)greatest), last = _mm512_set1_epi16((short)span);
+    memset(histogram, 0, (size_t)(span + 17) * sizeof *histogram);
+    for (int64_t at = 0; at < num_columns; at += 32) {
+        __mmask32 mask = first32(num_columns - at);
+        __m512i below = _mm512_sub_epi16(first, order32(_mm512_maskz_loadu_epi16(mask, row + at)));
+        uint32_t counted = _mm512_mask_cmple_epu16_mask(mask, below, last);
+        if (!counted)
+            continue;
+        _Alignas(64) uint64_t four[8];
+        _mm512_store_si512(four, below);
+        if (counted == 0xffffffff)
+            for (int i = 0; i < 8; i++) {
+                histogram[four[i] & 0xffff]++;
+                histogram[four[i] >> 16 & 0xffff]++;
+                histogram[four[i] >> 32 & 0xffff]++;
+                histogram[four[i] >> 48]++;
+            }
+        else
+            for (; counted; counted &= counted - 1) {
+                int lane = __builtin_ctz(counted);
+                histogram[four[lane / 4] >> (16 * (lane % 4)) & 0xffff]++;
+            }
+    }
+}
+
+static inline void add_group(struct groups *groups, float value, int64_t count, int64_t token)
+{
+    groups->values[groups->number] = value;
+    groups->counts[groups->number] = (int32_t)count;
+    groups->tokens[groups->number++] = (int32_t)token;
+}
+
+/* Merges what was counted with the sorted strays. */
+AVX512_BF16 static void make_groups(struct groups *groups, const int32_t *histogram, int greatest, int span,
+                                    const uint64_t *strays, int64_t num_strays)
+{
+    int64_t stray = 0;
+    groups->number = 0;
+    for (int at = 0; at <= span; at += 16) {
+        __m512i counts = _mm512_loadu_si512(histogram + at);
+        for (uint32_t there = _mm512_test_epi32_mask(counts, counts); there; there &= there - 1) {
+            int below = at + __builtin_ctz(there);
+            float value = number_at(greatest - below);
+            for (; stray < num_strays && value_of_stray(strays[stray]) > value; stray++)
+                add_group(groups, value_of_stray(strays[stray]), 1, (uint32_t)strays[stray]);
+            add_group(groups, value, histogram[below], -1);
+        }
+    }
+    for (; stray < num_strays; stray++)
+        add_group(groups, value_of_stray(strays[stray]), 1, (uint32_t)strays[stray]);
+}
+
+/* e^value for values from -700 to 0, to the last bits of float64; 0 below. Cody and Waite's reduction, Taylor's series. */
+INLINE __m512d exp8(__m512d value)
+{
+    static const double factors[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+                                     1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
+                                     0.5,             1.0,            1.0};
+    __mmask8 is_normal = _mm512_cmp_pd_mask(value, _mm512_set1_pd(-700.0), _CMP_GE_OQ);
+    __m512d power = _mm512_roundscale_pd(_mm512_mul_pd(value, _mm512_set1_pd(1.44269504088896340736)), 8);
+    __m512d rest = _mm512_fnmadd_pd(power, _mm512_set1_pd(6.93147180369123816490e-01), value);
+    rest = _mm512_fnmadd_pd(power, _mm512_set1_pd(1.90821492927058770002e-10), rest);
+    __m512d sum = _mm512_set1_pd(1.0 / 6227020800);
+#pragma GCC unroll 13
+    for (int i = 0; i < 13; i++)
+        sum = _mm512_fmadd_pd(sum, rest, _mm512_set1_pd(factors[i]));
+    return _mm512_maskz_scalef_pd(is_normal, sum, power);
+}
+
+AVX512_BF16 static void weigh_groups(struct groups *groups, float best, double temperature)
+{
+    const __m512d top = _mm512_set1_pd(best), divisor = _mm512_set1_pd(temperature);
+    for (int64_t at = 0; at < groups->number; at += 8) {
+        __m512d value = _mm512_cvtps_pd(_mm256_loadu_ps(groups->values + at));
+        _mm512_storeu_pd(groups->weights + at, exp8(_mm512_div_pd(_mm512_sub_pd(value, top), divisor)));
+    }
+    while (groups->number > 1 && groups->weights[groups->number - 1] == 0)
+        groups->number--;
+}
+
+static double mass_of(const struct groups *groups)
+{
+    double mass = 0;
+    for (int64_t i = 0; i < groups->number; i++)
+        mass += groups->counts[i] * groups->weights[i];
+    return mass;
+}
+
+/* top_k, top_p and min_p, each on what the one before has left; the first token always stays. */
+static void restrict_groups(struct groups *groups, const struct sampled_row *row)
+{
+    if (row->top_k > 0) {
+        int64_t left = row->top_k;
+        for (int64_t i = 0; i < groups->number; left -= groups->counts[i++])
+            if (groups->counts[i] >= left) {
+                groups->counts[i] = (int32_t)left;
+                groups->number = i + 1;
+                break;
+            }
+    }
+    if (row->top_p < 1) {
+        double limit = row->top_p * mass_of(groups), mass = 0;
+        for (int64_t i = 0; i < groups->number; mass += groups->counts[i] * groups->weights[i], i++) {
+            double exact = (limit - mass) / groups->weights[i]; /* so many of this number's tokens reach the limit */
+            if (exact > groups->counts[i] - 1)
+                continue;
+            int32_t kept = exact > 0 ? (int32_t)exact + ((int32_t)exact < exact) : 0;
+            groups->counts[i] = i == 0 && kept == 0 ? 1 : kept;
+            groups->number = i + (groups->counts[i] > 0);
+            break;
+        }
+    }
+    if (row->min_p > 0)
+        while (groups->number > 1 && groups->weights[groups->number - 1] < row->min_p)
+            groups->number--;
+}
+
+/* Inversion of the cumulated sum: the group that `number`, in [0, 1), falls into, and which of its tokens. */
+static int64_t choose_group(const struct groups *groups, double number, int64_t *member)
+{
+    double target = number * mass_of(groups), mass = 0;
+    for (int64_t i = 0; i < groups->number; i++) {
+        double next = mass + groups->counts[i] * groups->weights[i];
+        if (next > target) {
+            *member = (int64_t)((target - mass) / groups->weights[i]);
+            if (*member >= groups->counts[i])
+                *member = groups->counts[i] - 1;
+            return i;
+        }
+        mass = next;
+    }
+    *member = groups->counts[groups->number - 1] - 1; /* a product was rounded up to the whole sum */
+    return groups->number - 1;
+}
+
+/* In [0, 1): what numpy's Generator makes first of Philox4x64-10 (Salmon et al. 2011) with this key and counter. */
+static double uniform_of(uint64_t seed, uint64_t position)
+{
+    uint64_t counter[4] = {position + 1, position == UINT64_MAX, 0, 0}, key[2] = {seed, 0}; /* it counts on first */
+    for (int round = 0; round < 10; round++) {
+        unsigned __int128 first = (unsigned __int128)0xd2e7470ee14c6c93 * counter[0];
+        unsigned __int128 second = (unsigned __int128)0xca5a826395121157 * counter[2];
+        uint64_t next[4] = {(uint64_t)(second >> 64) ^ counter[1] ^ key[0], (uint64_t)second,
+                            (uint64_t)(first >> 64) ^ counter[3] ^ key[1], (uint64_t)first};
+        memcpy(counter, next, sizeof counter);
+        key[0] += 0x9e3779b97f4a7c15;
+        key[1] += 0xbb67ae8584caa73b;
+    }
+    return (double)(counter[0] >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* The place in the order of a bfloat16 that is at most this; not minus infinity. */
+static int order_below(double value)
+{
+    if (!(value > -3e38))
+        return order_of(MINUS_INFINITY) + 1;
+    uint32_t bits = bits_of((float)value);
+    return order_of((bf16)(bits >> 16)) - 1; /* one less: conversion and cut may have rounded up */
+}
+
+AVX512_BF16 static int64_t sample_row(const struct sample_call *call, const struct sampled_row *row)
+{
+    const bf16 *logits = call->logits + row->row * call->num_columns;
+    struct sampling_room room = sampling_room_of(call->num_columns);
+    int has_nan, greatest = greatest_of(logits, call->num_columns, &has_nan);
+    int64_t num_strays = 0, member;
+    uint64_t first = UINT64_MAX; /* of the strays */
+    if (has_nan)
+        return NOT_A_NUMBER;
+    if (row->num_prompt || row->num_output || row->num_biases || row->num_words) {
+        num_strays = make_own(call, row, logits, &room);
+        if (num_strays < 0)
+            return NOT_A_NUMBER;
+        logits = room.own;
+        greatest = greatest_of(logits, call->num_columns, &has_nan);
+    }
+    for (int64_t i = 0; i < num_strays; i++)
+        first = room.strays[i] < first ? room.strays[i] : first;
+    int is_stray = num_strays && value_of_stray(first) > number_at(greatest);
+    float best = is_stray ? value_of_stray(first) : number_at(greatest);
+    if (best == -INFINITY)
+        return NOTHING_ALLOWED;
+    if (row->temperature == 0 || best == INFINITY) /* nothing counts beside it: there are no probabilities */
+        return is_stray ? (int64_t)(uint32_t)first : find_member(logits, call->num_columns, greatest, 0);
+    int lowest = order_below(best - NEGLIGIBLE * row->temperature), span = greatest - lowest;
+    num_strays = sort_strays(&room, num_strays, number_at(lowest));
+    if (span >= 0)
+        count_numbers(logits, call->num_columns, greatest, span, room.histogram);
+    make_groups(&room.groups, room.histogram, greatest, span, room.strays, num_strays);
+    weigh_groups(&room.groups, best, row->temperature);
+    restrict_groups(&room.groups, row);
+    int64_t group = choose_group(&room.groups, uniform_of(row->seed, (uint64_t)row->position), &member);
+    if (room.groups.tokens[group] >= 0)
+        return room.groups.tokens[group];
+    int order = order_of((bf16)(bits_of(room.groups.values[group]) >> 16));
+    return find_member(logits, call->num_columns, order, member);
+}
+
+static void sample_task(const void *argument, int64_t index)
+{
+    const struct sample_call *call = argument;
+    call->result[index] = sample_row(call, call->rows + index);
+}
+#endif
