@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,21 +68,24 @@ def main() -> None:
     print(f"{arguments.turns} turns, {arguments.threads} threads")
     roots = [ROOT, *([arguments.before.resolve()] if arguments.before else [])]
     for size in arguments.vocabulary:
-        with opened(roots[0], arguments) as side:
-            step = ask(side, "step", size, arguments.rows)
-        print(f"\nvocabulary {size}, a step of {step * 1e3:.1f} ms\n")
-        print("| logits | parameters | ms | of a step | before, ms | ratio |\n|---|---|---:|---:|---:|---:|")
-        with opened(roots[0], arguments) as now, opened(roots[-1], arguments) as before:
+        with ExitStack() as stack:
+            step, *sides = [stack.enter_context(opened(root, arguments)) for root in (ROOT, *roots)]
+            milliseconds = 1e3 * statistics.median(ask(step, "step", size, arguments.rows) for _ in range(9))
+            print(f"\nvocabulary {size}, a step of {milliseconds:.1f} ms\n")
+            print("| logits | parameters | ms | of a step | before, ms | ratio |\n|---|---|---:|---:|---:|---:|")
             for shape in ("of a language model", "flat"):
                 for case in CASES:
-                    times = list(take_turns([now, before][: len(roots)], case, shape, size, arguments))
-                    own = statistics.median(turn[0] for turn in times)
-                    row = f"| {shape} | {case} | {own * 1e3:.2f} | {own / step:.1%} |"
-                    if len(roots) > 1:
-                        other = statistics.median(turn[1] for turn in times)
-                        ratio = statistics.median(turn[1] / turn[0] for turn in times)
-                        row += f" {other * 1e3:.1f} | {ratio:.1f} |"
-                    print(row, flush=True)
+                    times = list(take_turns(step, sides, case, shape, size, arguments))
+                    print(f"| {shape} | {case} | {in_columns(times)} |", flush=True)
+
+
+def in_columns(times: list[list[float]]) -> str:
+    """Medians of each turn's seconds of a step, of this version and of the one before, and of their ratios."""
+    _, own, *others = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+    columns = [f"{own:.2f}", f"{statistics.median(turn[1] / turn[0] for turn in times):.1%}"]
+    if others:
+        columns += [f"{others[0]:.1f}", f"{statistics.median(turn[2] / turn[1] for turn in times):.1f}"]
+    return " | ".join(columns)
 
 
 @contextmanager
@@ -107,34 +110,41 @@ def ask(side: subprocess.Popen[str], *task: Any) -> float:
 
 
 def take_turns(
-    sides: list[subprocess.Popen[str]], case: str, shape: str, size: int, arguments: argparse.Namespace
+    step: subprocess.Popen[str],
+    sides: list[subprocess.Popen[str]],
+    case: str,
+    shape: str,
+    size: int,
+    arguments: argparse.Namespace,
 ) -> Iterator[list[float]]:
-    """Seconds of each side in each turn, in another order each."""
+    """Seconds of a step and of each side in each turn, the sides in another order each."""
     for turn in range(arguments.turns + 1):
-        order = sides if turn % 2 else sides[::-1]
-        seconds = {id(side): ask(side, "sample", case, shape, size, arguments.rows, turn) for side in order}
+        seconds = [ask(step, "step", size, arguments.rows), *[0.0] * len(sides)]
+        for at in range(len(sides))[:: 1 if turn % 2 else -1]:
+            seconds[at + 1] = ask(sides[at], "sample", case, shape, size, arguments.rows, turn)
         if turn:  # the first one warms up
-            yield [seconds[id(side)] for side in sides]
+            yield seconds
 
 
 def serve(dtype: str, num_threads: int) -> None:
-    """Answers tasks of standard input, a line each, until that ends."""
+    """Answers tasks of standard input, a line each, until that ends. A line is a kind, what it is of, and the turn."""
     torch.set_num_threads(num_threads)
-    made: dict[tuple[Any, ...], Any] = {}
+    of: list[Any] = []
+    run: Callable[[int], object] = int
     for line in sys.stdin:
         kind, *task = json.loads(line)
-        if kind == "step":
-            print(seconds_of_step(*task, dtype, num_threads), flush=True)
-            continue
-        *case, turn = task
-        if tuple(case) not in made:
-            made.clear()
-            made[tuple(case)] = make_case(*case, dtype, num_threads)
-        print(made[tuple(case)](turn), flush=True)
+        turn = task.pop() if kind == "sample" else 0
+        if [kind, *task] != of:
+            of = [kind, *task]
+            run = (make_case if kind == "sample" else make_step)(*task, dtype, num_threads)
+            run(0)
+        started = time.perf_counter()
+        run(turn)
+        print(time.perf_counter() - started, flush=True)
 
 
-def make_case(case: str, shape: str, size: int, num_rows: int, dtype: str, num_threads: int) -> Any:
-    """Seconds of a step's sampling, by its number, with whichever version is imported."""
+def make_case(case: str, shape: str, size: int, num_rows: int, dtype: str, num_threads: int) -> Callable[[int], object]:
+    """A step's sampling, by the step's number, with whichever version is imported."""
     from ts_parallel import step_plan
     from ts_parallel.runtime.backends.choose import choose_backend
 
@@ -148,20 +158,16 @@ def make_case(case: str, shape: str, size: int, num_rows: int, dtype: str, num_t
     history = torch.randperm(size, generator=generator)[:HISTORY].tolist() if beside == "history" else []
     mask = torch.randint(0, 256, (-(-size // 64) * 8,), generator=generator, dtype=torch.uint8).numpy().tobytes()
 
-    def chunk(row: int, turn: int) -> step_plan.Chunk:
-        params = step_plan.SamplingParams(seed=row, **fields)  # type: ignore[arg-type]
-        prompt, output = pack(history[: HISTORY // 2]), pack(history[HISTORY // 2 :])
-        allowed = mask if beside == "mask" else b""
-        return step_plan.Chunk("", (1,), 100 + turn, (), True, params, prompt, output, (), allowed)
+    params = [step_plan.SamplingParams(seed=row, **fields) for row in range(num_rows)]  # type: ignore[arg-type]
+    prompt, output = pack(history[: HISTORY // 2]), pack(history[HISTORY // 2 :])
+    allowed = mask if beside == "mask" else b""
 
     @torch.inference_mode()
-    def seconds(turn: int) -> float:
-        chunks = [chunk(row, turn) for row in range(num_rows)]
-        started = time.perf_counter()
-        backend.choose(logits, chunks)
-        return time.perf_counter() - started
+    def sample(turn: int) -> list[int]:
+        chunks = [step_plan.Chunk("", (1,), 100 + turn, (), True, own, prompt, output, (), allowed) for own in params]
+        return backend.choose(logits, chunks)
 
-    return seconds
+    return sample
 
 
 def make_logits(shape: str, size: int, num_rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -173,7 +179,7 @@ def make_logits(shape: str, size: int, num_rows: int, generator: torch.Generator
     return 12 - 1.5 * ranks.log() + 0.5 * noise
 
 
-def seconds_of_step(size: int, num_rows: int, dtype: str, num_threads: int) -> float:
+def make_step(size: int, num_rows: int, dtype: str, num_threads: int) -> Callable[[int], object]:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmark.py lies
     from benchmark import MODEL, make_model
     from decode_step import BLOCK_SIZE, MOST_TOKENS, one_step
@@ -188,15 +194,9 @@ def seconds_of_step(size: int, num_rows: int, dtype: str, num_threads: int) -> f
         make_model(Path(folder), {**MODEL, "vocab_size": size})
         config = parse_config({"model_path": folder, "device": "cpu", "dtype": dtype})
         part, backend = load_model(config, Path(folder), topology)
-        runner = Runner(part, topology, backend, block_size=BLOCK_SIZE, kv_cache_bytes=2**29, max_model_len=MOST_TOKENS)
-        step = one_step(runner, num_rows)
-        seconds = []
-        for _ in range(15):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-    topology.close()
-    return statistics.median(seconds[3:])
+    runner = Runner(part, topology, backend, block_size=BLOCK_SIZE, kv_cache_bytes=2**29, max_model_len=MOST_TOKENS)
+    step = one_step(runner, num_rows)
+    return lambda turn: step()
 
 
 if __name__ == "__main__":

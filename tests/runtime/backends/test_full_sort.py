@@ -232,9 +232,9 @@ def test_bias_that_meets_infinity_has_no_token(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_history_of_tokens_that_the_head_has_not_is_passed_over(sampler: Sampler) -> None:
+def test_tokens_that_the_head_has_not_are_passed_over(sampler: Sampler) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]]).bfloat16()
-    params = SamplingParams(repetition_penalty=3.0, presence_penalty=0.5)
+    params = SamplingParams(repetition_penalty=3.0, presence_penalty=0.5, logit_bias=((3, 9.0),))
     assert sampler(logits, [Chunk("", (1,), 3, (), True, params, pack((7, 3)), pack((1, 900)))]) == [2]
 
 

@@ -87,9 +87,9 @@ struct sampling_room {
     int32_t *histogram; /* by how far below the greatest a number is */
     uint64_t *touched;  /* bits [V] */
     float *changed;     /* [V], what touched tokens have */
-    int32_t *times;     /* [V], how often the answer has a token */
-    uint64_t *strays, *sorting; /* [V] */
-    struct groups groups;
+    int32_t *times;     /* [V], how often the answer has a token that is touched */
+    uint64_t *strays, *sorting; /* [V + 1] */
+    struct groups counted, groups;
 };
 
 static inline size_t take_room(size_t *size, size_t num_bytes)
@@ -99,25 +99,39 @@ static inline size_t take_room(size_t *size, size_t num_bytes)
     return at;
 }
 
-static struct sampling_room sampling_room_of(int64_t num_columns)
+static struct groups groups_at(char *memory, size_t *size, size_t most)
 {
-    size_t columns = (size_t)num_columns, most = columns + MOST_NUMBERS + 16, size = 0;
-    size_t own = take_room(&size, columns * sizeof(bf16));
-    size_t histogram = take_room(&size, (MOST_NUMBERS + 16) * sizeof(int32_t));
-    size_t touched = take_room(&size, columns / 8 + 8);
-    size_t changed = take_room(&size, columns * sizeof(float)), times = take_room(&size, columns * sizeof(int32_t));
-    size_t strays = take_room(&size, columns * sizeof(uint64_t)), sorting = take_room(&size, columns * sizeof(uint64_t));
-    size_t values = take_room(&size, most * sizeof(float)), counts = take_room(&size, most * sizeof(int32_t));
-    size_t tokens = take_room(&size, most * sizeof(int32_t)), weights = take_room(&size, most * sizeof(double));
-    char *memory = scratch_of(size, 0);
-    if (!memory)
-        abort(); /* a few MB: whoever lacks them cannot go on anyway */
-    struct groups groups = {0, (float *)(memory + values), (int32_t *)(memory + counts), (int32_t *)(memory + tokens),
-                            (double *)(memory + weights)};
+    size_t values = take_room(size, most * sizeof(float)), counts = take_room(size, most * sizeof(int32_t));
+    size_t tokens = take_room(size, most * sizeof(int32_t)), weights = take_room(size, most * sizeof(double));
+    return (struct groups){0, (float *)(memory + values), (int32_t *)(memory + counts), (int32_t *)(memory + tokens),
+                           (double *)(memory + weights)};
+}
+
+/* Where everything begins in `memory`; with `size`, how much that is. */
+static struct sampling_room lay_out_room(char *memory, int64_t num_columns, size_t *size)
+{
+    size_t columns = (size_t)num_columns, most = MOST_NUMBERS + 64;
+    size_t own = take_room(size, columns * sizeof(bf16)), histogram = take_room(size, most * sizeof(int32_t));
+    size_t touched = take_room(size, columns / 8 + 8), changed = take_room(size, columns * sizeof(float));
+    size_t times = take_room(size, columns * sizeof(int32_t));
+    size_t strays = take_room(size, (columns + 1) * sizeof(uint64_t));
+    size_t sorting = take_room(size, (columns + 1) * sizeof(uint64_t));
+    struct groups counted = groups_at(memory, size, most), groups = groups_at(memory, size, columns + most);
     return (struct sampling_room){(bf16 *)(memory + own),         (int32_t *)(memory + histogram),
                                   (uint64_t *)(memory + touched), (float *)(memory + changed),
                                   (int32_t *)(memory + times),    (uint64_t *)(memory + strays),
-                                  (uint64_t *)(memory + sorting), groups};
+                                  (uint64_t *)(memory + sorting), counted,
+                                  groups};
+}
+
+static struct sampling_room sampling_room_of(int64_t num_columns)
+{
+    size_t size = 0, again = 0;
+    lay_out_room(NULL, num_columns, &size);
+    char *memory = scratch_of(size, 0);
+    if (!memory)
+        abort(); /* a few MB: whoever lacks them cannot go on anyway */
+    return lay_out_room(memory, num_columns, &again);
 }
 
 static inline float float_of(uint32_t bits)
@@ -147,6 +161,12 @@ INLINE __m512i order32(__m512i bits)
     return _mm512_xor_si512(bits, _mm512_and_si512(sign, _mm512_set1_epi16(0x7fff)));
 }
 
+INLINE __mmask32 is_nan32(__m512i bits)
+{
+    bits = _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff));
+    return _mm512_cmpgt_epi16_mask(bits, _mm512_set1_epi16(0x7f80));
+}
+
 static inline int order_of(bf16 bits)
 {
     return bits == 0x8000 ? 0 : bits & 0x8000 ? (int16_t)(bits ^ 0x7fff) : bits;
@@ -160,14 +180,12 @@ static inline float number_at(int order)
 /* The place of a row's greatest number in the order; minus infinity's where there is no other. */
 AVX512_BF16 static int greatest_of(const bf16 *row, int64_t num_columns, int *has_nan)
 {
-    const __m512i none = _mm512_set1_epi16((short)order_of(MINUS_INFINITY)), magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512i infinity = _mm512_set1_epi16(0x7f80);
-    __m512i greatest = none;
+    __m512i greatest = _mm512_set1_epi16((short)order_of(MINUS_INFINITY));
     __mmask32 nan = 0;
     for (int64_t at = 0; at < num_columns; at += 32) {
         __mmask32 mask = first32(num_columns - at);
         __m512i bits = _mm512_maskz_loadu_epi16(mask, row + at);
-        nan |= _mm512_cmpgt_epi16_mask(_mm512_and_si512(bits, magnitude), infinity);
+        nan |= is_nan32(bits);
         greatest = _mm512_mask_max_epi16(greatest, mask, greatest, order32(bits));
     }
     int16_t lanes[32];
@@ -202,17 +220,21 @@ static inline int is_allowed(const struct sampled_row *row, const uint64_t *mask
     return !row->num_words || (token / 64 < row->num_words && mask[token / 64] >> (token % 64) & 1);
 }
 
-AVX512_BF16 static void copy_allowed(const struct sampled_row *row, const bf16 *from, const uint32_t *mask, bf16 *to,
-                                     int64_t num_columns)
+/* Minus infinity where a token is not allowed; returns whether there is NaN, there or elsewhere. */
+AVX512_BF16 static int copy_allowed(const struct sampled_row *row, const bf16 *from, const uint32_t *mask, bf16 *to,
+                                    int64_t num_columns)
 {
+    __mmask32 nan = 0;
     for (int64_t at = 0; at < num_columns; at += 32) {
         __mmask32 columns = first32(num_columns - at), allowed = columns;
         if (row->num_words)
             allowed = at / 32 < 2 * row->num_words ? mask[at / 32] & columns : 0;
         __m512i bits = _mm512_maskz_loadu_epi16(columns, from + at);
+        nan |= is_nan32(bits);
         bits = _mm512_mask_mov_epi16(_mm512_set1_epi16((short)MINUS_INFINITY), allowed, bits);
         _mm512_mask_storeu_epi16(to + at, columns, bits);
     }
+    return nan != 0;
 }
 
 /* Whether the token was not touched before; then it has the model's own number. */
@@ -223,6 +245,7 @@ static inline int touch(const struct sampling_room *room, const bf16 *logits, in
         return 0;
     room->touched[token / 64] |= bit;
     room->changed[token] = number_of(logits[token]);
+    room->times[token] = 0;
     return 1;
 }
 
@@ -240,11 +263,8 @@ static void take_off_repeated(const struct sample_call *call, const struct sampl
     for (int64_t i = 0; i < row->num_output; i++)
         if (has_logit(call, output[i])) {
             touch(room, logits, output[i]);
-            room->times[output[i]] = 0;
-        }
-    for (int64_t i = 0; i < row->num_output; i++)
-        if (has_logit(call, output[i]))
             room->times[output[i]]++;
+        }
     for (int64_t i = 0; i < row->num_output; i++)
         if (has_logit(call, output[i]) && room->times[output[i]]) {
             room->changed[output[i]] -= (float)(row->presence + row->frequency * room->times[output[i]]);
@@ -288,22 +308,24 @@ static inline float value_of_stray(uint64_t stray)
     return float_of(order & 0x80000000 ? order & 0x7fffffff : ~order);
 }
 
-/* Makes `room->own` of the model's logits; how many strays there are, or -1 where a number is none. */
+/* Makes `room->own` of the model's logits; how many strays there are, or -1 where a number is NaN, be it allowed or
+ * not. */
 static int64_t make_own(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
                         const struct sampling_room *room)
 {
     const uint64_t *mask = (const uint64_t *)(call->words + row->mask);
     int64_t num_strays = 0;
-    copy_allowed(row, logits, (const uint32_t *)mask, room->own, call->num_columns);
+    if (copy_allowed(row, logits, (const uint32_t *)mask, room->own, call->num_columns))
+        return -1;
     change_numbers(call, row, logits, room);
     for (int64_t word = 0; word < (call->num_columns + 63) / 64; word++)
         for (uint64_t left = room->touched[word]; left; left &= left - 1) {
             int64_t token = 64 * word + __builtin_ctzll(left);
             float value = room->changed[token];
-            if (!is_allowed(row, mask, token))
-                continue;
             if (value != value)
                 return -1;
+            if (!is_allowed(row, mask, token))
+                continue;
             if (bits_of(value) & 0xffff) {
                 room->own[token] = MINUS_INFINITY;
                 room->strays[num_strays++] = stray_of(value, token);
@@ -340,55 +362,63 @@ static int64_t sort_strays(const struct sampling_room *room, int64_t number, flo
 AVX512_BF16 static void count_numbers(const bf16 *row, int64_t num_columns, int greatest, int span, int32_t *histogram)
 {
     const __m512i first = _mm512_set1_epi16((short)greatest), last = _mm512_set1_epi16((short)span);
-    memset(histogram, 0, (size_t)(span + 17) * sizeof *histogram);
+    /* Whoever is not counted adds to a place of its lane behind the others, so that nothing has to be foreseen. */
+    short lanes[32];
+    for (int i = 0; i < 32; i++)
+        lanes[i] = (short)(span + 16 + i);
+    const __m512i behind = _mm512_loadu_si512(lanes);
+    memset(histogram, 0, (size_t)(span + 16) * sizeof *histogram);
     for (int64_t at = 0; at < num_columns; at += 32) {
         __mmask32 mask = first32(num_columns - at);
         __m512i below = _mm512_sub_epi16(first, order32(_mm512_maskz_loadu_epi16(mask, row + at)));
-        uint32_t counted = _mm512_mask_cmple_epu16_mask(mask, below, last);
+        __mmask32 counted = _mm512_mask_cmple_epu16_mask(mask, below, last);
         if (!counted)
             continue;
         _Alignas(64) uint64_t four[8];
-        _mm512_store_si512(four, below);
-        if (counted == 0xffffffff)
-            for (int i = 0; i < 8; i++) {
-                histogram[four[i] & 0xffff]++;
-                histogram[four[i] >> 16 & 0xffff]++;
-                histogram[four[i] >> 32 & 0xffff]++;
-                histogram[four[i] >> 48]++;
-            }
-        else
-            for (; counted; counted &= counted - 1) {
-                int lane = __builtin_ctz(counted);
-                histogram[four[lane / 4] >> (16 * (lane % 4)) & 0xffff]++;
-            }
-    }
-}
-
-static inline void add_group(struct groups *groups, float value, int64_t count, int64_t token)
-{
-    groups->values[groups->number] = value;
-    groups->counts[groups->number] = (int32_t)count;
-    groups->tokens[groups->number++] = (int32_t)token;
-}
-
-/* Merges what was counted with the sorted strays. */
-AVX512_BF16 static void make_groups(struct groups *groups, const int32_t *histogram, int greatest, int span,
-                                    const uint64_t *strays, int64_t num_strays)
-{
-    int64_t stray = 0;
-    groups->number = 0;
-    for (int at = 0; at <= span; at += 16) {
-        __m512i counts = _mm512_loadu_si512(histogram + at);
-        for (uint32_t there = _mm512_test_epi32_mask(counts, counts); there; there &= there - 1) {
-            int below = at + __builtin_ctz(there);
-            float value = number_at(greatest - below);
-            for (; stray < num_strays && value_of_stray(strays[stray]) > value; stray++)
-                add_group(groups, value_of_stray(strays[stray]), 1, (uint32_t)strays[stray]);
-            add_group(groups, value, histogram[below], -1);
+        _mm512_store_si512(four, _mm512_mask_mov_epi16(behind, counted, below));
+        for (int i = 0; i < 8; i++) {
+            histogram[four[i] & 0xffff]++;
+            histogram[four[i] >> 16 & 0xffff]++;
+            histogram[four[i] >> 32 & 0xffff]++;
+            histogram[four[i] >> 48]++;
         }
     }
-    for (; stray < num_strays; stray++)
-        add_group(groups, value_of_stray(strays[stray]), 1, (uint32_t)strays[stray]);
+}
+
+/* A group for each number that was counted. */
+AVX512_BF16 static void group_counted(struct groups *groups, const int32_t *histogram, int greatest, int span)
+{
+    int64_t number = 0;
+    for (int at = 0; at <= span; at += 16) {
+        __m512i counts = _mm512_loadu_si512(histogram + at);
+        for (uint32_t there = _mm512_mask_test_epi32_mask(first16(span + 1 - at), counts, counts); there;
+             there &= there - 1) {
+            int below = at + __builtin_ctz(there);
+            groups->values[number] = number_at(greatest - below);
+            groups->counts[number] = histogram[below];
+            groups->tokens[number++] = -1;
+        }
+    }
+    groups->number = number;
+}
+
+/* Merges what was counted with the sorted strays, whose memory has room for one more. Who is next cannot be foreseen,
+ * so it is no branch. */
+static void merge_strays(struct groups *to, const struct groups *counted, uint64_t *strays, int64_t num_strays)
+{
+    int64_t stray = 0, group = 0;
+    to->number = counted->number + num_strays;
+    counted->values[counted->number] = -INFINITY;
+    strays[num_strays] = stray_of(-INFINITY, 0);
+    for (int64_t i = 0; i < to->number; i++) {
+        float value = counted->values[group], other = value_of_stray(strays[stray]);
+        int is_stray = other > value;
+        to->values[i] = is_stray ? other : value;
+        to->counts[i] = is_stray ? 1 : counted->counts[group];
+        to->tokens[i] = is_stray ? (int32_t)(uint32_t)strays[stray] : -1;
+        stray += is_stray;
+        group += !is_stray;
+    }
 }
 
 /* e^value for values from -700 to 0, to the last bits of float64; 0 below. Cody and Waite's reduction, Taylor's series. */
@@ -499,22 +529,37 @@ static int order_below(double value)
     return order_of((bf16)(bits >> 16)) - 1; /* one less: conversion and cut may have rounded up */
 }
 
-AVX512_BF16 static int64_t sample_row(const struct sample_call *call, const struct sampled_row *row)
+/* The group that the row's token is in, of numbers down to where they are negligible, and which of its tokens. */
+static int64_t draw(const struct sampled_row *row, const bf16 *own, int64_t num_columns, int greatest, float best,
+                    struct sampling_room *room, int64_t num_strays, struct groups *groups, int64_t *member)
 {
-    const bf16 *logits = call->logits + row->row * call->num_columns;
+    int lowest = order_below(best - NEGLIGIBLE * row->temperature), span = greatest - lowest;
+    if (span >= 0)
+        count_numbers(own, num_columns, greatest, span, room->histogram);
+    group_counted(&room->counted, room->histogram, greatest, span);
+    num_strays = sort_strays(room, num_strays, number_at(lowest));
+    *groups = num_strays ? room->groups : room->counted;
+    if (num_strays)
+        merge_strays(groups, &room->counted, room->strays, num_strays);
+    weigh_groups(groups, best, row->temperature);
+    restrict_groups(groups, row);
+    return choose_group(groups, uniform_of(row->seed, (uint64_t)row->position), member);
+}
+
+static int64_t sample_row(const struct sample_call *call, const struct sampled_row *row)
+{
+    const bf16 *own = call->logits + row->row * call->num_columns;
     struct sampling_room room = sampling_room_of(call->num_columns);
-    int has_nan, greatest = greatest_of(logits, call->num_columns, &has_nan);
+    struct groups groups;
     int64_t num_strays = 0, member;
     uint64_t first = UINT64_MAX; /* of the strays */
-    if (has_nan)
-        return NOT_A_NUMBER;
     if (row->num_prompt || row->num_output || row->num_biases || row->num_words) {
-        num_strays = make_own(call, row, logits, &room);
-        if (num_strays < 0)
-            return NOT_A_NUMBER;
-        logits = room.own;
-        greatest = greatest_of(logits, call->num_columns, &has_nan);
+        num_strays = make_own(call, row, own, &room);
+        own = room.own;
     }
+    int has_nan, greatest = greatest_of(own, call->num_columns, &has_nan);
+    if (num_strays < 0 || has_nan)
+        return NOT_A_NUMBER;
     for (int64_t i = 0; i < num_strays; i++)
         first = room.strays[i] < first ? room.strays[i] : first;
     int is_stray = num_strays && value_of_stray(first) > number_at(greatest);
@@ -522,19 +567,12 @@ AVX512_BF16 static int64_t sample_row(const struct sample_call *call, const stru
     if (best == -INFINITY)
         return NOTHING_ALLOWED;
     if (row->temperature == 0 || best == INFINITY) /* nothing counts beside it: there are no probabilities */
-        return is_stray ? (int64_t)(uint32_t)first : find_member(logits, call->num_columns, greatest, 0);
-    int lowest = order_below(best - NEGLIGIBLE * row->temperature), span = greatest - lowest;
-    num_strays = sort_strays(&room, num_strays, number_at(lowest));
-    if (span >= 0)
-        count_numbers(logits, call->num_columns, greatest, span, room.histogram);
-    make_groups(&room.groups, room.histogram, greatest, span, room.strays, num_strays);
-    weigh_groups(&room.groups, best, row->temperature);
-    restrict_groups(&room.groups, row);
-    int64_t group = choose_group(&room.groups, uniform_of(row->seed, (uint64_t)row->position), &member);
-    if (room.groups.tokens[group] >= 0)
-        return room.groups.tokens[group];
-    int order = order_of((bf16)(bits_of(room.groups.values[group]) >> 16));
-    return find_member(logits, call->num_columns, order, member);
+        return is_stray ? (int64_t)(uint32_t)first : find_member(own, call->num_columns, greatest, 0);
+    int64_t group = draw(row, own, call->num_columns, greatest, best, &room, num_strays, &groups, &member);
+    if (groups.tokens[group] >= 0)
+        return groups.tokens[group];
+    int order = order_of((bf16)(bits_of(groups.values[group]) >> 16));
+    return find_member(own, call->num_columns, order, member);
 }
 
 static void sample_task(const void *argument, int64_t index)

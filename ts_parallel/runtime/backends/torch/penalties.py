@@ -14,11 +14,12 @@ import torch
 from ts_parallel.step_plan import Chunk, SamplingParams
 
 _BITS_OF_WORD = 64
+_BOUNDS = np.array([-np.inf, np.inf], dtype=np.float32)  # of what is forbidden, and of what is allowed
 
 
 def adjust(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
     """Change the logits `[R, V]`, float32, in place: penalties, then biases, then minus infinity where a token is not
-    allowed. A history's tokens that have no logits, as the head has fewer than the vocabulary, are passed over.
+    allowed. Tokens that have no logits, as a head may have fewer than the vocabulary, are passed over.
 
     Repetition: Keskar et al. 2019 (https://arxiv.org/abs/1909.05858); presence and frequency: OpenAI's API reference.
     """
@@ -63,7 +64,12 @@ def _penalise_presence(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
 
 
 def _add_biases(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
-    biased = [(row, *pair) for row, chunk in enumerate(chunks) for pair in chunk.sampling.logit_bias]
+    biased = [
+        (row, token_id, bias)
+        for row, chunk in enumerate(chunks)
+        for token_id, bias in chunk.sampling.logit_bias
+        if token_id < logits.shape[1]
+    ]
     if not biased:
         return
     rows, ids, biases = zip(*biased, strict=True)
@@ -81,9 +87,10 @@ def _forbid(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
     masks = b"".join(chunks[row].allowed[:num_bytes].ljust(num_bytes, b"\0") for row in rows)
     bits = np.frombuffer(masks, dtype=np.uint8).reshape(len(rows), num_bytes)
     allowed = np.unpackbits(bits, axis=1, count=logits.shape[1], bitorder="little")
-    forbidden = torch.from_numpy(allowed == 0).to(logits.device)
-    for row, own in zip(rows, forbidden, strict=True):
-        logits[row].masked_fill_(own, float("-inf"))
+    # A bound, not a choice: which tokens are allowed cannot be foreseen, and a processor that tries loses time.
+    bounds = torch.from_numpy(_BOUNDS[allowed]).to(logits.device)
+    for row, own in zip(rows, bounds, strict=True):
+        torch.minimum(logits[row], own, out=logits[row])
 
 
 def _joined(histories: Sequence[bytes], num_tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

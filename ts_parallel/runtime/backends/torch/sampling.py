@@ -15,13 +15,17 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from ts_parallel.runtime.backends.torch.counting import LOWEST, choose_by_counting
 from ts_parallel.runtime.backends.torch.penalties import adjust
 from ts_parallel.step_plan import Chunk, NoToken, SamplingParams
 
 # Of a prompt that is scored, each token is a row: this bounds what their log-probabilities need beside their logits.
 _ROWS_AT_ONCE = 64
-# So many of the most likely tokens are looked at first. They hold what most rows choose from; the others are sorted.
-_FEW = 512
+# So many of the most likely tokens are looked at first. They hold what most rows choose from.
+_FEW = 256
+
+# A row in so many slices, of which the greatest at each place says which places are worth looking at.
+_SLICES = 32
 
 Sampler = Callable[[torch.Tensor, Sequence[Chunk]], list[int]]
 
@@ -78,8 +82,10 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
     if not rows:
         return tokens
     changed = [chunks[row] for row in rows]
-    own = logits[rows].float()
-    adjust(own, changed)
+    own = (logits if len(rows) == len(logits) else logits[rows]).float()
+    if any(chunk.sampling.changes_logits or chunk.allowed for chunk in changed):
+        own = own.clone() if own.data_ptr() == logits.data_ptr() else own  # the model's own are scored afterwards
+        adjust(own, changed)
     best, is_drawn = _most_likely(own)
     drawn = [at for at, chunk in enumerate(changed) if is_drawn[at] and chunk.sampling.temperature]
     if drawn:
@@ -101,8 +107,7 @@ def is_plain(chunk: Chunk) -> bool:
 def _most_likely(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
     """The first of each row's greatest logits `[R, V]`, or a `NoToken`, and whether there are probabilities at all:
     beside plus infinity nothing counts."""
-    best = logits.argmax(dim=-1)  # NaN is the greatest
-    greatest = logits.gather(1, best.unsqueeze(1)).squeeze(1)
+    greatest, best = logits.max(dim=-1)  # NaN is the greatest
     best = best.masked_fill(greatest == float("-inf"), NoToken.NOTHING_ALLOWED)
     best = best.masked_fill(greatest.isnan(), NoToken.NOT_A_NUMBER)
     return best.tolist(), greatest.isfinite().tolist()
@@ -125,7 +130,7 @@ class _Limits:
     typical_p: torch.Tensor
     number: torch.Tensor
 
-    def of(self, rows: torch.Tensor) -> _Limits:
+    def of(self, rows: list[int]) -> _Limits:
         return _Limits(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
 
@@ -149,26 +154,44 @@ def _draw(logits: torch.Tensor, settings: Sequence[SamplingParams], numbers: Seq
     num_tokens = logits.shape[1]
     limits = _limits(settings, numbers, logits.device)
     chosen = torch.full((len(logits),), -1, device=logits.device)
-    rows = torch.arange(len(logits), device=logits.device)
     if num_tokens > _FEW:
         values, ids = _few(logits)
         # Of the tokens that share the last number, some may be outside.
         num_sure = (values > values[:, -1:]).sum(dim=1, keepdim=True)
-        mass = torch.tensor([_mass(*own) for own in zip(logits, settings, strict=True)], device=logits.device)
-        chosen = _choose_of(values, ids, limits, num_sure, mass.unsqueeze(1))
-        rows = (chosen < 0).nonzero().squeeze(1)
-    if len(rows):
-        values, ids = logits[rows].sort(dim=1, descending=True, stable=True)
-        all_of_them = torch.full_like(rows, num_tokens).unsqueeze(1)
-        chosen[rows] = _choose_of(values, ids, limits.of(rows), all_of_them, None)
+        masses = [[_mass(*own)] for own in zip(logits, settings, strict=True)]
+        mass = torch.tensor(masses, dtype=torch.float64, device=logits.device)
+        chosen = _choose_of(values, ids, limits, num_sure, mass)
     tokens: list[int] = chosen.tolist()
+    if rows := [row for row, token in enumerate(tokens) if token < 0 and _is_to_be_sorted(logits, settings[row])]:
+        values, ids = logits[rows].sort(dim=1, descending=True, stable=True)
+        all_of_them = torch.full((len(rows), 1), num_tokens, device=logits.device)
+        for row, token in zip(rows, _choose_of(values, ids, limits.of(rows), all_of_them, None).tolist(), strict=True):
+            tokens[row] = token
+    for row, token in enumerate(tokens):
+        if token < 0:
+            tokens[row] = choose_by_counting(logits[row], settings[row], numbers[row])
     return tokens
 
 
+def _is_to_be_sorted(logits: torch.Tensor, params: SamplingParams) -> bool:
+    """Few tokens are, and all where they are wanted in another order; a GPU sorts sooner than it answers questions."""
+    return logits.shape[1] <= _FEW or params.typical_p < 1 or logits.device.type != "cpu"
+
+
 def _few(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and ids `[R, N]` of the most likely tokens of each row, of equal ones the lower id first."""
-    values, ids = logits.topk(_FEW, dim=1)
-    ids, order = ids.sort(dim=1)
+    """Values and ids `[R, N]` of the most likely tokens of each row, of equal ones the lower id first; of those that
+    have the last value any."""
+    values, ids = logits, None
+    width = logits.shape[1] // _SLICES
+    if width > _FEW:
+        # A token that is above the N-th is in one of the N columns whose greatest numbers are the greatest.
+        columns = logits[:, : width * _SLICES].reshape(-1, _SLICES, width).amax(dim=1).topk(_FEW, dim=1).indices
+        down = torch.arange(_SLICES, device=logits.device) * width
+        rest = torch.arange(width * _SLICES, logits.shape[1], device=logits.device).expand(len(logits), -1)
+        ids = torch.cat([(columns.unsqueeze(1) + down.unsqueeze(1)).flatten(1), rest], dim=1)
+        values = logits.gather(1, ids)
+    values, places = values.topk(_FEW, dim=1)
+    ids, order = (places if ids is None else ids.gather(1, places)).sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, ids.gather(1, order)
 
@@ -178,7 +201,7 @@ def _mass(logits: torch.Tensor, params: SamplingParams) -> float:
     depends on the shape."""
     if params.top_k or (params.top_p >= 1 and params.min_p > 0):
         return float("nan")
-    return float((logits.double() - logits.max().double()).div_(params.temperature).exp_().sum())
+    return float(logits.double().sub_(float(logits.max())).div_(params.temperature).clamp_(min=LOWEST).exp_().sum())
 
 
 def _choose_of(
