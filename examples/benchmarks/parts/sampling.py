@@ -70,21 +70,27 @@ def main() -> None:
     for size in arguments.vocabulary:
         with ExitStack() as stack:
             step, *sides = [stack.enter_context(opened(root, arguments)) for root in (ROOT, *roots)]
-            milliseconds = 1e3 * statistics.median(ask(step, "step", size, arguments.rows) for _ in range(9))
-            print(f"\nvocabulary {size}, a step of {milliseconds:.1f} ms\n")
-            print("| logits | parameters | ms | of a step | before, ms | ratio |\n|---|---|---:|---:|---:|---:|")
+            least = min(ask(step, "step", size, arguments.rows) for _ in range(30))
+            print(f"\nvocabulary {size}, a step of {1e3 * least:.1f} ms at least\n")
+            print("| logits | parameters | ms | least | of a step | of the least |", end="")
+            print(" before, ms | ratio |" if arguments.before else "")
+            print("|---|---|" + "---:|" * (4 + 2 * bool(arguments.before)))
             for shape in ("of a language model", "flat"):
                 for case in CASES:
                     times = list(take_turns(step, sides, case, shape, size, arguments))
-                    print(f"| {shape} | {case} | {in_columns(times)} |", flush=True)
+                    print(f"| {shape} | {case} | {in_columns(times, least)} |", flush=True)
 
 
-def in_columns(times: list[list[float]]) -> str:
-    """Medians of each turn's seconds of a step, of this version and of the one before, and of their ratios."""
-    _, own, *others = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
-    columns = [f"{own:.2f}", f"{statistics.median(turn[1] / turn[0] for turn in times):.1%}"]
-    if others:
-        columns += [f"{others[0]:.1f}", f"{statistics.median(turn[2] / turn[1] for turn in times):.1f}"]
+def in_columns(times: list[list[float]], least_step: float) -> str:
+    """Medians of each turn's milliseconds and ratios, for a step, this version, and the one before if there is one; and
+    what was least, for others may use the machine."""
+    _, own, *before = zip(*times, strict=True)
+    shares = [turn[1] / turn[0] for turn in times]
+    columns = [f"{1e3 * statistics.median(own):.2f}", f"{1e3 * min(own):.2f}"]
+    columns += [f"{statistics.median(shares):.1%}", f"{min(own) / min(least_step, *(turn[0] for turn in times)):.1%}"]
+    if before:
+        ratio = statistics.median(turn[2] / turn[1] for turn in times)
+        columns += [f"{1e3 * statistics.median(before[0]):.1f}", f"{ratio:.1f}"]
     return " | ".join(columns)
 
 
