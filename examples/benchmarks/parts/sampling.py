@@ -4,8 +4,10 @@
     python examples/benchmarks/parts/sampling.py --before ../before     … and another one, whose kernels are compiled
     python examples/benchmarks/parts/sampling.py --dtype float32        by torch's backend in place of the kernels
 
-Each version is a process that keeps its logits and sleeps while the other works. The step is a decode step of a Llama
-with the sizes of `benchmarks/benchmark.py`, 125M parameters at a vocabulary of 32,000, and as many sequences as rows.
+Each version is a process that sleeps while the other works. Before it samples it computes a decode step of as many
+sequences as rows, so that caches and threads are as they are then: of a Llama with the sizes of
+`benchmarks/benchmark.py`, 125M parameters at a vocabulary of 32,000. What is sampled are other logits, for a step with
+random weights has flat ones.
 """
 
 from __future__ import annotations
@@ -69,28 +71,30 @@ def main() -> None:
     roots = [ROOT, *([arguments.before.resolve()] if arguments.before else [])]
     for size in arguments.vocabulary:
         with ExitStack() as stack:
-            step, *sides = [stack.enter_context(opened(root, arguments)) for root in (ROOT, *roots)]
-            least = min(ask(step, "step", size, arguments.rows) for _ in range(30))
-            print(f"\nvocabulary {size}, a step of {1e3 * least:.1f} ms at least\n")
-            print("| logits | parameters | ms | least | of a step | of the least |", end="")
+            sides = [stack.enter_context(opened(root, arguments)) for root in roots]
+            print(f"\nvocabulary {size}\n\n| logits | parameters | ms | step, ms | of a step |", end="")
             print(" before, ms | ratio |" if arguments.before else "")
-            print("|---|---|" + "---:|" * (4 + 2 * bool(arguments.before)))
+            print("|---|---|" + "---:|" * (3 + 2 * bool(arguments.before)))
             for shape in ("of a language model", "flat"):
                 for case in CASES:
-                    times = list(take_turns(step, sides, case, shape, size, arguments))
-                    print(f"| {shape} | {case} | {in_columns(times, least)} |", flush=True)
+                    times = list(take_turns(sides, case, shape, size, arguments))
+                    print(f"| {shape} | {case} | {in_columns(times)} |", flush=True)
 
 
-def in_columns(times: list[list[float]], least_step: float) -> str:
-    """Medians of each turn's milliseconds and ratios, for a step, this version, and the one before if there is one; and
-    what was least, for others may use the machine."""
-    _, own, *before = zip(*times, strict=True)
-    shares = [turn[1] / turn[0] for turn in times]
-    columns = [f"{1e3 * statistics.median(own):.2f}", f"{1e3 * min(own):.2f}"]
-    columns += [f"{statistics.median(shares):.1%}", f"{min(own) / min(least_step, *(turn[0] for turn in times)):.1%}"]
+Times = tuple[float, float]
+"""Seconds of a step, and of sampling after it."""
+
+
+def in_columns(turns: list[list[Times]]) -> str:
+    """Medians of the turns' milliseconds and ratios, for this version and the one before if there is one."""
+    own, *before = (list(column) for column in zip(*turns, strict=True))
+    columns = [f"{1e3 * statistics.median(sampling for _, sampling in own):.2f}"]
+    columns += [f"{1e3 * statistics.median(step for step, _ in own):.1f}"]
+    columns += [f"{statistics.median(sampling / step for step, sampling in own):.1%}"]
     if before:
-        ratio = statistics.median(turn[2] / turn[1] for turn in times)
-        columns += [f"{1e3 * statistics.median(before[0]):.1f}", f"{ratio:.1f}"]
+        ratios = [other / sampling for (_, sampling), (_, other) in zip(own, before[0], strict=True)]
+        columns += [f"{1e3 * statistics.median(other for _, other in before[0]):.1f}"]
+        columns += [f"{statistics.median(ratios):.1f}"]
     return " | ".join(columns)
 
 
@@ -108,57 +112,51 @@ def opened(root: Path, arguments: argparse.Namespace) -> Iterator[subprocess.Pop
         side.wait()
 
 
-def ask(side: subprocess.Popen[str], *task: Any) -> float:
+def ask(side: subprocess.Popen[str], *task: Any) -> Times:
     assert side.stdin is not None and side.stdout is not None
     side.stdin.write(json.dumps(task) + "\n")
     side.stdin.flush()
-    return float(side.stdout.readline())
+    step, sampling = json.loads(side.stdout.readline())
+    return step, sampling
 
 
 def take_turns(
-    step: subprocess.Popen[str],
-    sides: list[subprocess.Popen[str]],
-    case: str,
-    shape: str,
-    size: int,
-    arguments: argparse.Namespace,
-) -> Iterator[list[float]]:
-    """Seconds of a step and of each side in each turn, the sides in another order each."""
+    sides: list[subprocess.Popen[str]], case: str, shape: str, size: int, arguments: argparse.Namespace
+) -> Iterator[list[Times]]:
+    """What each side took in each turn, in another order each."""
     for turn in range(arguments.turns + 1):
-        seconds = [ask(step, "step", size, arguments.rows), *[0.0] * len(sides)]
-        for at in range(len(sides))[:: 1 if turn % 2 else -1]:
-            seconds[at + 1] = ask(sides[at], "sample", case, shape, size, arguments.rows, turn)
+        order = range(len(sides))[:: 1 if turn % 2 else -1]
+        times = {at: ask(sides[at], case, shape, size, arguments.rows, turn) for at in order}
         if turn:  # the first one warms up
-            yield seconds
+            yield [times[at] for at in range(len(sides))]
 
 
 def serve(dtype: str, num_threads: int) -> None:
-    """Answers tasks of standard input, a line each, until that ends. A line is a kind, what it is of, and the turn."""
+    """Answers tasks of standard input, a line each, until that ends."""
     torch.set_num_threads(num_threads)
-    of: list[Any] = []
-    run: Callable[[int], object] = int
+    made: list[Any] = []
+    step: Callable[[], object] | None = None
+    sample: Callable[[int], object] = int
     for line in sys.stdin:
-        kind, *task = json.loads(line)
-        turn = task.pop() if kind == "sample" else 0
-        if [kind, *task] != of:
-            of = [kind, *task]
-            run = (make_case if kind == "sample" else make_step)(*task, dtype, num_threads)
-            run(0)
+        *task, turn = json.loads(line)
+        step = step or make_step(*task[2:], dtype, num_threads)
+        if task != made:
+            made, sample = task, make_case(*task, dtype)
         started = time.perf_counter()
-        run(turn)
-        print(time.perf_counter() - started, flush=True)
+        step()
+        stepped = time.perf_counter()
+        print(json.dumps((stepped - started, sample(turn))), flush=True)
 
 
-def make_case(case: str, shape: str, size: int, num_rows: int, dtype: str, num_threads: int) -> Callable[[int], object]:
-    """A step's sampling, by the step's number, with whichever version is imported."""
+def make_case(case: str, shape: str, size: int, num_rows: int, dtype: str) -> Callable[[int], float]:
+    """Seconds of a step's sampling, by the step's number, with whichever version is imported."""
     from ts_parallel import step_plan
     from ts_parallel.runtime.backends.choose import choose_backend
 
-    backend = choose_backend(torch.device("cpu"), getattr(torch, dtype), num_threads)
-    if backend.name == "native":
-        torch.set_num_threads(1)  # as `NativeBackend.settle` does
+    backend = choose_backend(torch.device("cpu"), getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
-    logits = make_logits(shape, size, num_rows, generator).to(getattr(torch, dtype))
+    source = make_logits(shape, size, num_rows, generator).to(getattr(torch, dtype))
+    logits = torch.empty_like(source)
     fields, beside = CASES[case]
     pack: Any = getattr(step_plan, "pack", tuple)  # the version before had tuples
     history = torch.randperm(size, generator=generator)[:HISTORY].tolist() if beside == "history" else []
@@ -169,11 +167,14 @@ def make_case(case: str, shape: str, size: int, num_rows: int, dtype: str, num_t
     allowed = mask if beside == "mask" else b""
 
     @torch.inference_mode()
-    def sample(turn: int) -> list[int]:
+    def seconds(turn: int) -> float:
         chunks = [step_plan.Chunk("", (1,), 100 + turn, (), True, own, prompt, output, (), allowed) for own in params]
-        return backend.choose(logits, chunks)
+        logits.copy_(source)  # a step has just written them
+        started = time.perf_counter()
+        backend.choose(logits, chunks)
+        return time.perf_counter() - started
 
-    return sample
+    return seconds
 
 
 def make_logits(shape: str, size: int, num_rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -185,7 +186,7 @@ def make_logits(shape: str, size: int, num_rows: int, generator: torch.Generator
     return 12 - 1.5 * ranks.log() + 0.5 * noise
 
 
-def make_step(size: int, num_rows: int, dtype: str, num_threads: int) -> Callable[[int], object]:
+def make_step(size: int, num_rows: int, dtype: str, num_threads: int) -> Callable[[], object]:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmark.py lies
     from benchmark import MODEL, make_model
     from decode_step import BLOCK_SIZE, MOST_TOKENS, one_step
@@ -201,8 +202,7 @@ def make_step(size: int, num_rows: int, dtype: str, num_threads: int) -> Callabl
         config = parse_config({"model_path": folder, "device": "cpu", "dtype": dtype})
         part, backend = load_model(config, Path(folder), topology)
     runner = Runner(part, topology, backend, block_size=BLOCK_SIZE, kv_cache_bytes=2**29, max_model_len=MOST_TOKENS)
-    step = one_step(runner, num_rows)
-    return lambda turn: step()
+    return one_step(runner, num_rows)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,17 @@ struct groups {
     double *weights; /* e^((value - best) / temperature) */
 };
 
+struct change {
+    float number;
+    int32_t times; /* that the answer has the token, until that was taken off */
+};
+
 /* Memory of a task. */
 struct sampling_room {
     bf16 *own;          /* [V], the row as it is to be chosen from; strays are minus infinity */
     int32_t *histogram; /* by how far below the greatest a number is */
     uint64_t *touched;  /* bits [V] */
-    float *changed;     /* [V], what touched tokens have */
-    int32_t *times;     /* [V], how often the answer has a token that is touched */
+    struct change *changed; /* [V], of tokens that are touched */
     uint64_t *strays, *sorting; /* [V + 1] */
     struct groups counted, groups;
 };
@@ -112,15 +116,17 @@ static struct sampling_room lay_out_room(char *memory, int64_t num_columns, size
 {
     size_t columns = (size_t)num_columns, most = MOST_NUMBERS + 64;
     size_t own = take_room(size, columns * sizeof(bf16)), histogram = take_room(size, most * sizeof(int32_t));
-    size_t touched = take_room(size, columns / 8 + 8), changed = take_room(size, columns * sizeof(float));
-    size_t times = take_room(size, columns * sizeof(int32_t));
+    size_t touched = take_room(size, columns / 8 + 8), changed = take_room(size, columns * sizeof(struct change));
     size_t strays = take_room(size, (columns + 1) * sizeof(uint64_t));
     size_t sorting = take_room(size, (columns + 1) * sizeof(uint64_t));
     struct groups counted = groups_at(memory, size, most), groups = groups_at(memory, size, columns + most);
-    return (struct sampling_room){(bf16 *)(memory + own),         (int32_t *)(memory + histogram),
-                                  (uint64_t *)(memory + touched), (float *)(memory + changed),
-                                  (int32_t *)(memory + times),    (uint64_t *)(memory + strays),
-                                  (uint64_t *)(memory + sorting), counted,
+    return (struct sampling_room){(bf16 *)(memory + own),
+                                  (int32_t *)(memory + histogram),
+                                  (uint64_t *)(memory + touched),
+                                  (struct change *)(memory + changed),
+                                  (uint64_t *)(memory + strays),
+                                  (uint64_t *)(memory + sorting),
+                                  counted,
                                   groups};
 }
 
@@ -244,8 +250,7 @@ static inline int touch(const struct sampling_room *room, const bf16 *logits, in
     if (room->touched[token / 64] & bit)
         return 0;
     room->touched[token / 64] |= bit;
-    room->changed[token] = number_of(logits[token]);
-    room->times[token] = 0;
+    room->changed[token] = (struct change){number_of(logits[token]), 0};
     return 1;
 }
 
@@ -263,12 +268,13 @@ static void take_off_repeated(const struct sample_call *call, const struct sampl
     for (int64_t i = 0; i < row->num_output; i++)
         if (has_logit(call, output[i])) {
             touch(room, logits, output[i]);
-            room->times[output[i]]++;
+            room->changed[output[i]].times++;
         }
     for (int64_t i = 0; i < row->num_output; i++)
-        if (has_logit(call, output[i]) && room->times[output[i]]) {
-            room->changed[output[i]] -= (float)(row->presence + row->frequency * room->times[output[i]]);
-            room->times[output[i]] = 0;
+        if (has_logit(call, output[i]) && room->changed[output[i]].times) {
+            struct change *own = &room->changed[output[i]];
+            own->number -= (float)(row->presence + row->frequency * own->times);
+            own->times = 0;
         }
 }
 
@@ -277,12 +283,12 @@ static void change_numbers(const struct sample_call *call, const struct sampled_
                            const struct sampling_room *room)
 {
     const int64_t *seen = call->words + row->history, *ids = call->words + row->biases;
-    float *changed = room->changed, repetition = (float)row->repetition;
+    float repetition = (float)row->repetition;
     memset(room->touched, 0, (size_t)(call->num_columns / 8 + 8));
     for (int64_t i = 0; row->repetition != 1 && i < row->num_prompt + row->num_output; i++)
         if (has_logit(call, seen[i]) && touch(room, logits, seen[i])) {
-            float own = changed[seen[i]];
-            changed[seen[i]] = own > 0 ? own / repetition : own * repetition;
+            float *own = &room->changed[seen[i]].number;
+            *own = *own > 0 ? *own / repetition : *own * repetition;
         }
     if (row->presence != 0 || row->frequency != 0)
         take_off_repeated(call, row, logits, room);
@@ -291,7 +297,7 @@ static void change_numbers(const struct sample_call *call, const struct sampled_
             double bias;
             memcpy(&bias, ids + row->num_biases + i, sizeof bias);
             touch(room, logits, ids[i]);
-            changed[ids[i]] += (float)bias;
+            room->changed[ids[i]].number += (float)bias;
         }
 }
 
@@ -321,7 +327,7 @@ static int64_t make_own(const struct sample_call *call, const struct sampled_row
     for (int64_t word = 0; word < (call->num_columns + 63) / 64; word++)
         for (uint64_t left = room->touched[word]; left; left &= left - 1) {
             int64_t token = 64 * word + __builtin_ctzll(left);
-            float value = room->changed[token];
+            float value = room->changed[token].number;
             if (value != value)
                 return -1;
             if (!is_allowed(row, mask, token))
@@ -402,8 +408,7 @@ AVX512_BF16 static void group_counted(struct groups *groups, const int32_t *hist
     groups->number = number;
 }
 
-/* Merges what was counted with the sorted strays, whose memory has room for one more. Who is next cannot be foreseen,
- * so it is no branch. */
+/* Merges what was counted with the sorted strays, whose memory has room for one more. */
 static void merge_strays(struct groups *to, const struct groups *counted, uint64_t *strays, int64_t num_strays)
 {
     int64_t stray = 0, group = 0;
