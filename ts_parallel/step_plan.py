@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Chunk:
     block_ids: Sequence[int]
     is_sampled: bool
     sampling: SamplingParams = SamplingParams()
-    prompt_ids: tuple[int, ...] = ()
-    output_ids: tuple[int, ...] = ()
-    """All tokens up to now, where `sampling` needs them."""
+    prompt_ids: bytes = b""
+    output_ids: bytes = b""
+    """All tokens up to now, where `sampling` needs them, as `pack` has them."""
     next_ids: tuple[int, ...] = ()
     """What follows the first tokens of the chunk, where log-probabilities of the prompt's own tokens are wanted."""
     allowed: bytes = b""
@@ -88,6 +90,15 @@ class Chunk:
         return 0 if self.sampling.num_logprobs is None else self.num_rows * (1 + 2 * self.sampling.num_logprobs)
 
 
+class NoToken(IntEnum):
+    """What a step's result has in a token's place where none can be chosen."""
+
+    NOT_A_NUMBER = -1
+    """The logits hold NaN."""
+    NOTHING_ALLOWED = -2
+    """All logits are minus infinity, the model's own or by what is forbidden."""
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """How likely one token was, and which tokens were the most likely in its place, the first the most.
@@ -104,8 +115,8 @@ class TokenLogprobs:
 class StepPlan:
     """The chunks of one step. Without chunks it is a sign of life; `is_last` ends the ranks that follow.
 
-    A step's result is int64 numbers: one token for each sampled chunk, then what `read_logprobs` reads. Or, with
-    `wants_logits`, the logits of the sampled chunks.
+    A step's result is int64 numbers: one token for each sampled chunk, or a `NoToken`, then what `read_logprobs` reads.
+    Or, with `wants_logits`, the logits of the sampled chunks.
     """
 
     chunks: tuple[Chunk, ...] = ()
@@ -120,6 +131,11 @@ class StepPlan:
     def num_results(self) -> int:
         """How many numbers the result is."""
         return sum(chunk.is_sampled + chunk.num_scores for chunk in self.chunks)
+
+
+def pack(token_ids: Iterable[int]) -> bytes:
+    """Their int64 numbers one behind the other: a long history is read as it lies, and not token by token."""
+    return array("q", token_ids).tobytes()
 
 
 def read_logprobs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> list[tuple[TokenLogprobs, ...]]:

@@ -11,6 +11,8 @@ from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler
+from ts_parallel.errors import EngineError
+from ts_parallel.step_plan import NoToken
 
 BLOCK_SIZE = 4
 
@@ -119,3 +121,25 @@ def test_tokens_are_the_same_whatever_is_remembered(num_stages: int, data: st.Da
     prompt = st.lists(st.integers(0, 1), min_size=1, max_size=20).map(tuple)
     for _ in range(data.draw(st.integers(1, 4))):
         bench.run(*data.draw(st.lists(prompt, min_size=1, max_size=5)), max_tokens=data.draw(st.integers(1, 9)))
+
+
+def test_nobody_begins_with_what_a_request_without_a_token_has_computed() -> None:
+    """It may be NaN. What somebody else holds too is not lost to him."""
+    bench = Bench()
+    bench.run(numbers(0, 4))
+    bench.runner.without_token["failing", 11] = NoToken.NOT_A_NUMBER
+    with pytest.raises(EngineError):
+        bench.engine.generate([Request("failing", numbers(0, 11), 3)])
+    assert bench.run(numbers(0, 11))[0].num_cached == 0
+    assert bench.run(numbers(0, 11))[0].num_cached == 8
+
+
+def test_request_that_shares_blocks_with_one_that_fails_goes_on() -> None:
+    bench = Bench()
+    bench.runner.without_token["failing", 11] = NoToken.NOT_A_NUMBER
+    other = Request("other", numbers(0, 12), 9)
+    bench.run(numbers(0, 9))
+    with pytest.raises(EngineError):
+        bench.engine.generate([other, Request("failing", numbers(0, 11), 3)])
+    assert other.output_ids == answer(other.prompt_ids, 9)
+    assert bench.run(numbers(0, 12))[0].num_cached == 8

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ts_parallel.engine.request import GenerationParams, Request, make_request
 from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import RequestError
-from ts_parallel.step_plan import SamplingParams, TokenLogprobs
+from ts_parallel.step_plan import SamplingParams, TokenLogprobs, pack
 
 EOS = frozenset({7, 8})
 VOCABULARY = Vocabulary(100, {100: "<|extra|>"}.get)
@@ -191,3 +191,14 @@ def test_prompt_is_to_be_scored_until_all_but_its_first_token_are() -> None:
     assert not made.has_prompt_to_score
     assert not make([1, 2, 3], GenerationParams(2)).has_prompt_to_score
     assert not make([1], GenerationParams(2, scores_prompt=True)).has_prompt_to_score
+
+
+def test_history_is_packed_as_it_grows() -> None:
+    made = Request("a", (3, 2**40), max_tokens=9)
+    assert (made.packed_prompt, made.pack_output()) == (pack((3, 2**40)), b"")
+    for token in (5, 5, 7):
+        made.append(token)
+        assert made.pack_output() == pack(made.output_ids)
+    made.append(1)
+    made.append(2)
+    assert made.pack_output() == pack((5, 5, 7, 1, 2)) and made.packed_prompt == pack((3, 2**40))

@@ -242,3 +242,10 @@ def test_answer_that_cannot_go_on_is_an_error_of_its_form() -> None:
     router = opened("a")
     router.deliver([TokenOutput("a", 1, "stop", error="too complex")])
     assert router.take("a") == Delivery([1], error="too complex", fault="form")
+
+
+def test_request_without_a_token_to_choose_ends_with_an_error_of_the_engine() -> None:
+    router = opened("a")
+    router.deliver([TokenOutput("a", 1, None)])
+    router.deliver([TokenOutput("a", None, None, error="NaN", fault="engine")])
+    assert router.take("a") == Delivery([1], error="NaN", fault="engine")

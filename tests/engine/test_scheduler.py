@@ -16,8 +16,9 @@ from ts_parallel.engine.engine import Engine
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
+from ts_parallel.errors import EngineError
 from ts_parallel.runtime.plan_codec import PlanDecoder, PlanEncoder
-from ts_parallel.step_plan import SamplingParams, StepPlan
+from ts_parallel.step_plan import NoToken, SamplingParams, StepPlan
 
 
 def next_token(history: tuple[int, ...]) -> int:
@@ -62,6 +63,8 @@ class SlotRunner:
         self.num_stages = num_stages
         self.plans: list[StepPlan] = []
         self.in_flight: deque[tuple[StepPlan, StepPlan, list[int]]] = deque()  # with what arrives of the plan
+        self.without_token: dict[tuple[str, int], NoToken] = {}
+        """By request and length: where there is none to choose."""
         self._first, self._last = Stage(block_size), Stage(block_size)
         self._encoder, self._decoder = PlanEncoder(), PlanDecoder()
 
@@ -77,9 +80,13 @@ class SlotRunner:
         assert len(self.in_flight) <= self.num_stages
 
     def collect(self) -> list[int]:
-        _, received, token_ids = self.in_flight.popleft()
+        plan, received, token_ids = self.in_flight.popleft()
         assert self._last.run(received) == token_ids
-        return token_ids
+        sampled = [chunk for chunk in plan.chunks if chunk.is_sampled]
+        return [
+            self.without_token.get((chunk.request_id, chunk.end), token)
+            for chunk, token in zip(sampled, token_ids, strict=True)
+        ]
 
 
 class Bench:
@@ -119,7 +126,7 @@ class Bench:
             (chunk.request_id, len(chunk.token_ids)) for plan in self.runner.plans[num_before:] for chunk in plan.chunks
         ]
 
-    def tokens(self, request_id: str) -> list[int]:
+    def tokens(self, request_id: str) -> list[int | None]:
         return [output.token_id for output in self.outputs if output.request_id == request_id]
 
     def finish(self) -> None:
@@ -747,3 +754,32 @@ def check_blocks(bench: Bench, added: list[Request]) -> None:
     assert all(
         len(request.block_ids) * bench.blocks.block_size >= request.num_scheduled for request in bench.scheduler.running
     )
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("reason", list(NoToken))
+@pytest.mark.parametrize("length", [5, 8])
+def test_request_without_a_token_to_choose_fails_alone(num_stages: int, reason: NoToken, length: int) -> None:
+    bench = Bench(num_stages=num_stages)
+    failing, others = bench.add("failing", 5, 9), [bench.add(name, 5, 9) for name in ("before", "beside")]
+    bench.runner.without_token["failing", length] = reason
+    bench.finish()
+    for other in others:
+        assert other.output_ids == answer(other.prompt_ids, 9) and other.error is None
+    assert failing.output_ids == answer(failing.prompt_ids, length - 5)
+    last = [output for output in bench.outputs if output.request_id == "failing"][-1]
+    assert (last.token_id, last.finish_reason, last.fault) == (None, None, "engine")
+    assert last.error == failing.error
+    assert ("NaN" in str(last.error)) == (reason is NoToken.NOT_A_NUMBER)
+    assert bench.blocks.num_free == bench.blocks.num_blocks
+    assert bench.scheduler.figures().stats.num_ended == {"error": 1, "length": 2}
+
+
+def test_caller_of_generate_is_told_which_request_has_failed_once_the_others_are_done() -> None:
+    bench = Bench()
+    bench.runner.without_token["1", 6] = NoToken.NOT_A_NUMBER
+    requests = [Request(str(number), (number, 1, 2, 3), 5) for number in range(3)]
+    with pytest.raises(EngineError, match=r"request 1 of 3, after 2 tokens: .* NaN"):
+        bench.engine.generate(requests)
+    assert [len(request.output_ids) for request in requests] == [5, 2, 5]
+    assert bench.engine.generate([Request("again", (1, 1, 2, 3), 2)]) == [answer((1, 1, 2, 3), 2)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ts_parallel.runtime.backends.torch.sampling import uniform
 from ts_parallel.runtime.channel import _ROOM, _Kind
 from ts_parallel.runtime.plan_codec import PLANS_TO_FORGET, PlanDecoder, PlanEncoder
-from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
+from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan, pack
 
 BLOCK_SIZE = 16
 NUMBERS = st.integers(0, 2**62)
@@ -42,8 +42,8 @@ CHUNKS = st.builds(
     block_ids=FEW.map(lambda ids: array("q", ids)),
     is_sampled=st.booleans(),
     sampling=st.sampled_from([SamplingParams(), SamplingParams(temperature=0.5)]) | SAMPLING,
-    prompt_ids=FEW,
-    output_ids=FEW,
+    prompt_ids=FEW.map(pack),
+    output_ids=FEW.map(pack),
     next_ids=st.lists(NUMBERS, max_size=3).map(tuple),
     allowed=st.lists(st.sampled_from([b"12345678", b"abcdefgh"]), max_size=3).map(b"".join),
 )
@@ -123,8 +123,8 @@ PENALIZED = SamplingParams(temperature=0.7, presence_penalty=0.5, logit_bias=tup
 
 def penalized(num_tokens: int) -> dict[str, object]:
     """What a chunk says of penalties, as long as nothing of it changes but the answer's length."""
-    prompt = tuple(range(3000))
-    return {"sampling": PENALIZED, "prompt_ids": prompt, "output_ids": tuple(range(num_tokens - 3000))}
+    prompt = pack(range(3000))
+    return {"sampling": PENALIZED, "prompt_ids": prompt, "output_ids": pack(range(num_tokens - 3000))}
 
 
 @pytest.mark.parametrize("fields", [lambda _: {}, penalized])
@@ -162,7 +162,9 @@ def test_sequence_that_was_preempted_is_sent_whole_and_then_known_again() -> Non
 def test_sequences_that_are_gone_are_forgotten_and_their_numbers_given_anew() -> None:
     """Each runs for three plans, and one comes back after long with all that it had."""
     encoder, decoder = PlanEncoder(), PlanDecoder()
-    old = Chunk("old", (1,), 3, array("q", (8, 9)), True, SamplingParams(0.5), (1, 2), (3,), (), b"12345678")
+    old = Chunk(
+        "old", (1,), 3, array("q", (8, 9)), True, SamplingParams(0.5), pack((1, 2)), pack((3,)), (), b"12345678"
+    )
     for number in range(3 * PLANS_TO_FORGET):
         chunks = [Chunk(str(own), (own,), 0, array("q", (own,)), True) for own in range(number, number + 3)]
         plan = StepPlan((*chunks, *([old] if number in (0, 1, 100, 150) else [])))
@@ -174,8 +176,8 @@ def test_sequences_that_are_gone_are_forgotten_and_their_numbers_given_anew() ->
 
 def test_ranks_that_choose_nothing_are_not_told_how() -> None:
     encoder, decoder = PlanEncoder(with_choice=False), PlanDecoder()
-    chunk = Chunk("a", (5, 6), 3, array("q", (1, 0)), True, PENALIZED, (1, 2), (3,), (6,), b"12345678")
+    chunk = Chunk("a", (5, 6), 3, array("q", (1, 0)), True, PENALIZED, pack((1, 2)), pack((3,)), (6,), b"12345678")
     for _ in range(2):
         (received,) = decoder.decode(encoder.encode(StepPlan((chunk,)))).chunks
-        told = replace(chunk, request_id="", sampling=SamplingParams(), prompt_ids=(), output_ids=(), allowed=b"")
+        told = replace(chunk, request_id="", sampling=SamplingParams(), prompt_ids=b"", output_ids=b"", allowed=b"")
         assert received == told

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, save_random_model
+from families import FAMILIES, random_model, save_random_model
 from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ts_parallel.config import parse_config
 from ts_parallel.engine.request import GenerationParams, Request
-from ts_parallel.errors import RequestError, StartupError
+from ts_parallel.errors import EngineError, RequestError, StartupError
 from ts_parallel.serving import offline
 from ts_parallel.serving.offline import open_model
 from ts_parallel.step_plan import SamplingParams
@@ -93,6 +93,30 @@ def test_tokens_that_the_model_has_not_are_refused_and_it_answers_on(tmp_path: P
             model.generate(["a"], GenerationParams(4, stop_token_ids=(2048,), min_tokens=2))
         (answer,) = model.generate([torch.tensor([5, 6])], GenerationParams(4, min_tokens=4))  # type: ignore[list-item]
         assert len(answer.token_ids) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompt_that_makes_nan_fails_alone_and_leaves_nothing_behind(tmp_path: Path, dtype: torch.dtype) -> None:
+    """With keys and values of NaN in blocks that others get next, beside requests of other lengths."""
+    folder = tmp_path / "model"
+    broken = random_model(FAMILIES["llama"](vocab_size=2048, tie_word_embeddings=False), 0).to(dtype)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[5] = torch.inf  # which the first norm makes NaN
+    broken.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True).save_pretrained(folder)
+    params = GenerationParams(12, SamplingParams(0.9, 0.8, 3), ignore_eos=True)
+    prompts: list[list[int]] = [[7, 8, 9], [5, *range(40, 80)], [10], list(range(11, 48))]
+    name = str(dtype).removeprefix("torch.")
+    with open_model(folder, device="cpu", dtype=name, kv_cache_memory="4MiB", max_model_len=64) as model:
+        alone = [model.generate([prompt], params)[0].token_ids for prompt in prompts if 5 not in prompt]
+        for _ in range(3):
+            with pytest.raises(EngineError, match=r"request 0 of 1, after 0 tokens: .* NaN"):
+                model.generate([prompts[1]], params)
+            requests = [model._request(prompt, params) for prompt in prompts]  # type: ignore[attr-defined]
+            with pytest.raises(EngineError, match=r"request 1 of 4"):
+                model._engine.generate(requests)  # type: ignore[attr-defined]
+            assert [tuple(own.output_ids) for own in requests if own.error is None] == alone
+            assert [generation.token_ids for generation in model.generate([prompts[0], *prompts[2:]], params)] == alone
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ class BlockManager:
                 self._of_block[block] = (key, self._contents[key][0])
             request.num_remembered += 1
 
+    def forget(self, request: Request) -> None:
+        """Let nobody begin with what `request` alone has computed: it may be NaN. Those who hold it too find out."""
+        for block in request.block_ids:
+            if self._num_holders[block] == 1:
+                self._forget(block)
+
     def release(self, request: Request) -> None:
         """Take back all blocks of `request`; those that others hold too stay theirs.
 

@@ -17,6 +17,7 @@ from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import TokenRouter
 from ts_parallel.engine.scheduler import Scheduler, TokenOutput
 from ts_parallel.engine.stats import ABORTED, TIMED_OUT, Figures
+from ts_parallel.errors import EngineError
 from ts_parallel.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,20 @@ class Engine:
         self._started.pop()
 
     def generate(self, requests: list[Request]) -> list[list[int]]:
-        """Run `requests` to their ends, all at once; each one's output token ids."""
+        """Run `requests` to their ends, all at once; each one's output token ids.
+
+        Raises:
+            EngineError: for one there was no token to choose. The others have run to their ends all the same.
+        """
         for request in requests:
             self.add(request)
         while self.has_requests:
             self.step()
+        for number, request in enumerate(requests):
+            if request.error is not None:
+                raise EngineError(
+                    f"request {number} of {len(requests)}, after {len(request.output_ids)} tokens: {request.error}"
+                )
         return [request.output_ids for request in requests]
 
 

@@ -6,11 +6,12 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import RequestError
-from ts_parallel.step_plan import SamplingParams, TokenLogprobs
+from ts_parallel.step_plan import SamplingParams, TokenLogprobs, pack
 
 FinishReason = Literal["stop", "length"]
 
@@ -87,6 +88,9 @@ class Request:
     arrived: float = field(default_factory=time.perf_counter)
     place: int = 0
     """Its number among those that the scheduler was given: of two with one priority, the lower is admitted first."""
+    error: str | None = None
+    """Why no next token could be chosen: it ended before its answer was whole."""
+    _packed_output: array[int] = field(default_factory=lambda: array("q"), repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +109,16 @@ class Request:
             *self.prompt_ids[start:],
             *self.output_ids[max(0, start - num_prompt) : end - num_prompt],
         )
+
+    @cached_property
+    def packed_prompt(self) -> bytes:
+        """As `step_plan.pack` has it."""
+        return pack(self.prompt_ids)
+
+    def pack_output(self) -> bytes:
+        """As `step_plan.pack` has it: what came since it was last asked for is all that is packed."""
+        self._packed_output.extend(self.output_ids[len(self._packed_output) :])
+        return self._packed_output.tobytes()
 
     @property
     def has_prompt_to_score(self) -> bool:

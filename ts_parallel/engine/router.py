@@ -75,13 +75,14 @@ class TokenRouter:
             is_pressing = False
             for output in outputs:
                 if (mailbox := self._mailboxes.get(output.request_id)) is not None:
-                    mailbox.token_ids.append(output.token_id)
+                    if output.token_id is not None:
+                        mailbox.token_ids.append(output.token_id)
                     if output.logprobs is not None:
                         mailbox.logprobs.append(output.logprobs)
                     if output.error is None:
                         mailbox.finish_reason = output.finish_reason
                     else:
-                        mailbox.error, mailbox.fault = output.error, "form"
+                        mailbox.error, mailbox.fault = output.error, output.fault
                     if mailbox.is_last:
                         self._limits.pop(output.request_id, None)
                     if mailbox.is_last or output.request_id not in self._begun:

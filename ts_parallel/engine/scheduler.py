@@ -16,12 +16,18 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Literal
 
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import FinishReason, Request
 from ts_parallel.engine.stats import ABORTED, FAILED, EngineStats, Figures, Occupancy
-from ts_parallel.step_plan import Chunk, StepPlan, TokenLogprobs, read_logprobs
+from ts_parallel.step_plan import Chunk, NoToken, StepPlan, TokenLogprobs, read_logprobs
+
+_ERRORS = {
+    NoToken.NOT_A_NUMBER: "the model's logits for the next token hold NaN, so there is none to choose",
+    NoToken.NOTHING_ALLOWED: "no token may come next: all are forbidden, or minus infinity is the model's logit of all",
+}
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,13 @@ class TokenOutput:
     """One new token of one request; it is over where there is a `finish_reason`, and has failed with an `error`."""
 
     request_id: str
-    token_id: int
+    token_id: int | None
+    """None only with an `error`: there was none to choose."""
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    fault: Literal["engine", "form"] = "form"
+    """What the error came of: the engine, or the form that the answer was to have."""
 
 
 class Scheduler:
@@ -139,16 +148,28 @@ class Scheduler:
             token_id = next(tokens) if chunk.is_sampled else None
             if token_id is None or request not in running:
                 continue
-            request.append(token_id)
-            reason = request.finish_reason()
-            error = request.guide.error if request.guide and reason else None
-            outputs.append(TokenOutput(request.request_id, token_id, reason, logprobs[-1] if logprobs else None, error))
-            self._stats.token(request, now)
-            if reason is not None:
-                self.running.remove(request)
-                self._blocks.release(request)
-                self._stats.ended(request, FAILED if error else reason)
+            outputs.append(self._enter(request, token_id, logprobs[-1] if logprobs else None, now))
         return outputs
+
+    def _enter(self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now: float) -> TokenOutput:
+        """Let a running request go on with its next token, or end where it was the last or there is none."""
+        if token_id < 0:
+            request.error = _ERRORS[NoToken(token_id)]
+            self._blocks.forget(request)
+            self._end(request, FAILED)
+            return TokenOutput(request.request_id, None, None, error=request.error, fault="engine")
+        request.append(token_id)
+        reason = request.finish_reason()
+        error = request.guide.error if request.guide and reason else None
+        self._stats.token(request, now)
+        if reason is not None:
+            self._end(request, FAILED if error else reason)
+        return TokenOutput(request.request_id, token_id, reason, logprobs, error)
+
+    def _end(self, request: Request, reason: str) -> None:
+        self.running.remove(request)
+        self._blocks.release(request)
+        self._stats.ended(request, reason)
 
     def _most_prefill_tokens(self, paused: Collection[str]) -> int:
         """How many tokens of prompts a step may have: all that fit, unless somebody waits for a next token."""
@@ -224,8 +245,8 @@ class Scheduler:
             block_ids=request.block_ids[:],
             is_sampled=end == request.num_tokens,
             sampling=sampling,
-            prompt_ids=request.prompt_ids if needs_history else (),
-            output_ids=tuple(request.output_ids) if needs_history else (),
+            prompt_ids=request.packed_prompt if needs_history else b"",
+            output_ids=request.pack_output() if needs_history else b"",
             next_ids=request.prompt_ids[start + 1 : end + 1] if request.has_prompt_to_score else (),
             allowed=request.guide.allowed() if request.guide and end == request.num_tokens else b"",
         )

@@ -7,6 +7,7 @@
 #include "operations/sublayer.h"
 #include "operations/elementwise.h"
 #include "operations/linear.h"
+#include "operations/sampling.h"
 #include "numbers/packing.h"
 #include "team.h"
 
@@ -247,6 +248,26 @@ static PyObject *argmax(PyObject *self, PyObject *const *arguments, Py_ssize_t c
     Py_RETURN_NONE;
 }
 
+/* logits, num_columns, result, rows, words */
+static PyObject *sample(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[3];
+    char *rows, *words;
+    Py_ssize_t rows_size, words_size;
+    if (count != 5)
+        return PyErr_Format(PyExc_TypeError, "5 arguments are wanted, not %zd", count);
+    if (!integers(arguments, 3, 3, number) || PyBytes_AsStringAndSize(arguments[3], &rows, &rows_size) ||
+        PyBytes_AsStringAndSize(arguments[4], &words, &words_size))
+        return NULL;
+    if (rows_size % (Py_ssize_t)sizeof(struct sampled_row))
+        return PyErr_Format(PyExc_ValueError, "a row has %zu bytes", sizeof(struct sampled_row));
+    struct sample_call call = {(const bf16 *)number[0], number[1], (const struct sampled_row *)rows,
+                               (const int64_t *)words, (int64_t *)number[2]};
+    RUN(sample_task, &call, rows_size / (Py_ssize_t)sizeof(struct sampled_row));
+    Py_RETURN_NONE;
+}
+
 static void drop_site(PyObject *capsule)
 {
     free(PyCapsule_GetPointer(capsule, "site"));
@@ -474,6 +495,7 @@ static PyMethodDef methods[] = {
     {"rms_norm", (PyCFunction)(void (*)(void))rms_norm, METH_FASTCALL, NULL},
     {"rotary", (PyCFunction)(void (*)(void))rotary, METH_FASTCALL, NULL},
     {"argmax", (PyCFunction)(void (*)(void))argmax, METH_FASTCALL, NULL},
+    {"sample", (PyCFunction)(void (*)(void))sample, METH_FASTCALL, NULL},
     {"make_site", (PyCFunction)(void (*)(void))make_site, METH_FASTCALL, NULL},
     {"make_step", (PyCFunction)(void (*)(void))make_step, METH_FASTCALL, NULL},
     {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL, NULL},

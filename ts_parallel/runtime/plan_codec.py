@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 
@@ -30,8 +31,9 @@ from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan, reals_of
 # A sequence that so many plans with chunks were without is forgotten: it has ended, or waits for long.
 PLANS_TO_FORGET = 64
 
-_PLAN_HEAD = 3  # whether it is the last, whether it wants logits, how many of the numbers are masks
-_CHUNK_HEAD = 10  # the sequence's number, start, flags, and the lengths of its mask and six rows
+_PLAN_HEAD = 3  # whether it is the last, whether it wants logits, how many of the numbers are words
+_NUM_WORDS_OF = 3  # the tokens before, of prompt and output, and the mask
+_CHUNK_HEAD = 3 + _NUM_WORDS_OF + 4  # the sequence's number, start, flags, and the lengths of these and of four rows
 _BYTES_OF_WORD = 8
 _DEFAULT = SamplingParams()
 _FLOATS = (
@@ -48,6 +50,8 @@ _FLOATS = (
 _IS_FIRST, _IS_SAMPLED, _KEEPS_BLOCKS, _KEEPS_PROMPT, _KEEPS_OUTPUT, _KEEPS_SAMPLING, _KEEPS_MASK = (
     1 << bit for bit in range(7)
 )
+
+_Row = TypeVar("_Row", bound=Sequence[int])  # of bytes too
 
 _NOTHING = Chunk("", (), 0, (), False)  # before a sequence's first chunk
 
@@ -76,23 +80,23 @@ class PlanEncoder:
         self._num_plans = 0
 
     def encode(self, plan: StepPlan) -> torch.Tensor:
-        """int64 `[N]`, all but the requests' names: two flags, how many of the numbers are masks, then each chunk's
-        counts and rows, and at the end the masks of all chunks, which never become Python's numbers."""
-        numbers, masks = [int(plan.is_last), int(plan.wants_logits), 0], list[bytes]()
+        """int64 `[N]`, all but the requests' names: two flags, how many of the numbers are words, then each chunk's
+        counts and rows, and at the end the words of all chunks, which never become Python's numbers."""
+        numbers, words = [int(plan.is_last), int(plan.wants_logits), 0], list[bytes]()
         self._num_plans += bool(plan.chunks)
         for chunk in plan.chunks:
             sent = self._find(chunk)
-            flags, rows, mask = _news(chunk, sent.last, with_choice=self._with_choice)
-            numbers += (sent.number, chunk.start, flags, _num_words(mask), *map(len, rows))
+            flags, rows, own = _news(chunk, sent.last, with_choice=self._with_choice)
+            numbers += (sent.number, chunk.start, flags, *map(_num_words, own), *map(len, rows))
             for row in rows:
                 numbers += row
-            masks.append(mask)
+            words += own
             sent.last, sent.last_plan = chunk, self._num_plans
         self._forget()
-        numbers[2] = sum(map(_num_words, masks))
+        numbers[2] = sum(map(_num_words, words))
         encoded = bytearray(array("q", numbers))
-        for mask in masks:
-            encoded += mask
+        for part in words:
+            encoded += part
         return torch.frombuffer(encoded, dtype=torch.int64)
 
     def _find(self, chunk: Chunk) -> _Sent:
@@ -115,8 +119,8 @@ class _Known:
     """The last chunk of a sequence, as far as the next may begin with it."""
 
     block_ids: array[int] = field(default_factory=lambda: array("q"))
-    prompt_ids: tuple[int, ...] = ()
-    output_ids: tuple[int, ...] = ()
+    prompt_ids: bytes = b""
+    output_ids: bytes = b""
     sampling: SamplingParams = _DEFAULT
     allowed: bytes = b""
 
@@ -131,15 +135,16 @@ class PlanDecoder:
         """The plan of `encode`'s numbers; its chunks have no `request_id`, and arrays of block ids."""
         after_chunks = len(encoded) - int(encoded[2])
         numbers: list[int] = encoded[:after_chunks].tolist()
-        masks = encoded[after_chunks:].numpy().tobytes()
-        chunks, at, at_mask = [], _PLAN_HEAD, 0
+        words = encoded[after_chunks:].numpy().tobytes()
+        chunks, at, at_word = [], _PLAN_HEAD, 0
         while at < len(numbers):
-            number, start, flags, num_words, *lengths = numbers[at : at + _CHUNK_HEAD]
-            ends = list(accumulate(lengths, initial=at + _CHUNK_HEAD))
+            number, start, flags, *lengths = numbers[at : at + _CHUNK_HEAD]
+            word_ends = list(accumulate(lengths[:_NUM_WORDS_OF], initial=at_word))
+            ends = list(accumulate(lengths[_NUM_WORDS_OF:], initial=at + _CHUNK_HEAD))
             token_ids, next_ids, *rows = (tuple(numbers[first:end]) for first, end in pairwise(ends))
-            after_mask = at_mask + num_words * _BYTES_OF_WORD
+            own = [words[_BYTES_OF_WORD * first : _BYTES_OF_WORD * end] for first, end in pairwise(word_ends)]
             last = _Known() if flags & _IS_FIRST else self._known[number]
-            known = self._known[number] = _grown(last, flags, rows, masks[at_mask:after_mask])
+            known = self._known[number] = _grown(last, flags, rows, own)
             chunks.append(
                 Chunk(
                     "",
@@ -154,16 +159,18 @@ class PlanDecoder:
                     known.allowed,
                 )
             )
-            at, at_mask = ends[-1], after_mask
+            at, at_word = ends[-1], word_ends[-1]
         return StepPlan(tuple(chunks), bool(numbers[0]), bool(numbers[1]))
 
 
-def _news(chunk: Chunk, last: Chunk, *, with_choice: bool) -> tuple[int, tuple[Sequence[int], ...], bytes]:
-    """The flags, six rows and mask that make `chunk` of the last one of its sequence."""
+def _news(
+    chunk: Chunk, last: Chunk, *, with_choice: bool
+) -> tuple[int, tuple[Sequence[int], ...], tuple[bytes, bytes, bytes]]:
+    """The flags, four rows and three parts in words that make `chunk` of the last one of its sequence."""
     keeps_blocks, block_ids = _end(chunk.block_ids, last.block_ids)
     flags = _IS_FIRST * (last is _NOTHING) + _IS_SAMPLED * chunk.is_sampled + _KEEPS_BLOCKS * keeps_blocks
     if not with_choice:
-        return flags, (chunk.token_ids, chunk.next_ids, block_ids, (), (), ()), b""
+        return flags, (chunk.token_ids, chunk.next_ids, block_ids, ()), (b"", b"", b"")
     keeps_prompt, prompt_ids = _end(chunk.prompt_ids, last.prompt_ids)
     keeps_output, output_ids = _end(chunk.output_ids, last.output_ids)
     keeps_sampling = chunk.sampling is last.sampling or chunk.sampling == last.sampling
@@ -171,21 +178,22 @@ def _news(chunk: Chunk, last: Chunk, *, with_choice: bool) -> tuple[int, tuple[S
     flags += _KEEPS_PROMPT * keeps_prompt + _KEEPS_OUTPUT * keeps_output
     flags += _KEEPS_SAMPLING * keeps_sampling + _KEEPS_MASK * keeps_mask
     sampling = () if keeps_sampling else _encode_sampling(chunk.sampling)
-    rows = (chunk.token_ids, chunk.next_ids, block_ids, prompt_ids, output_ids, sampling)
-    return flags, rows, b"" if keeps_mask else chunk.allowed
+    rows = (chunk.token_ids, chunk.next_ids, block_ids, sampling)
+    return flags, rows, (prompt_ids, output_ids, b"" if keeps_mask else chunk.allowed)
 
 
-def _end(row: Sequence[int], last: Sequence[int]) -> tuple[bool, Sequence[int]]:
+def _end(row: _Row, last: _Row) -> tuple[bool, _Row]:
     """Whether the row begins with the last one, and what it then has behind that; else all of it."""
     if row is last:
-        return True, ()
+        return True, row[:0]
     keeps = len(last) > 0 and row[: len(last)] == last
     return keeps, row[len(last) :] if keeps else row
 
 
-def _grown(last: _Known, flags: int, rows: Sequence[tuple[int, ...]], mask: bytes) -> _Known:
+def _grown(last: _Known, flags: int, rows: Sequence[tuple[int, ...]], words: Sequence[bytes]) -> _Known:
     """What is known after `_news`. A chunk keeps its blocks, so they are copied, as memory."""
-    block_ids, prompt_ids, output_ids, sampling = rows
+    block_ids, sampling = rows
+    prompt_ids, output_ids, mask = words
     return _Known(
         last.block_ids + array("q", block_ids) if flags & _KEEPS_BLOCKS else array("q", block_ids),
         last.prompt_ids + prompt_ids if flags & _KEEPS_PROMPT else prompt_ids,
@@ -195,10 +203,10 @@ def _grown(last: _Known, flags: int, rows: Sequence[tuple[int, ...]], mask: byte
     )
 
 
-def _num_words(mask: bytes) -> int:
-    """How many int64 numbers it is."""
-    assert len(mask) % _BYTES_OF_WORD == 0
-    return len(mask) // _BYTES_OF_WORD
+def _num_words(words: bytes) -> int:
+    """How many int64 numbers they are."""
+    assert len(words) % _BYTES_OF_WORD == 0
+    return len(words) // _BYTES_OF_WORD
 
 
 def _encode_sampling(params: SamplingParams) -> tuple[int, ...]:

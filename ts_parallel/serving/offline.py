@@ -46,6 +46,7 @@ class OfflineModel:
         Raises:
             RequestError: a prompt is empty or too long, `max_tokens` is more than the room it leaves, or a token id,
                 a tokenizer's too, is none of the model's.
+            EngineError: the model's logits for one of them hold NaN, or leave no token. It can be asked again.
         """
         return []
 

@@ -327,3 +327,34 @@ def test_heads_whose_numbers_lie_apart_are_attended_to_as_those_side_by_side(dty
         if isinstance(attention, KernelAttention):
             error = 0.0
     torch.testing.assert_close(*answers, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["one key head a query head", "softcap", "window"])
+def test_keys_and_values_of_others_are_never_read_be_they_nan(shape: str, dtype: torch.dtype) -> None:
+    """A slot that is masked is multiplied by 0, and 0 × NaN is NaN."""
+    own = SHAPES[shape]
+    site = own.site()
+    attention: Any = choose_backend(CPU, dtype).make_attention([site], 6, BLOCK_SIZE, dtype, CPU)
+    for part in (*attention.memory.keys, *attention.memory.values):
+        part.fill_(float("nan"))
+
+    def heads(num_heads: int, num_tokens: int, dim: int) -> torch.Tensor:
+        return torch.randn(1, num_heads, num_tokens, dim, dtype=dtype)
+
+    for tokens, start in ((5, 0), (1, 5)):
+        plan = StepPlan(
+            (
+                Chunk("a", (1,) * tokens, start, (5, 2), is_sampled=True),
+                Chunk("b", (1,), 0 if start == 0 else 1, (4,), is_sampled=True),
+            )
+        )
+        total = plan.num_tokens
+        output = attention(
+            attention.lay_out(plan),
+            heads(own.num_heads, total, own.head_dim),
+            heads(own.num_kv_heads, total, own.head_dim),
+            heads(own.num_kv_heads, total, own.value_dim),
+            0,
+        )
+        assert bool(output.isfinite().all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from ts_parallel.runtime.backends.torch import sampling
-from ts_parallel.runtime.backends.torch.sampling import adjust, choose, sample
-from ts_parallel.step_plan import Chunk, SamplingParams, read_logprobs
+from ts_parallel.runtime.backends.torch import penalties, sampling
+from ts_parallel.runtime.backends.torch.sampling import choose, sample
+from ts_parallel.step_plan import Chunk, SamplingParams, pack, read_logprobs
 
 NUM_TOKENS = 24
 NUM_DRAWS = 1500
@@ -31,8 +32,21 @@ def logits(seed: int) -> torch.Tensor:
     return torch.randn(NUM_TOKENS, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def chunk(params: SamplingParams, position: int = 1, **tokens: Any) -> Chunk:
-    return Chunk("", (1,), position - 1, (), True, params, **tokens)
+def chunk(
+    params: SamplingParams,
+    position: int = 1,
+    prompt_ids: Sequence[int] = (),
+    output_ids: Sequence[int] = (),
+    allowed: bytes = b"",
+) -> Chunk:
+    return Chunk("", (1,), position - 1, (), True, params, pack(prompt_ids), pack(output_ids), allowed=allowed)
+
+
+def adjust(own: torch.Tensor, asking: Chunk) -> torch.Tensor:
+    """A row `[V]` after what the chunk changes of it."""
+    rows = own[None].clone()
+    penalties.adjust(rows, [asking])
+    return rows[0]
 
 
 def allow(*token_ids: int) -> bytes:
@@ -122,7 +136,7 @@ def test_bias_forbids_and_prefers() -> None:
 def test_logits_of_a_row_are_left_as_they_were() -> None:
     own = logits(0)
     before = own.clone()
-    adjust(own, chunk(SamplingParams(presence_penalty=1.0, logit_bias=((3, 1.0),)), output_ids=(1, 2)))
+    sample(own[None], [chunk(SamplingParams(presence_penalty=1.0, logit_bias=((3, 1.0),)), output_ids=(1, 2))])
     assert torch.equal(own, before)
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import EngineThread
+from ts_parallel.engine.request import Request
 from ts_parallel.serving import causal_lm
 from ts_parallel.serving.exchange import RawRequest, Reply
 from ts_parallel.serving.openai.generation_service import GenerationService
-from ts_parallel.step_plan import StepPlan
+from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
 from ts_parallel.topology import open_topology
 
 PROMPT = "Return a new list containing"
@@ -64,7 +65,10 @@ class Bench:
     def send(self, route: str, body: dict[str, Any]) -> tuple[int, str]:
         """Status and text of a whole answer."""
         name = f"r{next(self.numbers)}"
-        opened = self.service.open_job(name, RawRequest(route, body, "application/json"))
+        return self.read(name, self.service.open_job(name, RawRequest(route, body, "application/json")))
+
+    def read(self, name: str, opened: Any) -> tuple[int, str]:
+        """Status and text of all that an open job says."""
         if isinstance(opened, Reply):
             return opened.status, opened.body
         status, text = 0, ""
@@ -643,4 +647,74 @@ def test_configured_limit_holds_whatever_is_asked_for(bench: Bench, monkeypatch:
     )
     assert (status, json.loads(text)["error"]["message"]) == (504, "the request took longer than its 0.05 s")
     assert math.isclose(bench.service._max_seconds or 0, 0.05)
+    assert bench.is_empty()
+
+
+@pytest.fixture
+def spoil(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Has the model's logits of a request be NaN once its sequence is so long."""
+    backend = bench.runner._runner._backend
+    choose, spoilt = backend.choose, dict[str, int]()
+
+    def choose_of_spoilt(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
+        for row, chunk in enumerate(chunk for chunk in chunks if chunk.is_sampled):
+            if chunk.end >= spoilt.get(chunk.request_id, math.inf):
+                logits[row, 7] = math.nan
+        return list(choose(logits, chunks))
+
+    monkeypatch.setattr(backend, "choose", choose_of_spoilt)
+    return spoilt.__setitem__
+
+
+def test_request_whose_logits_are_nan_is_a_500_that_says_so_and_others_are_answered(
+    bench: Bench, spoil: Callable[[str, int], None]
+) -> None:
+    wanted = bench.complete(max_tokens=6)["text"]
+    names = [f"nan{number}" for number in range(2)]
+    spoil(names[0], 1)
+    jobs = {
+        name: bench.service.open_job(
+            name,
+            RawRequest("v1/completions", {"prompt": PROMPT, "temperature": 0, "max_tokens": 6}, "application/json"),
+        )
+        for name in names
+    }
+    replies = {name: bench.read(name, job) for name, job in jobs.items()}
+    status, text = replies[names[0]]
+    error = json.loads(text)["error"]
+    assert (status, error["code"], error["type"]) == (500, 500, "server_error")
+    assert "NaN" in error["message"] and "\n" not in error["message"]
+    status, text = replies[names[1]]
+    assert (status, json.loads(text)["choices"][0]["text"]) == (200, wanted)
+    assert bench.is_empty()
+
+
+def test_stream_whose_logits_become_nan_ends_with_an_error_event(
+    bench: Bench, spoil: Callable[[str, int], None]
+) -> None:
+    spoil("nan-stream", 12)
+    body = {"prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "stream": True, "temperature": 0.8, "seed": 1}
+    job = bench.service.open_job("nan-stream", RawRequest("v1/completions", body, "application/json"))
+    status, text = bench.read("nan-stream", job)
+    *chunks, error, done = events(text)
+    assert status == 200 and chunks and all("error" not in chunk for chunk in chunks)
+    assert error["error"]["code"] == 500 and "NaN" in error["error"]["message"] and done == "[DONE]"
+    assert bench.is_empty()
+    assert bench.complete(max_tokens=1)["text"]
+
+
+def test_answer_of_which_every_token_is_forbidden_is_an_error(bench: Bench) -> None:
+    bench.service.engine.submit(
+        Request(
+            "forbidden",
+            (1, 2, 3),
+            4,
+            SamplingParams(logit_bias=tuple((token, -math.inf) for token in range(bench.runner._runner._vocabulary))),
+        )
+    )
+    deadline = time.monotonic() + 30
+    while not (delivery := bench.service.engine.router.take("forbidden")).is_last and time.monotonic() < deadline:
+        bench.service.engine.router.wait(0.1)
+    assert delivery.fault == "engine" and "no token may come next" in str(delivery.error)
+    bench.service.engine.abort("forbidden")
     assert bench.is_empty()

@@ -96,35 +96,4 @@ static void add_task(const void *argument, int64_t index)
         store16(call->output + at, mask, add(load16(call->first + at, mask), load16(call->second + at, mask)));
     }
 }
-
-struct argmax_call {
-    const bf16 *logits; /* [R, V], contiguous */
-    int64_t num_columns;
-    int64_t *result; /* [R] */
-};
-
-/* The first of the greatest numbers of a row; NaN counts as none. */
-static void argmax_task(const void *argument, int64_t row)
-{
-    const struct argmax_call *call = argument;
-    const bf16 *logits = call->logits + row * call->num_columns;
-    const floats lowest = all(-INFINITY);
-    floats best = lowest;
-    int64_t places[16] = {0}, first = 0;
-    for (int64_t at = 0; at < call->num_columns; at += 16) {
-        lanes mask = first16(call->num_columns - at);
-        floats value = where(mask, load16(logits + at, mask), lowest);
-        lanes is_better = is_greater(value, best);
-        if (__builtin_expect(!is_better, 1))
-            continue;
-        best = where(is_better, value, best);
-        for (uint32_t left = is_better; left; left &= left - 1)
-            places[__builtin_ctz(left)] = at + __builtin_ctz(left);
-    }
-    lanes is_best = is_equal(best, all(greatest_of(best)));
-    for (uint32_t left = is_best, is_first = 1; left; left &= left - 1, is_first = 0)
-        if (is_first || places[__builtin_ctz(left)] < first)
-            first = places[__builtin_ctz(left)];
-    call->result[row] = first;
-}
 #endif

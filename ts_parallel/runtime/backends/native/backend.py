@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,9 +23,9 @@ from ts_parallel.partition.program import (
 )
 from ts_parallel.runtime.backends.base import Attention, Sublayer, Tensors
 from ts_parallel.runtime.backends.kv_memory import KVMemory
-from ts_parallel.runtime.backends.native import linears, norms, sublayers
+from ts_parallel.runtime.backends.native import linears, norms, sampling, sublayers
 from ts_parallel.runtime.backends.native.attention import KernelAttention
-from ts_parallel.runtime.backends.torch import sampling
+from ts_parallel.runtime.backends.torch import sampling as plain
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.step_plan import Chunk
 from ts_parallel.topology import TensorParallelGroup
@@ -88,7 +87,7 @@ class NativeBackend(TorchBackend):
         return sublayers.make_stack(entry, tensors, attention, group, self.sums(group))
 
     def choose(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
-        return sampling.choose(logits, chunks, _most_likely)
+        return plain.choose(logits, chunks, sampling.sample)
 
     def set_num_threads(self, number: int) -> None:
         kernels.set_num_threads(number)
@@ -106,12 +105,3 @@ def _are_all_products_in_kernels(program: RankProgram, tensors: Tensors) -> bool
     others = {call.name for call in calls if isinstance(call, Weight)} - set(program.buffers)
     are_packed = bool(names) and all(isinstance(tensors[name], PackedWeight) for name in names)
     return are_packed and all(tensors[name].ndim < 3 for name in others)  # where experts are, a stack of matrices
-
-
-def _most_likely(logits: torch.Tensor) -> list[int]:
-    """The first of each row's greatest logits."""
-    if not norms.is_for_kernels(logits):
-        return sampling.most_likely(logits)
-    best = array("q", bytes(8 * len(logits)))
-    kernels.argmax(logits.data_ptr(), len(logits), logits.shape[1], best.buffer_info()[0])
-    return best.tolist()
