@@ -23,7 +23,7 @@ class KVMemory:
     ) -> None:
         self.device = device
         num_slots = num_blocks * block_size
-        # Zeros, not garbage: a padded slot is masked out of the softmax, yet 0 × NaN would still be NaN.
+        # Nobody reads a slot before it is written. Zeros take no memory until then, which garbage might.
         self.keys = [
             torch.zeros(num_slots, site.num_kv_heads, site.head_dim, dtype=dtype, device=device) for site in sites
         ]
