@@ -11,7 +11,7 @@ TSParallelError
     ├── NotFoundError 404   no such route
     ├── AnswerTooLargeError 413   the answer has more bytes than TorchServe's front end takes
     ├── BusyError     429   too many requests wait already
-    ├── EngineError   500   the engine failed while it ran this request
+    ├── EngineError   500   the engine failed while it ran this request, or the model leaves it no token (NaN)
     └── TimedOutError 504   the request took longer than it may
 """
 

@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from ts_parallel.runtime.backends.torch.counting import LOWEST, choose_by_counting
+from ts_parallel.runtime.backends.torch.counting import choose_by_counting
 from ts_parallel.runtime.backends.torch.penalties import adjust
 from ts_parallel.step_plan import Chunk, NoToken, SamplingParams
 
@@ -26,6 +26,8 @@ _FEW = 256
 
 # A row in so many slices, of which the greatest at each place says which places are worth looking at.
 _SLICES = 32
+# Below it, exponentials take several times as long, and are nothing beside 1 all the same.
+_LOWEST = -700.0
 
 Sampler = Callable[[torch.Tensor, Sequence[Chunk]], list[int]]
 
@@ -158,8 +160,7 @@ def _draw(logits: torch.Tensor, settings: Sequence[SamplingParams], numbers: Seq
         values, ids = _few(logits)
         # Of the tokens that share the last number, some may be outside.
         num_sure = (values > values[:, -1:]).sum(dim=1, keepdim=True)
-        masses = [[_mass(*own)] for own in zip(logits, settings, strict=True)]
-        mass = torch.tensor(masses, dtype=torch.float64, device=logits.device)
+        mass = torch.tensor(_masses(logits, settings), dtype=torch.float64, device=logits.device).unsqueeze(1)
         chosen = _choose_of(values, ids, limits, num_sure, mass)
     tokens: list[int] = chosen.tolist()
     if rows := [row for row, token in enumerate(tokens) if token < 0 and _is_to_be_sorted(logits, settings[row])]:
@@ -169,7 +170,7 @@ def _draw(logits: torch.Tensor, settings: Sequence[SamplingParams], numbers: Seq
             tokens[row] = token
     for row, token in enumerate(tokens):
         if token < 0:
-            tokens[row] = choose_by_counting(logits[row], settings[row], numbers[row])
+            tokens[row] = choose_by_counting(logits[row].numpy(), settings[row], numbers[row])
     return tokens
 
 
@@ -196,12 +197,24 @@ def _few(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, ids.gather(1, order)
 
 
-def _mass(logits: torch.Tensor, params: SamplingParams) -> float:
-    """The weights of all tokens `[V]` together, where they may be needed, else NaN. By itself, for the order of a sum
-    depends on the shape."""
-    if params.top_k or (params.top_p >= 1 and params.min_p > 0):
-        return float("nan")
-    return float(logits.double().sub_(float(logits.max())).div_(params.temperature).clamp_(min=LOWEST).exp_().sum())
+def _masses(logits: torch.Tensor, settings: Sequence[SamplingParams]) -> list[float]:
+    """The weights of all tokens of each row `[R, V]` together, where they may be needed, else NaN. Row by row, for the
+    order of a sum depends on the shape; on a CPU by numpy, as torch wakes all threads for each of the short passes."""
+    room = np.empty(logits.shape[1])
+    masses = []
+    for row, params in zip(logits, settings, strict=True):
+        if params.top_k or (params.top_p >= 1 and params.min_p > 0):
+            masses.append(math.nan)
+        elif logits.device.type == "cpu":
+            np.copyto(room, row.numpy())
+            np.subtract(room, room.max(), out=room)
+            np.divide(room, params.temperature, out=room)
+            np.exp(np.maximum(room, _LOWEST, out=room), out=room)
+            masses.append(float(room.sum()))
+        else:
+            own = row.double().sub_(float(row.max())).div_(params.temperature).clamp_(min=_LOWEST)
+            masses.append(float(own.exp_().sum()))
+    return masses
 
 
 def _choose_of(
