@@ -51,7 +51,7 @@ _IS_FIRST, _IS_SAMPLED, _KEEPS_BLOCKS, _KEEPS_PROMPT, _KEEPS_OUTPUT, _KEEPS_SAMP
     1 << bit for bit in range(7)
 )
 
-_Row = TypeVar("_Row", bound=Sequence[int])  # of bytes too
+_Row = TypeVar("_Row", bytes, Sequence[int])
 
 _NOTHING = Chunk("", (), 0, (), False)  # before a sequence's first chunk
 

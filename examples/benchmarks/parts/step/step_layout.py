@@ -1,6 +1,6 @@
 """What a decode step costs before its first kernel: its plan on the way to another rank, and its layout.
 
-    python examples/benchmarks/parts/step_layout.py      32 sequences of 1,000 tokens, and 128 of 4,000
+    python examples/benchmarks/parts/step/step_layout.py      32 sequences of 1,000 tokens, and 128 of 4,000
 
 No model, no attention: only their plan, as the scheduler makes it, step after step with one more token of each. Prints
 medians in milliseconds and the bytes that are sent of a step.

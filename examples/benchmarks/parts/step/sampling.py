@@ -1,8 +1,8 @@
 """What choosing the tokens of a step costs, beside the step, and beside the version before, turn by turn.
 
-    python examples/benchmarks/parts/sampling.py                        this checkout alone
-    python examples/benchmarks/parts/sampling.py --before ../before     … and another one, whose kernels are compiled
-    python examples/benchmarks/parts/sampling.py --dtype float32        by torch's backend in place of the kernels
+    python examples/benchmarks/parts/step/sampling.py                        this checkout alone
+    python examples/benchmarks/parts/step/sampling.py --before ../before     … and another one, whose kernels are compiled
+    python examples/benchmarks/parts/step/sampling.py --dtype float32        by torch's backend in place of the kernels
 
 Each version is a process that sleeps while the other works. Before it samples it computes a decode step of as many
 sequences as rows, so that caches and threads are as they are then: of a Llama with the sizes of
@@ -187,7 +187,7 @@ def make_logits(shape: str, size: int, num_rows: int, generator: torch.Generator
 
 
 def make_step(size: int, num_rows: int, dtype: str, num_threads: int) -> Callable[[], object]:
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # where benchmark.py lies
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # where benchmark.py lies
     from benchmark import MODEL, make_model
     from decode_step import BLOCK_SIZE, MOST_TOKENS, one_step
 
