@@ -1,7 +1,7 @@
 """What choosing the tokens of a step costs, beside the step, and beside the version before, turn by turn.
 
     python examples/benchmarks/parts/step/sampling.py                        this checkout alone
-    python examples/benchmarks/parts/step/sampling.py --before ../before     … and another one, whose kernels are compiled
+    python examples/benchmarks/parts/step/sampling.py --before ../before   … and another one, whose kernels are compiled
     python examples/benchmarks/parts/step/sampling.py --dtype float32        by torch's backend in place of the kernels
 
 Each version is a process that sleeps while the other works. Before it samples it computes a decode step of as many
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 HISTORY = 1000  # distinct tokens that penalties are about
 # Name, the fields of `SamplingParams`, and whether there is a history or a mask beside them.
 CASES: dict[str, tuple[dict[str, float], str]] = {
