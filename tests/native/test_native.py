@@ -16,12 +16,13 @@ from ts_parallel.shared_memory import native
 
 CPU_INFO = Path("/proc/cpuinfo")
 OF_MACHINES = {
-    "x86_64": {"avx512_bf16", "avx512", "avx2", "plain"},
+    "x86_64": {"amx", "avx512_bf16", "avx512", "avx2", "plain"},
     "aarch64": {"neon_bf16", "neon", "plain"},
 }
 ZEN_2 = {"avx2", "fma", "f16c", "sse4_2"}
 SKYLAKE_SP = ZEN_2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-SAPPHIRE_RAPIDS = SKYLAKE_SP | {"avx512_bf16", "avx512vbmi", "amx_bf16"}
+ZEN_4 = SKYLAKE_SP | {"avx512_bf16", "avx512vbmi"}
+SAPPHIRE_RAPIDS = ZEN_4 | {"amx_tile", "amx_bf16", "amx_int8"}
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None or not CPU_INFO.exists(), reason="no compiler, or no Linux")
 
@@ -45,7 +46,8 @@ def test_the_best_variant_that_the_processor_has_is_taken() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are compiled on x86-64")
 @pytest.mark.parametrize(
-    ("flags", "name"), [(ZEN_2, "avx2"), (SKYLAKE_SP, "avx512"), (SAPPHIRE_RAPIDS, "avx512_bf16"), ({"sse4_2"}, None)]
+    ("flags", "name"),
+    [(ZEN_2, "avx2"), (SKYLAKE_SP, "avx512"), (ZEN_4, "avx512_bf16"), (SAPPHIRE_RAPIDS, "amx"), ({"sse4_2"}, None)],
 )
 def test_each_processor_has_its_variant(flags: set[str], name: str | None) -> None:
     variant, why = choose_variant("", flags)
@@ -59,7 +61,10 @@ def test_each_processor_has_its_variant(flags: set[str], name: str | None) -> No
     ("wanted", "says"),
     [
         ("none", "TS_PARALLEL_ISA is none"),
-        ("sse9", "TS_PARALLEL_ISA is 'sse9', not none or one of avx512_bf16, avx512, avx2, neon_bf16, neon, plain"),
+        (
+            "sse9",
+            "TS_PARALLEL_ISA is 'sse9', not none or one of amx, avx512_bf16, avx512, avx2, neon_bf16, neon, plain",
+        ),
         ("avx512", "TS_PARALLEL_ISA is avx512, and this processor lacks avx512bw, avx512dq, avx512f, avx512vl"),
     ],
 )

@@ -6,6 +6,7 @@ The kernels are compiled once for each instruction set (instructions/), and the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -41,8 +42,11 @@ class Variant:
 
 
 _AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512vbmi"}
+_AMX = frozenset({"amx_tile", "amx_bf16"})
 VARIANTS = (
-    Variant("avx512_bf16", "AVX-512 BF16", _AVX512 | {"avx512_bf16", "avx512vbmi"}),
+    Variant("amx", "AMX", _AVX512_BF16 | _AMX),
+    Variant("avx512_bf16", "AVX-512 BF16", _AVX512_BF16),
     Variant("avx512", "AVX-512", _AVX512),
     Variant("avx2", "AVX2", frozenset({"avx2", "fma"})),
     Variant("neon_bf16", "NEON BF16", frozenset({"asimd", "bf16"})),
@@ -59,7 +63,15 @@ def processor_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     own = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
-    return frozenset(next(own, "").split())
+    flags = frozenset(next(own, "").split())
+    return flags if not flags & _AMX or _may_use_tiles() else flags - _AMX
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers, which a process has not from the start: a thread's are 8 KiB."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    answer: int = ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data)
+    return answer == 0
 
 
 def usable_variants(flags: Collection[str] | None = None) -> list[Variant]:

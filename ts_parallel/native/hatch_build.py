@@ -18,6 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 _VARIANTS = {
     "x86_64": {
+        "amx": ("amx.h", f"{_AVX512} -mavx512bf16 -mavx512vbmi -mamx-tile -mamx-bf16"),
         "avx512_bf16": ("avx512_bf16.h", f"{_AVX512} -mavx512bf16 -mavx512vbmi"),
         "avx512": ("avx512.h", _AVX512),
         "avx2": ("avx2.h", "-mavx2 -mfma"),

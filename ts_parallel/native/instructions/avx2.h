@@ -201,5 +201,5 @@ INLINE void store16(bf16 *to, lanes which, floats value)
 
 #include "instructions/float_operands.h"
 #include "instructions/decoding.h"
-#include "instructions/portable_packing.h"
+#include "numbers/portable_packing.h"
 #endif

@@ -247,5 +247,5 @@ INLINE floats dot(floats sum, operand weights, both inputs)
 #include "instructions/float_operands.h"
 #endif
 #include "instructions/decoding.h"
-#include "instructions/portable_packing.h"
+#include "numbers/portable_packing.h"
 #endif

@@ -162,5 +162,5 @@ INLINE words interleave_upper(bytes low, bytes high) { return interleaved(low, h
 
 #include "instructions/float_operands.h"
 #include "instructions/decoding.h"
-#include "instructions/portable_packing.h"
+#include "numbers/portable_packing.h"
 #endif

@@ -440,7 +440,7 @@ static void attention_task(const void *argument, int64_t index)
             for (int64_t row = 0, rows; row < series; row += rows) {
                 struct queries queries = {rows_of_queries + part * series_stride + row * stride, stride, begin, 0,
                                           softmax + part * series + row, sums + (part * series + row) * width, width};
-                rows = rows_of_block(series - row);
+                rows = rows_of_block(series - row, MOST_ROWS);
                 if (own->count > 1) {
                     queries.position += row;
                     queries.tokens_a_row = 1;

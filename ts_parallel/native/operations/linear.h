@@ -62,6 +62,11 @@ struct linear_call {
     bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
 };
 
+#ifdef HAS_TILES
+#include "operations/tiles.h"
+#else
+#define ROWS_OF_LINEARS MOST_ROWS
+
 /* `rows` tokens times `num_pairs` pairs of inputs from `first` on, for `parts` times 16 of a panel's outputs, which are
  * left in bfloat16 if it `keeps`. */
 INLINE void multiply_parts(const enum number_kind kind, const int keeps, const int rows, const int part,
@@ -148,6 +153,7 @@ static void multiply_pairs(int rows, const number *input, int64_t stride, const 
     case INT4: multiply_block(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
     }
 }
+#endif
 
 /* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
 static void multiply_panel(int rows, const number *input, int64_t stride, const struct panel *panel, floats sums[][4])
@@ -160,7 +166,7 @@ static void multiply_panel(int rows, const number *input, int64_t stride, const 
         return;
     }
     for (int64_t first = 0, count; first < panel->num_pairs; first += count, scales += PANEL) {
-        floats sum[MOST_ROWS][4];
+        floats sum[ROWS_OF_LINEARS][4];
         count = panel->num_pairs - first < panel->pairs_a_group ? panel->num_pairs - first : panel->pairs_a_group;
         multiply_pairs(rows, input, stride, panel, first, count, sum);
         for (int part = 0; part < 4; part++) {
@@ -172,12 +178,12 @@ static void multiply_panel(int rows, const number *input, int64_t stride, const 
     }
 }
 
-/* As many tokens as fit the registers, and no last block of one or two if that can be helped. */
-static inline int rows_of_block(int64_t left)
+/* As many tokens as fit the registers, at `most`, and no last block of one or two if that can be helped. */
+static inline int rows_of_block(int64_t left, int most)
 {
-    if (left <= MOST_ROWS)
+    if (left <= most)
         return (int)left;
-    return left <= MOST_ROWS + 2 ? (int)(left + 1) / 2 : MOST_ROWS;
+    return left <= most + 2 ? (int)(left + 1) / 2 : most;
 }
 
 INLINE floats activated(enum activation kind, floats value)
@@ -239,7 +245,7 @@ static inline struct panel unpacked(const struct panel *panel, int64_t num_block
     kept.kept = NULL;
     kept.numbers = (const uint8_t *)panel->kept;
     kept.ahead = panel->numbers + panel->num_pairs * size;
-    kept.bytes_ahead = (size + num_blocks - 1) / num_blocks;
+    kept.bytes_ahead = num_blocks ? (size + num_blocks - 1) / num_blocks : 0;
     return kept;
 }
 
@@ -260,16 +266,16 @@ static void linear_task(const void *argument, int64_t index)
         is_keeping |= panels[i].kept != NULL;
     }
     int64_t first = place * PANEL, width = part->num_outputs;
-    floats sums[MOST_ROWS][4], others[MOST_ROWS][4];
+    floats sums[ROWS_OF_LINEARS][4], others[ROWS_OF_LINEARS][4];
     for (int64_t token = begin, rows; token < end; token += rows) {
-        rows = is_keeping ? KEEPING_ROWS : rows_of_block(end - token);
+        rows = is_keeping && end - token > KEEPING_ROWS ? KEEPING_ROWS : rows_of_block(end - token, ROWS_OF_LINEARS);
         const number *input = call->numbers + token * call->numbers_stride;
         multiply_panel((int)rows, input, call->numbers_stride, &panels[0], sums);
         if (layer->activation)
             multiply_panel((int)rows, input, call->numbers_stride, &panels[1], others);
         for (int i = 0; i < num_factors; i++)
             if (panels[i].kept)
-                panels[i] = unpacked(&panels[i], (end - token - rows + MOST_ROWS - 1) / MOST_ROWS);
+                panels[i] = unpacked(&panels[i], (end - token - rows + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS);
             else
                 panels[i].ahead += panels[i].num_pairs * panels[i].bytes_ahead;
         is_keeping = 0;
@@ -300,7 +306,7 @@ static inline int64_t tokens_a_task(int64_t num_tokens, int64_t num_inputs)
         most = 48;
     int64_t num_tasks = (num_tokens + most - 1) / most;
     int64_t even = (num_tokens + num_tasks - 1) / num_tasks;
-    return (even + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS;
+    return (even + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS * ROWS_OF_LINEARS;
 }
 
 /* Inputs of some tokens to what the processor multiplies. */
