@@ -58,7 +58,7 @@ def run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_plan_shows_placements_bytes_and_kv_tokens() -> None:
-    result = run("plan", str(DEMO_MODEL), "--tensor-parallel-size", "2", "--kv-cache-memory", "1MB")
+    result = run("plan", str(DEMO_MODEL), "-tp", "2", "--dtype", "bfloat16", "--kv-cache-memory", "1MB")
     assert result.returncode == 0, result.stderr
     assert "model.embed_tokens.weight = lm_head.weight" in result.stdout
     assert "dim 0 in 1024+1024" in result.stdout
@@ -76,7 +76,7 @@ def rows_of(output: str, header: str) -> list[list[str]]:
 
 
 def test_plan_shows_which_stage_each_layer_is_in_and_what_it_weighs(run_here: RunHere) -> None:
-    result = run_here("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "2", "--tensor-parallel-size", "2")
+    result = run_here("plan", str(DEMO_MODEL), "-pp", "2", "-tp", "2", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     stages = {row[0]: row[2] for row in rows_of(result.stdout, "parameter shape") if "layers" in row[0]}
     assert {name: int(name.split(".")[2]) // 3 for name in stages} == {name: int(at) for name, at in stages.items()}
@@ -90,7 +90,7 @@ def test_plan_shows_which_stage_each_layer_is_in_and_what_it_weighs(run_here: Ru
 
 
 def test_plan_cuts_where_it_is_told_to(run_here: RunHere) -> None:
-    result = run_here("plan", str(DEMO_MODEL), "--pipeline-parallel-size", "3", "--split-points", "1,5")
+    result = run_here("plan", str(DEMO_MODEL), "-pp", "3", "--split-points", "1,5", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     ranks = rows_of(result.stdout, "rank stage")
     assert [row[:3] for row in ranks] == [["0", "0", "0–0"], ["1", "1", "1–4"], ["2", "2", "5–5"]]

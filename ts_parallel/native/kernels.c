@@ -128,8 +128,10 @@ static struct linear *last_layer; /* the one made last, if it is there still */
 static void drop_layer(PyObject *capsule)
 {
     struct linear *layer = PyCapsule_GetPointer(capsule, "linear");
-    if (layer->previous)
+    if (layer->previous) {
         layer->previous->next = layer->next;
+        look_behind(layer->previous, num_threads);
+    }
     if (layer->next)
         layer->next->previous = layer->previous;
     if (layer == last_layer)
@@ -159,8 +161,10 @@ static PyObject *make_linear(PyObject *self, PyObject *const *arguments, Py_ssiz
             layer->num_panels += (layer->parts[i].num_outputs + PANEL - 1) / PANEL;
     }
     layer->previous = last_layer;
-    if (last_layer)
+    if (last_layer) {
         last_layer->next = layer;
+        look_behind(last_layer, num_threads);
+    }
     last_layer = layer;
     return PyCapsule_New(layer, "linear", drop_layer);
 }
@@ -264,7 +268,11 @@ static PyObject *sample(PyObject *self, PyObject *const *arguments, Py_ssize_t c
         return PyErr_Format(PyExc_ValueError, "a row has %zu bytes", sizeof(struct sampled_row));
     struct sample_call call = {(const bf16 *)number[0], number[1], (const struct sampled_row *)rows,
                                (const int64_t *)words, (int64_t *)number[2]};
-    RUN(sample_task, &call, rows_size / (Py_ssize_t)sizeof(struct sampled_row));
+    Py_ssize_t num_rows = rows_size / (Py_ssize_t)sizeof(struct sampled_row);
+    RUN(sample_task, &call, num_rows);
+    for (Py_ssize_t row = 0; row < num_rows; row++)
+        if (call.result[row] == NO_MEMORY)
+            return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 

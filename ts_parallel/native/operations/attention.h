@@ -57,6 +57,7 @@ struct attention_call {
     bf16 *turned;              /* [T, H, D], room for the turned queries */
     const struct query_tile *tiles;
     int64_t num_tasks, num_threads;
+    _Atomic int *lacks_memory; /* set by a task that has none */
 };
 
 struct query_tile {
@@ -411,8 +412,10 @@ static void attention_task(const void *argument, int64_t index)
     size_t softmax_size = (size_t)num_rows * sizeof(struct softmax);
     size_t size = sums_size + softmax_size + (size_t)num_rows * bytes_of_query(site);
     char *memory = scratch_of(size, 0);
-    if (!memory)
-        abort(); /* some 100 KB: whoever lacks them cannot go on anyway */
+    if (!memory) {
+        atomic_store_explicit(call->lacks_memory, 1, memory_order_relaxed);
+        return;
+    }
     float *sums = (float *)memory;
     struct softmax *softmax = (struct softmax *)(memory + sums_size);
     struct heads query = call->query;
@@ -465,6 +468,7 @@ static inline int attention_run(struct attention_call *call, int num_threads)
 {
     const struct step *step = call->step;
     const struct site *site = call->site;
+    _Atomic int lacks_memory = 0;
     int64_t tokens = 192 / (site->num_heads / site->num_kv_heads) / MOST_ROWS * MOST_ROWS, num_tiles = 0;
     if (tokens < MOST_ROWS)
         tokens = MOST_ROWS;
@@ -490,9 +494,10 @@ static inline int attention_run(struct attention_call *call, int num_threads)
         call->query = (struct heads){turned, site->head_dim, site->num_heads * site->head_dim};
     call->num_tasks = num_tiles * site->num_kv_heads;
     call->num_threads = num_threads;
+    call->lacks_memory = &lacks_memory;
     pool_run(attention_task, call, call->num_tasks, num_threads);
     free(tiles);
     free(turned);
-    return 1;
+    return !atomic_load_explicit(&lacks_memory, memory_order_relaxed);
 }
 #endif

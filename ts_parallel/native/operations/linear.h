@@ -47,6 +47,10 @@ struct linear {
     enum activation activation;
     int64_t num_panels; /* of all parts; of one where there is an activation */
     struct linear *previous, *next; /* those made before and after, as a stage calls them one after another */
+    /* What of the next one is fetched while this one is multiplied. That may be freed meanwhile, by a thread that holds
+     * the interpreter's lock, which this one does not: so these are all that is read of it, and only fetched. */
+    const void *_Atomic ahead;
+    _Atomic int64_t bytes_ahead;
     struct linear_part parts[MOST_PARTS];
 };
 
@@ -236,6 +240,22 @@ static inline int find_part(const struct linear *layer, int64_t *place)
     return number;
 }
 
+/* With the interpreter's lock: the layer has another one behind it, or none now. */
+static inline void look_behind(struct linear *layer, int num_threads)
+{
+    const struct linear *next = layer->next;
+    const uint8_t *ahead = NULL;
+    int64_t size = 0;
+    if (next) { /* the panel that the second thread will begin with */
+        int64_t place = next->num_panels / num_threads;
+        const struct linear_part *part = &next->parts[find_part(next, &place)];
+        size = bytes_of_panel(part->kind, next->num_inputs / 2);
+        ahead = part->panels + place * size;
+    }
+    atomic_store_explicit(&layer->bytes_ahead, size, memory_order_relaxed);
+    atomic_store_explicit(&layer->ahead, ahead, memory_order_relaxed);
+}
+
 /* The panel with the numbers that were kept of it. The `num_blocks` that read those fetch what lies behind it. */
 static inline struct panel unpacked(const struct panel *panel, int64_t num_blocks)
 {
@@ -343,13 +363,9 @@ static inline int linear_run(struct linear_call *call, int num_threads)
     if (!convert_inputs(call, num_threads))
         return 0;
     call->tokens_a_task = tokens_a_task(call->num_tokens, call->layer->num_inputs);
-    const struct linear *next = call->layer->next;
-    if (next && num_threads > 1) { /* the panel that the second thread will begin with */
-        int64_t place = next->num_panels / num_threads;
-        const struct linear_part *part = &next->parts[find_part(next, &place)];
-        int64_t size = bytes_of_panel(part->kind, next->num_inputs / 2);
-        pool_look_ahead(part->panels + place * size, size);
-    }
+    if (num_threads > 1)
+        pool_look_ahead(atomic_load_explicit(&call->layer->ahead, memory_order_relaxed),
+                        atomic_load_explicit(&call->layer->bytes_ahead, memory_order_relaxed));
     int64_t num_blocks = (call->num_tokens + call->tokens_a_task - 1) / call->tokens_a_task;
     pool_run_in_order(linear_task, call, num_blocks * call->layer->num_panels, num_threads);
     return 1;

@@ -18,6 +18,7 @@
 /* In place of a token: `step_plan.NoToken`. */
 #define NOT_A_NUMBER -1
 #define NOTHING_ALLOWED -2
+#define NO_MEMORY -3 /* of this file alone: the call fails */
 
 #define MINUS_INFINITY 0xff80 /* in bfloat16 */
 #define MOST_NUMBERS 65536
@@ -105,14 +106,15 @@ static struct sampling_room lay_out_room(char *memory, int64_t num_columns, size
                                   groups};
 }
 
-static struct sampling_room sampling_room_of(int64_t num_columns)
+/* Returns 0 where there is no memory, of which it takes a few MB. */
+static int take_sampling_room(int64_t num_columns, struct sampling_room *room)
 {
     size_t size = 0, again = 0;
     lay_out_room(NULL, num_columns, &size);
     char *memory = scratch_of(size, 0);
-    if (!memory)
-        abort(); /* a few MB: whoever lacks them cannot go on anyway */
-    return lay_out_room(memory, num_columns, &again);
+    if (memory)
+        *room = lay_out_room(memory, num_columns, &again);
+    return memory != NULL;
 }
 
 static inline float float_of(uint32_t bits)
@@ -524,10 +526,12 @@ static int64_t draw(const struct sampled_row *row, const bf16 *own, int64_t num_
 static int64_t sample_row(const struct sample_call *call, const struct sampled_row *row)
 {
     const bf16 *own = call->logits + row->row * call->num_columns;
-    struct sampling_room room = sampling_room_of(call->num_columns);
+    struct sampling_room room;
     struct groups groups;
     int64_t num_strays = 0, member;
     uint64_t first = UINT64_MAX; /* of the strays */
+    if (!take_sampling_room(call->num_columns, &room))
+        return NO_MEMORY;
     if (row->num_prompt || row->num_output || row->num_biases || row->num_words) {
         num_strays = make_own(call, row, own, &room);
         own = room.own;
