@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ts_parallel.config import parse_config
 from ts_parallel.engine.request import GenerationParams, Request
 from ts_parallel.errors import EngineError, RequestError, StartupError
+from ts_parallel.native import HAS_KERNELS
 from ts_parallel.serving import offline
 from ts_parallel.serving.offline import open_model
 from ts_parallel.step_plan import SamplingParams
@@ -95,7 +96,14 @@ def test_tokens_that_the_model_has_not_are_refused_and_it_answers_on(tmp_path: P
         assert len(answer.token_ids) == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        # torch's own functions may give others' tokens by who shares a step with them.
+        pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_KERNELS, reason="there are no kernels")),
+    ],
+)
 def test_prompt_that_makes_nan_fails_alone_and_leaves_nothing_behind(tmp_path: Path, dtype: torch.dtype) -> None:
     """With keys and values of NaN in blocks that others get next, beside requests of other lengths."""
     folder = tmp_path / "model"
