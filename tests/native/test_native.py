@@ -39,7 +39,7 @@ def test_all_variants_of_this_machine_are_compiled() -> None:
 def test_the_best_variant_that_the_processor_has_is_taken() -> None:
     wanted = os.environ.get(ISA_VARIABLE, "")
     assert (VARIANT, WHY) == choose_variant(wanted, processor_flags())
-    usable = [variant for variant in VARIANTS if variant.needs and variant.needs <= processor_flags()]
+    usable = [variant for variant in VARIANTS if variant.is_taken and variant.needs <= processor_flags()]
     if not wanted and usable:
         assert usable[0] == VARIANT
 
@@ -47,7 +47,13 @@ def test_the_best_variant_that_the_processor_has_is_taken() -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are compiled on x86-64")
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [(ZEN_2, "avx2"), (SKYLAKE_SP, "avx512"), (ZEN_4, "avx512_bf16"), (SAPPHIRE_RAPIDS, "amx"), ({"sse4_2"}, None)],
+    [
+        (ZEN_2, "avx2"),
+        (SKYLAKE_SP, "avx512"),
+        (ZEN_4, "avx512_bf16"),
+        (SAPPHIRE_RAPIDS, "avx512_bf16"),
+        ({"sse4_2"}, None),
+    ],
 )
 def test_each_processor_has_its_variant(flags: set[str], name: str | None) -> None:
     variant, why = choose_variant("", flags)

@@ -31,6 +31,8 @@ class Variant:
     label: str
     needs: frozenset[str]
     """Of the processor's flags, as /proc/cpuinfo spells them."""
+    is_taken: bool = True
+    """Whether it is taken where nobody asks for it by name."""
 
     @property
     def module(self) -> str:
@@ -45,15 +47,16 @@ _AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl
 _AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512vbmi"}
 _AMX = frozenset({"amx_tile", "amx_bf16"})
 VARIANTS = (
-    Variant("amx", "AMX", _AVX512_BF16 | _AMX),
+    # Fast, and too new to be trusted: other libraries of a process use the same tiles.
+    Variant("amx", "AMX", _AVX512_BF16 | _AMX, is_taken=False),
     Variant("avx512_bf16", "AVX-512 BF16", _AVX512_BF16),
     Variant("avx512", "AVX-512", _AVX512),
     Variant("avx2", "AVX2", frozenset({"avx2", "fma"})),
     Variant("neon_bf16", "NEON BF16", frozenset({"asimd", "bf16"})),
     Variant("neon", "NEON", frozenset({"asimd"})),
-    Variant("plain", "plain C", frozenset()),
+    Variant("plain", "plain C", frozenset(), is_taken=False),  # for comparison
 )
-"""The fastest first. `plain` is for comparison, and taken where it is asked for alone."""
+"""The fastest first."""
 
 
 def processor_flags() -> frozenset[str]:
@@ -75,9 +78,10 @@ def _may_use_tiles() -> bool:
 
 
 def usable_variants(flags: Collection[str] | None = None) -> list[Variant]:
-    """Those that a processor with these flags, by default this one, has all for and that were compiled."""
+    """Those that a processor with these flags, by default this one, has all for, that were compiled, and that are taken
+    where nobody asks for one by name."""
     found = processor_flags() if flags is None else frozenset(flags)
-    return [variant for variant in VARIANTS if variant.needs and variant.needs <= found and variant.is_compiled]
+    return [variant for variant in VARIANTS if variant.is_taken and variant.needs <= found and variant.is_compiled]
 
 
 def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None, str]:
@@ -101,7 +105,7 @@ def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None,
     usable = usable_variants(flags)
     if usable:
         return usable[0], "the best of what this processor has"
-    if any(variant.needs and variant.needs <= frozenset(flags) for variant in VARIANTS):
+    if any(variant.is_taken and variant.needs <= frozenset(flags) for variant in VARIANTS):
         return None, "they were not compiled when the package was installed"
     return None, "this processor has neither AVX2 with FMA nor NEON"
 

@@ -71,6 +71,10 @@ struct linear_call {
 #else
 #define ROWS_OF_LINEARS MOST_ROWS
 
+static inline void release_tiles(void)
+{
+}
+
 /* `rows` tokens times `num_pairs` pairs of inputs from `first` on, for `parts` times 16 of a panel's outputs, which are
  * left in bfloat16 if it `keeps`. */
 INLINE void multiply_parts(const enum number_kind kind, const int keeps, const int rows, const int part,
@@ -316,6 +320,7 @@ static void linear_task(const void *argument, int64_t index)
                 store16(call->outputs[which] + element, mask, value);
             }
     }
+    release_tiles();
 }
 
 /* Tokens of one task: their inputs stay in a core's second-level cache while the panels pass by. */

@@ -15,11 +15,20 @@ struct tile_settings {
     uint8_t rows[16];
 };
 
+/* Other libraries use the tiles of the same threads, and find them released as they leave them: so does each task. */
+static _Thread_local int configured_rows;
+
+static inline void release_tiles(void)
+{
+    if (configured_rows)
+        _tile_release();
+    configured_rows = 0;
+}
+
 /* Tiles 0 to 3 are sums of `rows` tokens for 16 outputs each, 4 is of inputs, 5 to 7 are of weights. */
 static inline void configure_tiles(int rows)
 {
-    static _Thread_local int configured;
-    if (configured == rows)
+    if (configured_rows == rows)
         return;
     struct tile_settings settings = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
@@ -27,7 +36,7 @@ static inline void configure_tiles(int rows)
         settings.rows[tile] = (uint8_t)(tile < 5 ? rows : TILE_PAIRS);
     }
     _tile_loadconfig(&settings);
-    configured = rows;
+    configured_rows = rows;
 }
 
 /* So many pairs of a panel in bfloat16, from number `first` on; where less than a tile is left, zeros behind them. */
