@@ -60,18 +60,17 @@ VARIANTS = (
 
 
 def processor_flags() -> frozenset[str]:
-    """What this processor says that it has, and the system lets programs use."""
+    """What this processor says that it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
     own = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
-    flags = frozenset(next(own, "").split())
-    return flags if not flags & _AMX or _may_use_tiles() else flags - _AMX
+    return frozenset(next(own, "").split())
 
 
-def _may_use_tiles() -> bool:
-    """Ask Linux for AMX's registers, which a process has not from the start: a thread's are 8 KiB."""
+def may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers, which a process has not from the start, for each thread's state grows by 8 KiB."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     answer: int = ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data)
     return answer == 0
@@ -113,6 +112,9 @@ def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None,
 _wanted = os.environ.get(ISA_VARIABLE, "")
 VARIANT, WHY = choose_variant(_wanted, processor_flags())
 """The variant that runs here, and why it, or why none. `runtime.backends.choose` asks; else tests do."""
+
+if VARIANT is not None and VARIANT.needs & _AMX and not may_use_tiles():
+    VARIANT, WHY = None, f"{ISA_VARIABLE} is {_wanted}, and this system lets no process use tiles"
 
 CANNOT_BE_HAD = VARIANT is None and _wanted not in ("", "none")
 """Whether a variant was asked for by name that cannot run here."""

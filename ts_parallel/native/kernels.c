@@ -523,10 +523,5 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, NAME_OF(MODULE), NULL
 PyMODINIT_FUNC INIT_OF(MODULE)(void)
 {
     find_reads_past_caches();
-    PyObject *made = PyModule_Create(&module);
-    if (made && PyModule_AddStringConstant(made, "name", VARIANT_NAME)) {
-        Py_DECREF(made);
-        return NULL;
-    }
-    return made;
+    return PyModule_Create(&module);
 }

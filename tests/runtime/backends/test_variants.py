@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ts_parallel.native import ISA_VARIABLE, VARIANT, VARIANTS, processor_flags
+from ts_parallel.native import ISA_VARIABLE, VARIANT, VARIANTS, may_use_tiles, processor_flags
 
 HERE = Path(__file__).parent
 OF_KERNELS = [
@@ -19,7 +19,7 @@ OF_KERNELS = [
 OTHERS = [each.name for each in VARIANTS if each.is_compiled and each.needs <= processor_flags() and each != VARIANT]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "amx" or may_use_tiles()])
 def test_kernels_of_another_instruction_set_pass_the_same_tests(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not ranks"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

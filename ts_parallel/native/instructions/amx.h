@@ -2,8 +2,6 @@
  * order of their own, and no token may depend on how many there are. All else is as in avx512_bf16.h. */
 #include "instructions/avx512_bf16.h"
 
-#undef VARIANT_NAME
-#define VARIANT_NAME "AMX"
 #undef KEEPING_ROWS
 #define KEEPING_ROWS 16
 #undef FEW_TOKENS

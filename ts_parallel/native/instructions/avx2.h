@@ -7,7 +7,6 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define VARIANT_NAME "AVX2"
 /* 4 times 2 vectors of sums, 4 of weights and 2 of inputs are 14 of 16 registers. */
 #define MOST_ROWS 4
 #define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
@@ -201,5 +200,5 @@ INLINE void store16(bf16 *to, lanes which, floats value)
 
 #include "instructions/float_operands.h"
 #include "instructions/decoding.h"
-#include "numbers/portable_packing.h"
+#define PACKS_PORTABLY
 #endif

@@ -4,7 +4,6 @@
 
 #include "instructions/avx512_floats.h"
 
-#define VARIANT_NAME "AVX-512"
 /* 6 times 2 vectors of sums, 4 of weights and those of inputs, which come from memory, are in 32 registers. */
 #define MOST_ROWS 6
 #define PARTS_AT_ONCE(rows) ((rows) > 3 ? 2 : 4) /* so many times 16 outputs */

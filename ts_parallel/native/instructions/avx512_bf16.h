@@ -5,7 +5,6 @@
 
 #include "instructions/avx512_floats.h"
 
-#define VARIANT_NAME "AVX-512 BF16"
 /* How many rows of inputs are multiplied at once: 6 times 4 vectors of sums, 4 of weights and 1 of inputs are 29 of 32
  * registers. */
 #define MOST_ROWS 6

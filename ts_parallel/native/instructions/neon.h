@@ -219,7 +219,6 @@ INLINE void store16(bf16 *to, lanes which, floats value)
 }
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
-#define VARIANT_NAME "NEON BF16"
 typedef words operand;   /* a pair of inputs' weights for 16 outputs */
 typedef bf16 number;     /* what inputs are read as */
 typedef uint32x4_t both; /* a pair of inputs */
@@ -243,9 +242,8 @@ INLINE floats dot(floats sum, operand weights, both inputs)
     OF_PARTS(floats, vbfdotq_f32(sum.part[i], vreinterpretq_bf16_u32(weights.part[i]), vreinterpretq_bf16_u32(inputs)));
 }
 #else
-#define VARIANT_NAME "NEON"
 #include "instructions/float_operands.h"
 #endif
 #include "instructions/decoding.h"
-#include "numbers/portable_packing.h"
+#define PACKS_PORTABLY
 #endif

@@ -7,7 +7,6 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define VARIANT_NAME "plain C"
 #define MOST_ROWS 4
 #define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
 #define KEEPING_ROWS 0
@@ -162,5 +161,5 @@ INLINE words interleave_upper(bytes low, bytes high) { return interleaved(low, h
 
 #include "instructions/float_operands.h"
 #include "instructions/decoding.h"
-#include "numbers/portable_packing.h"
+#define PACKS_PORTABLY
 #endif

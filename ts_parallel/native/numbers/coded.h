@@ -88,4 +88,8 @@ static inline int choose_codes(int largest, struct coded_panel *panel)
     }
     return base;
 }
+
+#ifdef PACKS_PORTABLY
+#include "numbers/portable_packing.h"
+#endif
 #endif

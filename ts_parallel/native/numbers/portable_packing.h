@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include "numbers/coded.h"
+
 /* The bits, without a sign, of the number that is furthest from zero. */
 INLINE uint32_t largest_bits_of_row(const bf16 *from, int64_t count)
 {
@@ -48,7 +50,7 @@ INLINE void code_pair(const bf16 *numbers, int base, uint8_t *to, uint64_t excep
     for (int half = 0; half < 2; half++) {
         exceptions[half] = 0;
         for (int byte = 0; byte < 64; byte++) {
-            int place = half * 64 + byte % 16 / 8 * 32 + byte / 16 * 8 + byte % 8;
+            uint32_t place = place_of(byte, half);
             int size = numbers[place] >> 8 & 0x7f, code = size > base ? size - base : 0;
             exceptions[half] |= (uint64_t)(!code && size) << byte;
             code |= numbers[place] >> 12 & 8;

@@ -150,6 +150,7 @@ INLINE void multiply_block(const enum number_kind kind, int rows, const number *
     default: multiply(kind, 0, MOST_ROWS, input, stride, panel, first, num_pairs, sums); break;
     }
 }
+#endif
 
 static void multiply_pairs(int rows, const number *input, int64_t stride, const struct panel *panel, int64_t first,
                            int64_t num_pairs, floats sums[][4])
@@ -161,7 +162,6 @@ static void multiply_pairs(int rows, const number *input, int64_t stride, const 
     case INT4: multiply_block(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
     }
 }
-#endif
 
 /* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
 static void multiply_panel(int rows, const number *input, int64_t stride, const struct panel *panel, floats sums[][4])

@@ -82,7 +82,7 @@ static inline int64_t pairs_at(int64_t num_pairs, int64_t pair)
     _tile_dpbf16ps(sums, 4, weights)
 
 /* `rows` tokens, at most 16, times `num_pairs` pairs of inputs from `first` on; in bfloat16 they are left in `kept`. */
-INLINE void multiply_tiles(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
+INLINE void multiply_block(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
                            const struct panel *panel, int64_t first, int64_t num_pairs, floats sums[][4])
 {
     /* A tile is not loaded before what was stored there has left the processor: so the next one is made before. */
@@ -117,16 +117,5 @@ INLINE void multiply_tiles(const enum number_kind kind, int rows, const bf16 *in
     _tile_stored(1, &sums[0][1], sizeof *sums);
     _tile_stored(2, &sums[0][2], sizeof *sums);
     _tile_stored(3, &sums[0][3], sizeof *sums);
-}
-
-static void multiply_pairs(int rows, const bf16 *input, int64_t stride, const struct panel *panel, int64_t first,
-                           int64_t num_pairs, floats sums[][4])
-{
-    switch (panel->kind) {
-    case BFLOAT16: multiply_tiles(BFLOAT16, rows, input, stride, panel, first, num_pairs, sums); break;
-    case CODED: multiply_tiles(CODED, rows, input, stride, panel, first, num_pairs, sums); break;
-    case INT8: multiply_tiles(INT8, rows, input, stride, panel, first, num_pairs, sums); break;
-    case INT4: multiply_tiles(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
-    }
 }
 #endif
