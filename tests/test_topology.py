@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from places import RANKS
 
+from ts_parallel.cli.server.torchserve import free_ports
 from ts_parallel.errors import TopologyError
 from ts_parallel.shared_memory import native
 from ts_parallel.topology import TensorParallelGroup, open_topology
@@ -152,9 +152,7 @@ def test_ranks_notice_within_seconds_that_another_one_was_killed() -> None:
     """Those that sum, and those that wait for a plan, and nothing is left of their memory."""
     if native is None:
         pytest.skip("ts_parallel.native is not built")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_ports(1)[0])
     environment = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, str(RANKS / "killed_peer.py")]
     ranks = [

@@ -302,6 +302,13 @@ def test_serve_refuses_more_than_fits(run_here: RunHere) -> None:
     assert "or lower max_model_len" in result.stderr
 
 
+def test_ports_are_such_as_the_kernel_hands_to_nobody_until_the_server_has_them() -> None:
+    first_handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = free_ports(7)
+    assert len(set(ports)) == 7
+    assert first_handed_out < 11000 or max(ports) < first_handed_out
+
+
 def test_missing_java_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("JAVA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

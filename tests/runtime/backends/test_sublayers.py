@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from families import TINY_FAMILIES, save_random_model
 from places import RANKS
 from whole_model import build_rank_model, runner_of
 
+from ts_parallel.cli.server.torchserve import free_ports
 from ts_parallel.native import HAS_KERNELS, kernels
 from ts_parallel.partition.graph import stage_code
 from ts_parallel.partition.prepared import CACHE_VARIABLE
@@ -95,9 +95,7 @@ def test_sublayers_give_the_numbers_of_their_parts(
 @pytest.mark.skipif(not HAS_KERNELS, reason="no compiler, or this processor has no fast bfloat16")
 def test_stack_over_ranks_gives_the_numbers_of_its_parts_and_notices_a_lost_rank(tmp_path: Path) -> None:
     save_random_model(tmp_path, TINY_FAMILIES["llama"](max_position_embeddings=256), dtype=torch.bfloat16)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_ports(1)[0])
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
         subprocess.Popen(

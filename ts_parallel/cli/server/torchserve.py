@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,7 +13,9 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from itertools import repeat
 from pathlib import Path
 
 import psutil
@@ -25,6 +28,7 @@ from ts_parallel.serving.torchserve.worker import CANNOT_START
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 15
 _LINES_OF_A_FAILURE = 20
+_FIRST_PORT, _PORTS_TRIED = 10000, 100
 _CORES_A_THREAD = 8  # of those that pass bytes on
 # 1900 years. TorchServe knows no key for ever; it takes dates up to 1,000,000,000 AD, many readers of its key_file.json
 # those with four digits for the year.
@@ -257,15 +261,30 @@ class TorchServe:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Ports of 127.0.0.1 that nobody listens on at this moment, and that the kernel hands to nobody who asks for any
+    port: until TorchServe has started, torchrun and clients do.
+
+    Raises:
+        StartupError: there are not so many.
+    """
+    with ExitStack() as held:
+        chosen: list[int] = []
+        for port in _ports_not_handed_out():
+            probe = held.enter_context(socket.socket())
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                chosen.append(probe.getsockname()[1])
+            if len(chosen) == count:
+                return chosen
+    raise StartupError(f"127.0.0.1 has no {count} free ports")
+
+
+def _ports_not_handed_out() -> Iterator[int]:
+    """In an order of chance, so that two who look at the same time hardly meet; then a few of the kernel's choice."""
+    handed_out = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    end = int(handed_out.read_text().split()[0]) if handed_out.exists() else _FIRST_PORT
+    yield from random.sample(range(_FIRST_PORT, end), min(_PORTS_TRIED, max(end - _FIRST_PORT, 0)))
+    yield from repeat(0, _PORTS_TRIED)
 
 
 def _family(pid: int) -> list[psutil.Process]:
