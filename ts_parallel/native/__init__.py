@@ -47,8 +47,7 @@ _AVX512 = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl
 _AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512vbmi"}
 _AMX = frozenset({"amx_tile", "amx_bf16"})
 VARIANTS = (
-    # Fast, and too new to be trusted: other libraries of a process use the same tiles.
-    Variant("amx", "AMX", _AVX512_BF16 | _AMX, is_taken=False),
+    Variant("amx", "AMX", _AVX512_BF16 | _AMX),
     Variant("avx512_bf16", "AVX-512 BF16", _AVX512_BF16),
     Variant("avx512", "AVX-512", _AVX512),
     Variant("avx2", "AVX2", frozenset({"avx2", "fma"})),
@@ -79,7 +78,7 @@ def may_use_tiles() -> bool:
 def usable_variants(flags: Collection[str] | None = None) -> list[Variant]:
     """Those that a processor with these flags, by default this one, has all for, that were compiled, and that are taken
     where nobody asks for one by name."""
-    found = processor_flags() if flags is None else frozenset(flags)
+    found = _flags if flags is None else frozenset(flags)
     return [variant for variant in VARIANTS if variant.is_taken and variant.needs <= found and variant.is_compiled]
 
 
@@ -109,12 +108,14 @@ def choose_variant(wanted: str, flags: Collection[str]) -> tuple[Variant | None,
     return None, "this processor has neither AVX2 with FMA nor NEON"
 
 
-_wanted = os.environ.get(ISA_VARIABLE, "")
-VARIANT, WHY = choose_variant(_wanted, processor_flags())
+_wanted, _flags = os.environ.get(ISA_VARIABLE, ""), processor_flags()
+VARIANT, WHY = choose_variant(_wanted, _flags)
 """The variant that runs here, and why it, or why none. `runtime.backends.choose` asks; else tests do."""
 
 if VARIANT is not None and VARIANT.needs & _AMX and not may_use_tiles():
-    VARIANT, WHY = None, f"{ISA_VARIABLE} is {_wanted}, and this system lets no process use tiles"
+    _flags -= _AMX
+    VARIANT, WHY = choose_variant(_wanted, _flags)
+    WHY += ", as the system gives this process no tiles"
 
 CANNOT_BE_HAD = VARIANT is None and _wanted not in ("", "none")
 """Whether a variant was asked for by name that cannot run here."""

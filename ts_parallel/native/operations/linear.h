@@ -71,7 +71,7 @@ struct linear_call {
 #else
 #define ROWS_OF_LINEARS MOST_ROWS
 
-static inline void release_tiles(void)
+static inline void give_back_tiles(void)
 {
 }
 
@@ -320,7 +320,7 @@ static void linear_task(const void *argument, int64_t index)
                 store16(call->outputs[which] + element, mask, value);
             }
     }
-    release_tiles();
+    give_back_tiles();
 }
 
 /* Tokens of one task: their inputs stay in a core's second-level cache while the panels pass by. */

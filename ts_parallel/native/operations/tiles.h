@@ -15,21 +15,17 @@ struct tile_settings {
     uint8_t rows[16];
 };
 
-/* Other libraries use the tiles of the same threads, and find them released as they leave them: so does each task. */
-static _Thread_local int configured_rows;
-
-static inline void release_tiles(void)
-{
-    if (configured_rows)
-        _tile_release();
-    configured_rows = 0;
-}
+/* Other libraries use the tiles of the same threads, and find their settings as they left them: so does each task. */
+static _Thread_local struct tile_settings found_settings;
+static _Thread_local int configured_rows; /* 0 between tasks */
 
 /* Tiles 0 to 3 are sums of `rows` tokens for 16 outputs each, 4 is of inputs, 5 to 7 are of weights. */
 static inline void configure_tiles(int rows)
 {
     if (configured_rows == rows)
         return;
+    if (!configured_rows)
+        _tile_storeconfig(&found_settings);
     struct tile_settings settings = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         settings.row_bytes[tile] = 64;
@@ -37,6 +33,13 @@ static inline void configure_tiles(int rows)
     }
     _tile_loadconfig(&settings);
     configured_rows = rows;
+}
+
+static inline void give_back_tiles(void)
+{
+    if (configured_rows)
+        _tile_loadconfig(&found_settings);
+    configured_rows = 0;
 }
 
 /* So many pairs of a panel in bfloat16, from number `first` on; where less than a tile is left, zeros behind them. */
