@@ -35,8 +35,9 @@ class _Kind(IntEnum):
 
 # Bytes of each kind that lie in memory between two ranks at most; what finds no room goes through torch.distributed.
 # A plan has about 100 bytes a sequence and 8 a new token, but sequences that begin with blocks of the prefix cache have
-# all of those at once: 128 of 4,000 tokens are 270 KB, and a mask of 128,000 tokens is 16.
-_ROOM = {_Kind.NUMBERS: 2**21, _Kind.HIDDEN: 2**21, _Kind.RESULT: 2**19, _Kind.INPUT: 2**19}
+# all of those at once: 128 of 4,000 tokens are 270 KB, 4 MB where penalties count their tokens, and a mask of 128,000
+# tokens is 16 KB.
+_ROOM = {_Kind.NUMBERS: 2**23, _Kind.HIDDEN: 2**21, _Kind.RESULT: 2**19, _Kind.INPUT: 2**19}
 
 _Route = tuple[int, int, _Kind]
 """Who sends, who receives, what."""
