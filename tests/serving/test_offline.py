@@ -15,6 +15,8 @@ import pytest
 import torch
 from families import FAMILIES, random_model, save_random_model
 from places import ROOT
+from small_service import checkpoint_with
+from small_tokenizers import legacy_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ts_parallel.config import parse_config
@@ -70,6 +72,15 @@ def test_one_model_answers_again_and_again(expected: list[str]) -> None:
         assert (len(ids.token_ids), ids.finish_reason) == (4, "length")
         with pytest.raises(RequestError, match="empty"):
             model.generate([""], GenerationParams(4))
+
+
+def test_answer_keeps_its_first_space(tmp_path: Path) -> None:
+    tokenizer = legacy_sentencepiece()
+    folder = checkpoint_with(tmp_path / "demo", tokenizer)
+    (token_id,) = tokenizer.convert_tokens_to_ids(["▁token"])
+    with open_model(folder, dtype="float32", device="cpu", kv_cache_memory="64MiB") as model:
+        (answer,) = model.generate(["the"], GenerationParams(1, SamplingParams(logit_bias=((token_id, 100.0),))))
+    assert (answer.text, answer.token_ids) == (" token", (token_id,))
 
 
 def test_tokens_that_the_model_has_not_are_refused_and_it_answers_on(tmp_path: Path) -> None:

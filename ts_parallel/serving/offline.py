@@ -62,12 +62,14 @@ class _Leader(OfflineModel):
     def __init__(self, engine: Engine, config: HandlerConfig, folder: Path) -> None:
         # Not above: the ranks that follow need no transformers, and save its memory.
         from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
+        from ts_parallel.serving.text.detokenizer import TextDecoder
         from ts_parallel.serving.text.model_files import read_eos_ids, read_tokenizer, vocabulary_of
 
         settings = settings_folder(folder, config.config_folder)
         model_config = read_model_config(settings)
         self._engine = engine
         self._tokenizer = read_tokenizer(settings)
+        self._decoder = TextDecoder(self._tokenizer)
         self._eos_ids = read_eos_ids(settings, model_config)
         self._vocabulary = vocabulary_of(model_config, self._tokenizer)
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
@@ -112,7 +114,7 @@ class _Leader(OfflineModel):
     def _generation(self, request: Request) -> Generation:
         reason = request.finish_reason()
         assert reason is not None
-        text = self._tokenizer.decode(request.output_ids, skip_special_tokens=True)
+        text = self._decoder.text_after(request.prompt_ids, request.output_ids)
         return Generation(text, tuple(request.output_ids), reason)
 
 

@@ -13,6 +13,7 @@ from ts_parallel.engine.router import Delivery, TokenRouter
 from ts_parallel.engine.scheduler import TokenOutput
 from ts_parallel.serving.openai.answers import CompletionStream, WholeText
 from ts_parallel.serving.openai.choices import Choice, Echo, GenerationJob
+from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.stop_strings import StopStrings
 from ts_parallel.serving.text.token_texts import TokenTexts
 from ts_parallel.step_plan import TokenLogprobs
@@ -37,7 +38,9 @@ def choice(
     stops: tuple[str, ...] = (), *, has_logprobs: bool = True, echo: Echo | None = None, **request: Any
 ) -> Choice:
     own = Request("a", (4, 27, 5), 9, **request)
-    return Choice(own, Letters(), StopStrings(stops), TokenTexts(Letters()) if has_logprobs else None, echo)
+    return Choice(
+        own, TextDecoder(Letters()), StopStrings(stops), TokenTexts(Letters()) if has_logprobs else None, echo
+    )
 
 
 def delivery(*token_ids: int, ends: bool = False) -> Delivery:
@@ -129,7 +132,7 @@ class Door:
 
 
 def two_choices(door: Door, answer: Any, stops: tuple[str, ...] = ()) -> GenerationJob:
-    choices = [Choice(Request(name, (4, 5), 9), Letters(), StopStrings(stops)) for name in ("a", "a/1")]
+    choices = [Choice(Request(name, (4, 5), 9), TextDecoder(Letters()), StopStrings(stops)) for name in ("a", "a/1")]
     return GenerationJob(answer, choices, 2, door)
 
 
@@ -210,7 +213,7 @@ def test_error_behind_a_stop_string_is_none() -> None:
 
 def test_error_before_the_first_token_is_no_echo() -> None:
     door = Door("a")
-    own = Choice(Request("a", (4, 5), 1), Letters(), StopStrings(()), None, Echo("de", True))
+    own = Choice(Request("a", (4, 5), 1), TextDecoder(Letters()), StopStrings(()), None, Echo("de", True))
     job = GenerationJob(WholeText(), [own], 1, door)
     door.router.fail_all("broken")
     reply = job.advance(door.router.take("a"))

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ts_parallel.engine.request import Request
 from ts_parallel.engine.router import Delivery, TokenRouter
 from ts_parallel.errors import EngineError, RequestError, TimedOutError
 from ts_parallel.serving.exchange import Reply
 from ts_parallel.serving.openai.answers import Answer, Likelihood, ScoredToken, Usage
-from ts_parallel.serving.text.detokenizer import Detokenizer
+from ts_parallel.serving.text.detokenizer import Detokenizer, PromptEnd, TextDecoder
 from ts_parallel.serving.text.stop_strings import StopStrings
 from ts_parallel.serving.text.token_texts import TokenTexts
 from ts_parallel.step_plan import TokenLogprobs
@@ -98,20 +98,22 @@ class Choice:
     def __init__(
         self,
         request: Request,
-        tokenizer: Any,
+        decoder: TextDecoder,
         stops: StopStrings,
         texts: TokenTexts | None = None,
         echo: Echo | None = None,
+        before: PromptEnd | None = None,
     ) -> None:
         """
         Args:
             texts: where log-probabilities are wanted.
+            before: what the answer's text goes on with; a text begins with the answer where it is left out.
         """
         self.request = request
         self.num_tokens = 0
         self.finish_reason: str | None = None
-        self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
+        self._decoder = decoder
+        self._detokenizer = Detokenizer(decoder, before)
         self._stops = stops
         self._log = TokenLog(texts) if texts is not None else None
         self._echo = echo
@@ -139,7 +141,7 @@ class Choice:
         if self._echo is None or self.num_tokens:
             return ""
         if self._log is not None:
-            prompt, cut = self.request.prompt_ids, Detokenizer(self._tokenizer)
+            prompt, cut = self.request.prompt_ids, Detokenizer(self._decoder)
             for at, (token_id, logprobs) in enumerate(zip(prompt, [None, *self.request.prompt_logprobs], strict=True)):
                 self._log.add(token_id, logprobs, len(cut.add([token_id], at == len(prompt) - 1)))
             self._log.end_prompt(len(self._echo.text))

@@ -41,6 +41,7 @@ from ts_parallel.serving.openai.bodies import (
     parse_plain,
 )
 from ts_parallel.serving.openai.choices import Choice, Echo, GenerationJob
+from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.model_files import (
     read_eos_ids,
     read_sampling_defaults,
@@ -85,6 +86,7 @@ class GenerationService:
         self._eos_ids = read_eos_ids(folder, model_config)
         self._defaults = read_sampling_defaults(folder)
         self._texts = TokenTexts(self._tokenizer)
+        self._decoder = TextDecoder(self._tokenizer)
         self._guides = GuideMaker(self._tokenizer, self._eos_ids)
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
@@ -149,8 +151,9 @@ class GenerationService:
         prompts = [self._tokens(own) if isinstance(own, str) else own for own in body.prompts]
         echoes: list[Echo] | None = None
         if body.echo:
-            texts = [own if isinstance(own, str) else self._text(own) for own in body.prompts]
-            echoes = [Echo(text, is_all=body.max_tokens == 0) for text in texts]
+            is_all = body.max_tokens == 0
+            texts = [own if isinstance(own, str) else self._text(own, is_all) for own in body.prompts]
+            echoes = [Echo(text, is_all) for text in texts]
         return self._run(request_id, prompts, body, self._temperature(body), answer, echoes)
 
     def _open_chat(self, request_id: str, request: RawRequest) -> GenerationJob:
@@ -184,10 +187,10 @@ class GenerationService:
         """None for an empty text, though a tokenizer may begin each with a token of its own."""
         return list(self._tokenizer(text).input_ids) if text else []
 
-    def _text(self, token_ids: list[int]) -> str:
+    def _text(self, token_ids: list[int], is_all: bool) -> str:
+        """A prompt's; the beginning of a character at its end is the answer's, unless none comes."""
         known = list(self._vocabulary.known(token_ids, "prompt"))
-        text: str = self._tokenizer.decode(known, skip_special_tokens=True)
-        return text
+        return self._decoder.decode(known) if is_all else self._decoder.complete_text(known)
 
     def _chat_prompt(self, body: ChatBody) -> list[int]:
         if not self._tokenizer.chat_template:
@@ -244,13 +247,15 @@ class GenerationService:
             for number, guide in enumerate(guides)
         ]
         texts = self._texts if body.num_logprobs is not None else None
+        ends = [self._decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
         choices = [
             Choice(
                 own,
-                self._tokenizer,
+                self._decoder,
                 StopStrings(body.stop_strings(), body.include_stop_str_in_output),
                 texts,
                 echoes[number // num_answers] if echoes else None,
+                ends[number // num_answers],
             )
             for number, own in enumerate(requests)
         ]

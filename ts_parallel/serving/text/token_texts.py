@@ -12,14 +12,14 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._added = set(tokenizer.get_added_vocab().values())
-        self._special = set(tokenizer.all_special_ids)
+        self.special_ids = special_ids_of(tokenizer)
         decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
         self._byte_of = _byte_of_letter() if "ByteLevel(" in decoder else {}
         self._has_underlines = "\u2581" in decoder or "Metaspace(" in decoder
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes | None:
-        return None if token_id in self._special else self._bytes_or_name(token_id)
+        return None if token_id in self.special_ids else self._bytes_or_name(token_id)
 
     def text_of(self, token_id: int) -> str:
         r"""The token's text, or `bytes:\xe2\x80` where it is only a part of a character, as OpenAI has it."""
@@ -38,8 +38,10 @@ class TokenTexts:
         name: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         if name is None:  # a model's vocabulary may be padded beyond its tokenizer's
             return f"<token {token_id}>".encode()
-        if token_id in self._added:
+        if token_id in self.special_ids:
             return name.encode()
+        if token_id in self._added:
+            return self._added_text(token_id).encode()
         if self._byte_of and all(letter in self._byte_of for letter in name):
             return bytes(self._byte_of[letter] for letter in name)
         if self._has_underlines:
@@ -48,6 +50,18 @@ class TokenTexts:
             return name.replace("\u2581", " ").encode()
         text: str = self._tokenizer.decode([token_id])
         return text.encode()
+
+    def _added_text(self, token_id: int) -> str:
+        """As it shows behind another token, which is not always its name."""
+        before = list(self._tokenizer("a", add_special_tokens=False).input_ids)
+        text: str = self._tokenizer.decode([*before, token_id])
+        return text.removeprefix(self._tokenizer.decode(before))
+
+
+def special_ids_of(tokenizer: Any) -> frozenset[int]:
+    """The tokens that show in no text: those with a part to play, and what was added as special without one."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(tokenizer.all_special_ids) | {token_id for token_id, own in added.items() if own.special}
 
 
 def _byte_of_letter() -> dict[str, int]:
