@@ -18,7 +18,7 @@ from ts_parallel.serving.text.forms import Form, FormKind
 from ts_parallel.serving.text.structured_output import LONGEST_FORM, MOST_CHOICES, Guide, GuideMaker
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True)
-MAKER = GuideMaker(TOKENIZER, frozenset({0, 1}))
+MAKER = GuideMaker(TOKENIZER, frozenset({0, 1}), 2048)
 
 
 def make(kind: FormKind, value: Any) -> Guide:
@@ -107,7 +107,7 @@ def test_bad_form_is_refused_in_one_line_with_its_field(kind: FormKind, value: A
 )
 def test_form_that_would_hold_up_all_streams_is_refused_unread(kind: FormKind, value: Any, says: str) -> None:
     with pytest.raises(RequestError, match=f"field: {says}"):
-        GuideMaker(object(), frozenset({1})).make(Form(kind, value, "field"), 1)
+        GuideMaker(object(), frozenset({1}), 9).make(Form(kind, value, "field"), 1)
 
 
 def test_schema_that_is_nested_too_deep_is_refused() -> None:
@@ -136,7 +136,7 @@ def test_fault_of_the_library_is_not_shown_to_a_client(monkeypatch: pytest.Monke
 
 
 def test_model_without_a_fast_tokenizer_or_an_end_is_refused() -> None:
-    for maker in (GuideMaker(object(), frozenset({1})), GuideMaker(TOKENIZER, frozenset())):
+    for maker in (GuideMaker(object(), frozenset({1}), 9), GuideMaker(TOKENIZER, frozenset(), 9)):
         with pytest.raises(RequestError, match="a fast tokenizer and an end token"):
             maker.make(Form("regex", "a", "field"), 1)
 

@@ -87,7 +87,7 @@ class GenerationService:
         self._defaults = read_sampling_defaults(folder)
         self._texts = TokenTexts(self._tokenizer)
         self._decoder = TextDecoder(self._tokenizer)
-        self._guides = GuideMaker(self._tokenizer, self._eos_ids)
+        self._guides = GuideMaker(self._tokenizer, self._eos_ids, self._vocabulary.size)
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
             "health": self._health,

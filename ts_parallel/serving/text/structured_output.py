@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from typing import Any
 
 from ts_parallel.errors import RequestError
+from ts_parallel.serving.text.form_vocabulary import FormVocabulary
 from ts_parallel.serving.text.forms import Form, FormKind
 
 logger = logging.getLogger(__name__)
@@ -49,12 +51,19 @@ class Guide:
 
 
 class GuideMaker:
-    """Makes guides. Owns the vocabulary as llguidance wants it, from the first request that needs one."""
+    """Makes guides, in any thread. Owns the vocabulary as llguidance wants it, from the first request that needs
+    one."""
 
-    def __init__(self, tokenizer: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, eos_ids: frozenset[int], num_tokens: int) -> None:
+        """
+        Args:
+            num_tokens: of the model, which may be fewer than the tokenizer's.
+        """
         self._tokenizer = tokenizer
         self._eos_ids = sorted(eos_ids)
+        self._num_tokens = num_tokens
         self._vocabulary: Any = None
+        self._lock = threading.Lock()
 
     def make(self, form: Form, num_guides: int) -> list[Guide]:
         """Guides that know nothing of one another.
@@ -66,8 +75,9 @@ class GuideMaker:
         # Most servers never need it: neither the library nor a second copy of the vocabulary is worth their memory.
         import llguidance
 
-        if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary(form.parameter)
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary(form.parameter)
         limits = llguidance.LLParserLimits(verbose_errors=False)
         try:
             grammar = _grammar(form.kind, text)
@@ -85,18 +95,16 @@ class GuideMaker:
     def _read_vocabulary(self, parameter: str) -> Any:
         import llguidance
 
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None or not self._eos_ids:
+        if getattr(self._tokenizer, "backend_tokenizer", None) is None or not self._eos_ids:
             raise RequestError(
                 f"{parameter}: needs a fast tokenizer and an end token, which this model has not", parameter
             )
         started = time.perf_counter()
         try:
-            vocabulary = llguidance.LLTokenizer(backend.to_str(), eos_token=self._eos_ids)
+            own = FormVocabulary(self._tokenizer, self._num_tokens, self._eos_ids[0])
+            vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(own), eos_token=self._eos_ids)
         except ValueError as error:
-            raise RequestError(
-                f"{parameter}: llguidance cannot read the model's tokenizer: {_reason(str(error))}", parameter
-            ) from None
+            raise RequestError(f"{parameter}: the model's tokenizer: {_reason(str(error))}", parameter) from None
         logger.info("read the vocabulary for structured output in %.2f s", time.perf_counter() - started)
         return vocabulary
 

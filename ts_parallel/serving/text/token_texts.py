@@ -18,6 +18,11 @@ class TokenTexts:
         self._has_underlines = "\u2581" in decoder or "Metaspace(" in decoder
         self._known: dict[int, bytes] = {}
 
+    @property
+    def knows_bytes(self) -> bool:
+        """Whether each token stands for bytes of its own, whatever stands beside it."""
+        return bool(self._byte_of) or self._has_underlines
+
     def bytes_of(self, token_id: int) -> bytes | None:
         return None if token_id in self.special_ids else self._bytes_or_name(token_id)
 
