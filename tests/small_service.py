@@ -107,4 +107,6 @@ def small_service(folder: Path, tokenizer: Any, **section: Any) -> Iterator[Smal
     try:
         yield SmallService(service, tokenizer)
     finally:
+        thread._inbox.put(None)  # type: ignore[arg-type]  # which ends the engine's thread
+        thread._thread.join(10)
         topology.close()

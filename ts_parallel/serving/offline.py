@@ -70,7 +70,7 @@ class _Leader(OfflineModel):
         self._engine = engine
         self._tokenizer = read_tokenizer(settings)
         self._decoder = TextDecoder(self._tokenizer)
-        self._eos_ids = read_eos_ids(settings, model_config)
+        self._eos_ids = read_eos_ids(settings, model_config, self._tokenizer)
         self._vocabulary = vocabulary_of(model_config, self._tokenizer)
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
         self._names = map(str, count())

@@ -59,3 +59,30 @@ def test_pieces_say_the_same_as_the_whole(text: str, stops: list[str], cuts: lis
     assert not any(stop in out for stop in stops)
     if found is None:
         assert out == text
+
+
+def test_stop_string_that_ends_too_early_is_text_and_its_end_may_begin_another() -> None:
+    watch = StopStrings(["aa"])
+    assert watch.add("xaa", is_last=False, may_stop=False) == "xa"
+    assert watch.add("b", is_last=False) == "ab"
+    assert watch.add("aa", is_last=False, may_stop=False) + watch.add("ac", is_last=False) == "a"
+    assert watch.has_stopped
+
+
+@pytest.mark.parametrize("is_included", [False, True])
+def test_name_of_a_special_token_is_found_where_it_stands_and_never_shown(is_included: bool) -> None:
+    def shown(*tokens: tuple[str, int], stops: tuple[str, ...]) -> tuple[str, bool]:
+        watch, out = StopStrings(stops, is_included, {7: "<end>", 8: "<other>"}), ""
+        for number, (text, token_id) in enumerate(tokens, 1):
+            out += watch.add(text, number == len(tokens), token_id)
+            if watch.has_stopped:
+                break
+        return out, watch.has_stopped
+
+    a, end, other, line, b = ("a", 1), ("", 7), ("", 8), ("\n", 2), ("b", 3)
+    assert shown(a, end, line, b, stops=("<end>\n",)) == ("a\n" if is_included else "a", True)
+    assert shown(a, end, b, line, stops=("<end>\n",)) == ("ab\n", False)
+    assert shown(a, line, end, end, b, stops=("\n<end><end>",)) == ("a\n" if is_included else "a", True)
+    assert shown(a, line, end, other, b, stops=("\n<end><end>", "z")) == ("a\nb", False)
+    assert shown(a, end, stops=("<end>",)) == ("a", True)
+    assert shown(("<e", 4), ("nd", 5), (">", 6), b, stops=("<end>",)) == ("<end>" if is_included else "", True)

@@ -138,8 +138,7 @@ def check(config: HandlerConfig, folder: Path, startup: Startup | None = None) -
         count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
         read_adapter(Path(config.adapter_path), index)
-    read_tokenizer(settings)
-    read_eos_ids(settings, model_config)
+    read_eos_ids(settings, model_config, read_tokenizer(settings))
 
 
 class Stopped(BaseException):

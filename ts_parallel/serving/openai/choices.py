@@ -159,7 +159,8 @@ class Choice:
             text = self._detokenizer.add([token_id], is_last)
             if self._log is not None:
                 self._log.add(token_id, delivery.logprobs[at], len(text))
-            pieces.append(self._stops.add(text, is_last))
+            # What the first min_tokens tokens say ends nothing, as in vLLM.
+            pieces.append(self._stops.add(text, is_last, token_id, self.num_tokens > self.request.min_tokens))
             if self._stops.has_stopped:
                 break
         return "".join(pieces)

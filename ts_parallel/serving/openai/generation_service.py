@@ -83,10 +83,11 @@ class GenerationService:
         self._started_at = int(time.time())
         self._tokenizer = read_tokenizer(folder)
         self._vocabulary = vocabulary_of(model_config, self._tokenizer)
-        self._eos_ids = read_eos_ids(folder, model_config)
+        self._eos_ids = read_eos_ids(folder, model_config, self._tokenizer)
         self._defaults = read_sampling_defaults(folder)
         self._texts = TokenTexts(self._tokenizer)
         self._decoder = TextDecoder(self._tokenizer)
+        self._special_names = self._texts.special_names(self._vocabulary.size)
         self._guides = GuideMaker(self._tokenizer, self._eos_ids, self._vocabulary.size)
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
@@ -231,6 +232,9 @@ class GenerationService:
             )
         # Where the body has no seed, each prompt gets one of its own: two that are alike are not to be answered alike.
         params = [body.generation_params(temperature, random.getrandbits(64), self._defaults) for _ in prompts]
+        stops = body.stop_strings()
+        ends = tuple(token_id for token_id, name in self._special_names.items() if name in stops)
+        params = [replace(own, stop_token_ids=(*own.stop_token_ids, *ends)) for own in params] if ends else params
         form = body.form()
         guides = [None] * num_choices if form is None else self._guides.make(form, num_choices)
         requests = [
@@ -247,15 +251,15 @@ class GenerationService:
             for number, guide in enumerate(guides)
         ]
         texts = self._texts if body.num_logprobs is not None else None
-        ends = [self._decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
+        prompt_ends = [self._decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
         choices = [
             Choice(
                 own,
                 self._decoder,
-                StopStrings(body.stop_strings(), body.include_stop_str_in_output),
+                StopStrings(stops, body.include_stop_str_in_output, self._special_names),
                 texts,
                 echoes[number // num_answers] if echoes else None,
-                ends[number // num_answers],
+                prompt_ends[number // num_answers],
             )
             for number, own in enumerate(requests)
         ]

@@ -38,15 +38,16 @@ def read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def read_eos_ids(folder: Path, model_config: PretrainedConfig) -> frozenset[int]:
-    """The tokens that end an answer: generation_config.json's where there is one, else config.json's. One that the
-    model has not ends none."""
+def read_eos_ids(folder: Path, model_config: PretrainedConfig, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: those of config.json, of generation_config.json and the tokenizer's own, for
+    checkpoints name in one what they leave out in another. One that the model has not ends none."""
     folder = settings_folder(folder)
     text_config = model_config.get_text_config()
-    eos: int | list[int] | None = text_config.eos_token_id
+    named: list[int | list[int] | None] = [text_config.eos_token_id, getattr(tokenizer, "eos_token_id", None)]
     if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
-    return frozenset(own for own in ([eos] if isinstance(eos, int) else eos or []) if 0 <= own < text_config.vocab_size)
+        named.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+    eos_ids = [token_id for own in named for token_id in ([own] if isinstance(own, int) else own or [])]
+    return frozenset(token_id for token_id in eos_ids if 0 <= token_id < text_config.vocab_size)
 
 
 def vocabulary_of(model_config: PretrainedConfig, tokenizer: Any) -> Vocabulary:

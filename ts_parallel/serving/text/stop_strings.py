@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 
 class StopStrings:
-    """Watches one answer. Holds back what may be the beginning of a stop string."""
+    """Watches one answer. Holds back what may be the beginning of a stop string.
 
-    def __init__(self, stops: Sequence[str], is_included: bool = False) -> None:
+    A stop string may hold the names of special tokens, which an answer does not show: they are looked for where the
+    tokens stand, and do not get out.
+    """
+
+    def __init__(
+        self, stops: Sequence[str], is_included: bool = False, special_names: Mapping[int, str] | None = None
+    ) -> None:
+        """
+        Args:
+            special_names: tokens that show in no text, with the texts that stand for them.
+        """
         self._stops = stops
         self._is_included = is_included
+        names = (special_names or {}).items()
+        self._names = {token_id: name for token_id, name in names if any(name in stop for stop in stops)}
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []  # where in what is held names stand
         self.has_stopped = False
 
     @property
@@ -19,17 +33,33 @@ class StopStrings:
         """Whether there is anything to stop at."""
         return bool(self._stops)
 
-    def add(self, text: str, is_last: bool) -> str:
-        """The text that may go out now; nothing more after a stop string. With `is_last`, nothing is held back."""
+    def add(self, text: str, is_last: bool, token_id: int | None = None, may_stop: bool = True) -> str:
+        """The text that may go out now; nothing more after a stop string. With `is_last`, nothing is held back.
+
+        Args:
+            token_id: the token whose text it is, where it is one's.
+            may_stop: whether a stop string that ends in it counts.
+        """
         text = self._held + text
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if (name := self._names.get(token_id)) is not None:
+            self._hidden.append((len(text), len(text) + len(name)))
+            text += name
+        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0] if may_stop else []
         if found:
             at, _, stop = min(found)  # the first, and of several that begin there the longest
             self.has_stopped, self._held = True, ""
-            return text[: at + len(stop)] if self._is_included else text[:at]
+            return self._shown(text[: at + len(stop)] if self._is_included else text[:at])
         num_held = 0 if is_last else max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+        out = len(text) - num_held
+        shown, self._held = self._shown(text[:out]), text[out:]
+        self._hidden = [(max(0, begin - out), end - out) for begin, end in self._hidden if end > out]
+        return shown
+
+    def _shown(self, text: str) -> str:
+        if not self._hidden:
+            return text
+        edges = [0, *(at for span in self._hidden for at in span), len(text)]
+        return "".join(text[begin:end] for begin, end in list(pairwise(edges))[::2])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -23,6 +23,11 @@ class TokenTexts:
         """Whether each token stands for bytes of its own, whatever stands beside it."""
         return bool(self._byte_of) or self._has_underlines
 
+    def special_names(self, num_tokens: int) -> dict[int, str]:
+        """What stands in a text for those of the model's tokens that show in none."""
+        own = sorted(token_id for token_id in self.special_ids if token_id < num_tokens)
+        return {token_id: self._tokenizer.convert_ids_to_tokens(token_id) for token_id in own}
+
     def bytes_of(self, token_id: int) -> bytes | None:
         return None if token_id in self.special_ids else self._bytes_or_name(token_id)
 
