@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import wave
@@ -182,10 +183,32 @@ def test_generation_that_cannot_be_followed_is_refused_at_the_start(models: Mode
     (tmp_path / "generation_config.json").write_text('{"decoder_start_token_id": 2, "guidance_scale": 1.5}')
     with pytest.raises(CheckpointError, match=r"guidance_scale 1\.5 of .* cannot be served"):
         read_generation_config(tmp_path, config)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"decoder_start_token_id": 2, "penalty_alpha": 0.6}')
+    with pytest.raises(CheckpointError, match=r"penalty_alpha 0\.6 of .* cannot be served"):
+        read_generation_config(tmp_path, config)
     config.decoder_start_token_id = None
     (tmp_path / "generation_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"decoder_start_token_id of .* is None, not a token id"):
         read_generation_config(tmp_path, config)
+
+
+@pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 2, "min_length": 9, "forced_bos_token_id": 7}])
+def test_generation_settings_of_config_json_alone_hold(models: Models, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """As old checkpoints of BART have them; also where they say nothing of what generation_config.json had said."""
+    source, _ = models["bart"]
+    folder = tmp_path / "bart"
+    shutil.copytree(source, folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    requests = bodies("bart", NUM_REQUESTS)
+    expected = plain_answers(folder, "bart", requests)
+    assert expected != models["bart"][1]
+    topology = open_topology(1, "cpu", {})
+    program = pickle.loads(program_file(folder, 1, 1, 0).read_bytes())
+    assert answers_of(run_program(program, read_index(folder), topology), folder) == expected
+    topology.close()
 
 
 @pytest.mark.torchserve

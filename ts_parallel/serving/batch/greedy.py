@@ -31,6 +31,7 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
+from ts_parallel.checkpoint.settings import CONFIG_FILE
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.model.seq2seq import DECODE, ENCODE, HIDDEN, MASK, PAST, PREFILL, TOKENS
 
@@ -65,13 +66,15 @@ def read_generation_config(folder: Path, config: PretrainedConfig) -> Generation
     Raises:
         CheckpointError: it cannot be read, names no token to start with, or asks for what cannot be served.
     """
+    # Of what config.json says of generation, AutoConfig keeps nothing: the file itself is read, as transformers does.
+    name = "generation_config.json" if (folder / "generation_config.json").is_file() else CONFIG_FILE
     try:
-        has_own = (folder / "generation_config.json").is_file()
-        own = GenerationConfig.from_pretrained(folder, local_files_only=True) if has_own else None
+        generation = GenerationConfig.from_pretrained(
+            folder, name, local_files_only=True, _from_model_config=name == CONFIG_FILE
+        )
     except (OSError, ValueError, TypeError) as error:
         first, *_ = str(error).splitlines()
-        raise CheckpointError(f"cannot read {folder / 'generation_config.json'}: {first}") from None
-    generation = own or GenerationConfig.from_model_config(config)
+        raise CheckpointError(f"cannot read {folder / name}: {first}") from None
     if generation.decoder_start_token_id is None:
         generation.decoder_start_token_id = getattr(config, "decoder_start_token_id", None)
     if not isinstance(generation.decoder_start_token_id, int):
@@ -82,7 +85,7 @@ def read_generation_config(folder: Path, config: PretrainedConfig) -> Generation
         if (value := getattr(generation, key, None)) not in idle:
             raise CheckpointError(f"{key} {value!r} of {folder}'s generation cannot be served: remove it")
     if (generation.num_beams or 1) > 1:
-        logger.info("generation_config.json asks for %d beams; answers are greedy", generation.num_beams)
+        logger.info("%s asks for %d beams; answers are greedy", name, generation.num_beams)
     return generation
 
 
