@@ -1,4 +1,7 @@
-"""A small OpenAI-compatible server for tests of clients: it streams events as ours does, and can misbehave."""
+"""A small OpenAI-compatible server for tests of clients: it streams events as ours does, and can misbehave.
+
+It has the same routes below `/predictions/demo/1.0`, as TorchServe has them.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ class Recorder:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)  # of `time.perf_counter()` at which the bodies came
     keys: list[str | None] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
     num_running: int = 0
     most_running: int = 0
     has_left: threading.Event = field(default_factory=threading.Event)  # a client went before its answer's end
@@ -104,6 +108,16 @@ def chat(*texts: str) -> Answer:
     return answer
 
 
+def whole(body: Any) -> Answer:
+    """No stream but one object."""
+
+    def answer(_: dict[str, Any]) -> Iterator[bytes]:
+        raise Refusal(200, "", body=json.dumps(body))
+        yield  # which makes it an iterator
+
+    return answer
+
+
 @contextmanager
 def running(**answers: Answer) -> Iterator[Recorder]:
     """A server of `completions` and `chat`, those of them that are given, on a port of its own."""
@@ -139,8 +153,14 @@ class _Handler(BaseHTTPRequestHandler):
         recorder: Recorder = self.server.recorder  # type: ignore[attr-defined]
         return recorder
 
+    @property
+    def route(self) -> str:
+        return self.path.removeprefix("/predictions/demo/1.0")
+
     def do_GET(self) -> None:
-        if self.path == "/v1/models" and self.recorder.models:
+        if self.route == "/health":
+            self._send(200, '{"status": "ok"}')
+        elif self.route == "/v1/models" and self.recorder.models:
             self._send(200, json.dumps({"data": [{"id": name, **self.recorder.card} for name in self.recorder.models]}))
         else:
             self._send(404, json.dumps({"error": {"message": f"no route {self.path}"}}))
@@ -152,6 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             recorder.bodies.append(body)
             recorder.moments.append(time.perf_counter())
             recorder.keys.append(self.headers.get("Authorization"))
+            recorder.headers.append({name.lower(): value for name, value in self.headers.items()})
             recorder.num_running += 1
             recorder.most_running = max(recorder.most_running, recorder.num_running)
         self.is_running = True
@@ -172,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.recorder.num_running -= 1
 
     def _answer(self, body: dict[str, Any]) -> None:
-        name = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}.get(self.path, "")
+        name = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}.get(self.route, self.route[1:])
         if name not in self.recorder.answers:
             return self._send(404, json.dumps({"error": {"message": f"no route {self.path}", "code": 404}}))
         pieces = self.recorder.answers[name](body)

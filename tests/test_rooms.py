@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "package": {"serving", "engine", "step_plan", "errors"},
     "cli": {
         "serving",
+        "gateway",
         "engine",
         "runtime",
         "step_plan",
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
     },
     "serving": {"engine", "runtime", "step_plan", "partition", "checkpoint", "topology", "config", "machine", "errors"},
+    "gateway": {"config", "machine", "errors"},
     "engine": {"step_plan", "errors"},
     "runtime": {"step_plan", "partition", "topology", "shared_memory", "native", "errors"},
     "step_plan": set(),
@@ -65,6 +67,12 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "torchserve": {"floor"},
         "text": set(),
     },
+    "gateway": {
+        "floor": {"upstream", "dialects", "batch"},
+        "dialects": {"upstream", "floor"},
+        "batch": {"upstream", "floor"},
+        "upstream": {"floor"},
+    },
     "serving.torchserve": {"floor": {"transports"}, "transports": {"floor"}},
     "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
     "runtime.backends": {"floor": {"native", "torch"}, "native": {"torch", "floor"}, "torch": {"floor"}},
@@ -89,6 +97,7 @@ ASKED_BY: dict[str, set[str]] = {
 # Room → libraries that it must not know, by import or by attribute.
 KEEPS_OUT: dict[str, set[str]] = {
     "handlers": {"torch", "transformers"},
+    "gateway": {"torch", "transformers", "numpy"},
     "engine": {"torch", "transformers"},
     "step_plan": {"torch.nn", "torch.distributed", "transformers"},
     "checkpoint": {"torch.nn", "torch.distributed", "transformers"},

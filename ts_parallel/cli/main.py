@@ -1,4 +1,4 @@
-"""`ts-parallel plan | convert | verify | archive | serve | complete | bench | doctor`."""
+"""`ts-parallel plan | convert | verify | archive | serve | gateway | complete | bench | doctor`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "ts_parallel.cli.verify",
     "archive": "ts_parallel.cli.server.archive",
     "serve": "ts_parallel.cli.server.serve",
+    "gateway": "ts_parallel.cli.server.gateway",
     "complete": "ts_parallel.cli.client.complete",
     "bench": "ts_parallel.cli.client.bench",
     "doctor": "ts_parallel.cli.doctor.doctor",

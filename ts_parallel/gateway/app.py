@@ -1,0 +1,83 @@
+"""All routes of a gateway, and what stands around them."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from ts_parallel.errors import EngineError, RequestError
+from ts_parallel.gateway.counters import Counters
+from ts_parallel.gateway.dialects.messages import Messages
+from ts_parallel.gateway.dialects.responses import Responses, ResponseStore
+from ts_parallel.gateway.guard import Guard
+from ts_parallel.gateway.passing import Passing
+from ts_parallel.gateway.refusals import refusal
+from ts_parallel.gateway.settings import GatewaySettings
+from ts_parallel.gateway.upstream.models import Upstreams
+
+_PASSED = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+
+
+def make_app(settings: GatewaySettings) -> ASGIApp:
+    """The gateway that `settings` tell of."""
+    upstreams = Upstreams(settings.upstreams, settings.max_silence)
+    counters = Counters()
+    routes = _routes(upstreams, counters)
+    counters.count_by_name(route.path for route in routes if isinstance(route, Route))
+    handlers = {RequestError: _refused, HTTPException: _unrouted, Exception: _failed}
+    app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+    app = Guard(app, settings, counters)
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+def _routes(upstreams: Upstreams, counters: Counters) -> list[BaseRoute]:
+    passing = Passing(upstreams, counters)
+    responses = Responses(upstreams, ResponseStore())
+    messages = Messages(upstreams)
+    return [
+        *(Route(path, passing.post, methods=["POST"]) for path in _PASSED),
+        Route("/v1/models", passing.models),
+        Route("/v1/models/{name:path}", passing.model),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.retrieve),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/messages", messages.create, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/live", passing.live),
+        Route("/health", passing.ready),
+        Route("/ready", passing.ready),
+        Route("/metrics", passing.metrics),
+    ]
+
+
+async def _refused(request: Request, error: RequestError) -> Response:
+    return refusal(request.url.path, error)
+
+
+async def _unrouted(request: Request, error: HTTPException) -> Response:
+    """No such route, or none for this method."""
+    path = request.url.path
+    said = f"no route {path!r}" if error.status_code == 404 else f"{request.method} {path}: {error.detail}"
+    own = RequestError(said)
+    own.status = error.status_code
+    own.kind = "not_found_error" if error.status_code == 404 else own.kind
+    answer = refusal(path, own)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return refusal(request.url.path, EngineError(f"the gateway failed: {type(error).__name__}: {error}"))

@@ -1,0 +1,163 @@
+"""The routes whose bodies and answers are the model's own: they pass as they are, and so do the models' lists."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ts_parallel.errors import NotFoundError, RequestError
+from ts_parallel.gateway.counters import PROMETHEUS, Counters, joined
+from ts_parallel.gateway.guard import given_key
+from ts_parallel.gateway.refusals import (
+    SECONDS_TO_RETRY,
+    UnavailableError,
+    UnknownModelError,
+    UpstreamRefusal,
+    error_of,
+    headers_of,
+    json_answer,
+    refusal,
+)
+from ts_parallel.gateway.streams import EventStream
+from ts_parallel.gateway.upstream.events import failed_events, is_stream, whole_events
+from ts_parallel.gateway.upstream.exchange import Exchange
+from ts_parallel.gateway.upstream.models import Upstream, Upstreams
+
+
+class Passing:
+    """Routes that pass bytes. The models are lent."""
+
+    def __init__(self, upstreams: Upstreams, counters: Counters) -> None:
+        self._upstreams = upstreams
+        self._counters = counters
+
+    async def post(self, request: Request) -> Response:
+        """`POST /v1/completions` and its like: the model's own route of that name."""
+        body = await request.body()
+        fields = read_fields(body)
+        upstream = self._upstreams.named(fields.get("model"))
+        if fields.get("model") and upstream.served_name != upstream.name:
+            body = json.dumps({**fields, "model": upstream.served_name}).encode()
+        route = request.url.path.removeprefix("/")
+        exchange = await upstream.ask("POST", route, body, headers_to_pass(request))
+        if is_stream(exchange) and exchange.status < 400:
+            return EventStream(_passed(exchange, upstream))
+        try:
+            answer = await exchange.read_all()
+        finally:
+            exchange.close()
+        if exchange.status >= 400:
+            return self._refused(request, upstream, exchange, answer)
+        return Response(answer, exchange.status, media_type=exchange.headers.get("content-type", "application/json"))
+
+    def _refused(self, request: Request, upstream: Upstream, exchange: Exchange, answer: bytes) -> Response:
+        """The model's own refusals as they are, TorchServe's in OpenAI's shape."""
+        error = upstream.refusal_of(exchange.status, answer)
+        if isinstance(error, UpstreamRefusal) and answer.lstrip().startswith(b'{"error"'):
+            headers = {**headers_of(exchange.status), **_kept(exchange, "retry-after")}
+            return Response(answer, exchange.status, headers, media_type="application/json")
+        upstream.is_ready = upstream.is_ready and not isinstance(error, UnavailableError)
+        return refusal(request.url.path, error)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`: those that answer."""
+        wrong = await self._upstreams.look()
+        cards = [_card(own) for own in self._upstreams.all if wrong[own.name] is None]
+        if not cards:
+            raise next(error for error in wrong.values() if error is not None)
+        return json_answer({"object": "list", "data": cards})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
+        name = request.path_params["name"]
+        upstream = next((own for own in self._upstreams.all if own.name == name), None)
+        if upstream is None:
+            raise UnknownModelError(f"the model {name!r} does not exist", "model")
+        await upstream.look()
+        return json_answer(_card(upstream))
+
+    async def live(self, request: Request) -> Response:
+        """Whether the gateway itself answers."""
+        return json_answer({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Whether every model does."""
+        wrong = await self._upstreams.look()
+        body = {"status": "failed" if any(wrong.values()) else "ok"}
+        models = {name: "ok" if error is None else str(error) for name, error in wrong.items()}
+        headers = {"Retry-After": str(SECONDS_TO_RETRY)} if any(wrong.values()) else None
+        return json_answer({**body, "models": models}, 503 if any(wrong.values()) else 200, headers)
+
+    async def metrics(self, request: Request) -> Response:
+        """The figures of all models that tell theirs, and the gateway's."""
+        texts = await asyncio.gather(*(_metrics(own) for own in self._upstreams.all))
+        return Response(joined([*texts, self._counters.text()]), headers={"Content-Type": PROMETHEUS})
+
+
+async def _passed(exchange: Exchange, upstream: Upstream) -> AsyncGenerator[bytes, None]:
+    """An upstream's events, byte by byte; where it fails, that is said in their last."""
+    try:
+        async for events in whole_events(exchange):
+            yield events
+    except RequestError as error:
+        upstream.is_ready = False
+        yield failed_events(error_of(error))
+    finally:
+        exchange.close()
+
+
+def read_fields(body: bytes) -> dict[str, Any]:
+    """A body as a JSON object.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RequestError(f"the body must be a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def headers_to_pass(request: Request, content_type: str = "application/json") -> dict[str, str]:
+    """What an upstream is to know of a request beside its body; its key reaches those that have none of their own."""
+    headers = {"Content-Type": content_type, "X-Request-Id": request.scope["request_id"]}
+    key = given_key(request.headers)
+    return headers if key is None else {**headers, "Authorization": f"Bearer {key}"}
+
+
+def _kept(exchange: Exchange, name: str) -> Mapping[str, str]:
+    return {name.title(): exchange.headers[name]} if name in exchange.headers else {}
+
+
+def _card(upstream: Upstream) -> dict[str, Any]:
+    """The model's own entry; of one that generates no text, what every entry has."""
+    own = {"id": upstream.name, "object": "model", "created": upstream.since, "owned_by": "ts_parallel"}
+    return upstream.card or own
+
+
+async def _metrics(upstream: Upstream) -> str:
+    """None of a model that is not there or has no such route."""
+    try:
+        async with upstream.asked("GET", "metrics") as exchange:
+            text = (await exchange.read_all()).decode("utf-8", "replace")
+            return text if exchange.status == 200 else ""
+    except RequestError:
+        return ""
+
+
+def only_text_models(upstream: Upstream) -> Upstream:
+    """
+    Raises:
+        NotFoundError: the model generates no text.
+    """
+    if upstream.is_ready and upstream.card is None:
+        raise NotFoundError(f"the model {upstream.name!r} generates no text", "model")
+    return upstream

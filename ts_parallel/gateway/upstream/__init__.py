@@ -1,0 +1,1 @@
+"""How a gateway asks TorchServe: connections, answers piece by piece, which models there are and which answer."""
