@@ -30,6 +30,7 @@ def run(settings: GatewaySettings, host: str, port: int) -> None:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="off",
             http="httptools",
             timeout_graceful_shutdown=_SECONDS_TO_END,

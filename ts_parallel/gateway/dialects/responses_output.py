@@ -149,7 +149,7 @@ class ResponseWriter:
             name = event.pop("type")
             yield self._event(name, item_id=self._item.body["id"], output_index=self._place, **event)
 
-    def _event(self, name: str, **fields: Any) -> Event:
+    def _event(self, name: str, /, **fields: Any) -> Event:
         event = {"type": name, "sequence_number": self._number, **fields}
         self._number += 1
         return event
