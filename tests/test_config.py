@@ -38,6 +38,8 @@ DEFAULTS = {
     "enable_prefix_caching": True,
     "max_prefill_slowdown": 1.6,
     "stream_interval": 0.03,
+    "strict": False,
+    "clamp_max_tokens": False,
     "eager": False,
 }
 BATCH_DEFAULTS = {
@@ -81,6 +83,8 @@ def test_every_key_reaches_its_field() -> None:
         "enable_prefix_caching": False,
         "max_prefill_slowdown": 2.5,
         "stream_interval": 0.5,
+        "strict": True,
+        "clamp_max_tokens": True,
     }
     assert section.keys() | {"eager", "gpu_memory_utilization"} == DEFAULTS.keys()
     assert parse_config(section).model_dump() == {**section, "eager": False, "gpu_memory_utilization": None}

@@ -73,6 +73,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "batch": {"upstream", "floor"},
         "upstream": {"floor"},
     },
+    "serving.openai": {"floor": {"fields"}, "fields": set()},
     "serving.torchserve": {"floor": {"transports"}, "transports": {"floor"}},
     "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
     "runtime.backends": {"floor": {"native", "torch"}, "native": {"torch", "floor"}, "torch": {"floor"}},

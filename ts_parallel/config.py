@@ -18,6 +18,7 @@ from ts_parallel.errors import ConfigError
 
 ARCHIVE_VERSION = "1.0"
 """Of every archive that this package writes, and so a part of its model's URL."""
+_NEAR, _A_SLIP = 0.6, 0.88  # how alike two words are, from 0 to 1, by difflib
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -142,6 +143,10 @@ class HandlerConfig(ModelConfig):
     stream_interval: float = Field(default=0.03, ge=0, le=1)
     """Seconds for which tokens that continue answers gather before they are sent; the first token of an answer and its
     end wait for nothing. 0: all leave as soon as TorchServe takes them."""
+    strict: bool = False
+    """Whether a request's unknown fields are refused; else what would change the answer is, and the rest ignored."""
+    clamp_max_tokens: bool = False
+    """Whether max_tokens beyond what there is room for mean just that; else they are refused."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
 
@@ -285,7 +290,8 @@ def _refuse_unknown(section: Mapping[Any, Any], kind: type[BaseModel], where: st
             _refuse_unknown(value, inside, f"handler.{key}")
 
 
-def did_you_mean(word: object, known: Mapping[str, Any]) -> str:
-    """`": did you mean 'max_tokens'?"`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
+def did_you_mean(word: object, known: Mapping[str, Any], is_slip: bool = False) -> str:
+    """`": did you mean 'max_tokens'?"`, or nothing where no known word is near; with `is_slip`, but a letter or two
+    away."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=_A_SLIP if is_slip else _NEAR)
     return f": did you mean {near[0]!r}?" if near else ""

@@ -8,7 +8,9 @@ TSParallelError
 │   └── PlanError           the model cannot be split as asked, or cannot be run at all
 ├── RemoteError             a server answers otherwise than its clients expect (`cli/client/stream_client.py`)
 └── RequestError      400   this request alone is refused
-    ├── NotFoundError 404   no such route
+    ├── ContextLengthError 400   prompt and answer have more tokens than the model takes
+    ├── UnauthorizedError 401   the client's key is none of the server's
+    ├── NotFoundError 404   no such route, or no such model
     ├── AnswerTooLargeError 413   the answer has more bytes than TorchServe's front end takes
     ├── BusyError     429   too many requests wait already
     ├── EngineError   500   the engine failed while it ran this request, or the model leaves it no token (NaN)
@@ -43,14 +45,29 @@ class PlanError(StartupError):
 
 
 class RequestError(TSParallelError):
-    """A request that is refused. `parameter` names the body's field at fault, where one is."""
+    """A request that is refused. `parameter` names the body's field at fault, where one is; `code` is OpenAI's word for
+    what is wrong, where it has one."""
 
     status = 400
     kind = "invalid_request_error"
+    code: str | None = None
+    retry_after: int | None = None
+    """Seconds after which the same request may be worth a try; None: never, or nobody knows."""
 
-    def __init__(self, message: str, parameter: str | None = None) -> None:
+    def __init__(self, message: str, parameter: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+        if code is not None:
+            self.code = code
+
+
+class ContextLengthError(RequestError):
+    code = "context_length_exceeded"
+
+
+class UnauthorizedError(RequestError):
+    status = 401
+    code = "invalid_api_key"
 
 
 class NotFoundError(RequestError):
@@ -71,6 +88,8 @@ class AnswerTooLargeError(RequestError):
 class BusyError(RequestError):
     status = 429
     kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retry_after = 1
 
 
 class EngineError(RequestError):

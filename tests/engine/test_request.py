@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ts_parallel.engine.request import GenerationParams, Request, make_request
 from ts_parallel.engine.vocabulary import Vocabulary
-from ts_parallel.errors import RequestError
+from ts_parallel.errors import ContextLengthError, RequestError
 from ts_parallel.step_plan import SamplingParams, TokenLogprobs, pack
 
 EOS = frozenset({7, 8})
@@ -32,7 +32,7 @@ def test_empty_prompt_is_refused() -> None:
 
 
 def test_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_numbers() -> None:
-    with pytest.raises(RequestError, match=r"has 10 tokens, .* \(max_model_len\) is 10 ") as refusal:
+    with pytest.raises(RequestError, match=r"is 10 tokens \(max_model_len\) with .* has 10 tokens") as refusal:
         make([1] * 10, GenerationParams())
     assert refusal.value.parameter == "prompt"
     assert make([1] * 9, GenerationParams()).max_tokens == 1
@@ -40,17 +40,27 @@ def test_prompt_that_leaves_no_room_for_an_answer_is_refused_with_both_numbers()
 
 def test_prompt_alone_may_fill_the_model_and_needs_no_room_for_an_answer() -> None:
     assert make([1] * 10, GenerationParams(0)).max_tokens == 1  # which the last step makes, and nothing follows
-    with pytest.raises(RequestError, match=r"has 11 tokens, .* \(max_model_len\) is 10$"):
+    with pytest.raises(RequestError, match=r"is 10 tokens \(max_model_len\), .* has 11 tokens"):
         make([1] * 11, GenerationParams(0))
 
 
 def test_more_tokens_than_there_is_room_for_are_refused_with_all_numbers() -> None:
     with pytest.raises(
-        RequestError, match=r"max_tokens is 5, .* 6 tokens .* room for 4 \(max_model_len 10\)"
+        ContextLengthError, match=r"is 10 tokens .* max_tokens is 5, .* 6 tokens .* room for 4"
     ) as refusal:
         make([1] * 6, GenerationParams(5))
-    assert refusal.value.parameter == "max_tokens"
+    assert (refusal.value.parameter, refusal.value.code) == ("max_tokens", "context_length_exceeded")
     assert make([1] * 6, GenerationParams(4)).max_tokens == 4
+
+
+def test_more_tokens_than_there_is_room_for_are_as_many_as_that_where_they_are_but_a_wish() -> None:
+    for wanted in (4, 5, 2**70):
+        assert make([1] * 6, GenerationParams(wanted, clamps_max_tokens=True)).max_tokens == 4
+    assert make([1] * 6, GenerationParams(3, clamps_max_tokens=True)).max_tokens == 3
+    with pytest.raises(ContextLengthError, match="has 10 tokens"):
+        make([1] * 10, GenerationParams(5, clamps_max_tokens=True))
+    with pytest.raises(RequestError, match="min_tokens is 5, more than max_tokens, 4"):
+        make([1] * 6, GenerationParams(9, min_tokens=5, clamps_max_tokens=True))
 
 
 def test_request_without_max_tokens_may_fill_the_model() -> None:

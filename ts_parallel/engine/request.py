@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Literal, Protocol
 
 from ts_parallel.engine.vocabulary import Vocabulary
-from ts_parallel.errors import RequestError
+from ts_parallel.errors import ContextLengthError, RequestError
 from ts_parallel.step_plan import SamplingParams, TokenLogprobs, pack
 
 FinishReason = Literal["stop", "length"]
@@ -53,6 +53,8 @@ class GenerationParams:
     """Who waits is admitted in this order, the lowest first; who runs gives its blocks up in the opposite one."""
     scores_prompt: bool = False
     """Whether the log-probabilities of the prompt's own tokens are wanted too."""
+    clamps_max_tokens: bool = False
+    """Whether more than there is room for means as many as that."""
 
 
 @dataclass(eq=False)
@@ -172,15 +174,19 @@ def make_request(
     room = max_model_len - len(prompt_ids)
     least, wanted = (0, "") if params.max_tokens == 0 else (1, " with at least one for the answer")
     if room < least:
-        raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens, the model's limit (max_model_len) is {max_model_len}{wanted}",
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens (max_model_len){wanted}, but the prompt "
+            f"has {len(prompt_ids)} tokens: shorten it",
             prompt_field,
         )
     max_tokens = room if params.max_tokens is None else params.max_tokens
+    if params.clamps_max_tokens:
+        max_tokens = min(max_tokens, room)
     if max_tokens > room:
-        raise RequestError(
-            f"max_tokens is {max_tokens}, but after a prompt of {len(prompt_ids)} tokens there is room for {room} "
-            f"(max_model_len {max_model_len})",
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens (max_model_len), but max_tokens is "
+            f"{max_tokens}, and after a prompt of {len(prompt_ids)} tokens there is room for {room}: ask for no more, "
+            "or let the server cut it down (clamp_max_tokens)",
             "max_tokens",
         )
     if params.min_tokens > max_tokens:

@@ -9,14 +9,9 @@ import pytest
 from ts_parallel.errors import RequestError
 from ts_parallel.runtime.plan_codec import PlanDecoder, PlanEncoder
 from ts_parallel.serving.exchange import RawRequest
-from ts_parallel.serving.openai.bodies import (
-    TokenizeBody,
-    choice_params,
-    parse_chat,
-    parse_completion,
-    parse_native,
-    parse_plain,
-)
+from ts_parallel.serving.openai.bodies import TokenizeBody, parse_chat, parse_completion, parse_native, parse_plain
+from ts_parallel.serving.openai.fields.generation import choice_params
+from ts_parallel.serving.openai.fields.messages import plain_messages
 from ts_parallel.serving.text.forms import Form
 from ts_parallel.serving.text.model_files import SamplingDefaults
 from ts_parallel.step_plan import Chunk, SamplingParams, StepPlan
@@ -64,7 +59,9 @@ def test_a_request_without_a_seed_gets_the_random_one() -> None:
         ({"prompt": "x", "max_tokens": True}, "max_tokens", "integer"),
         ({"prompt": "x", "temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"prompt": "x", "temperature": float("nan")}, "temperature", "finite"),
-        ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
+        ({"prompt": "x", "max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
+        ({"prompt": "x", "max_tokens": 1.5}, "max_tokens", "integer"),
+        ({"prompt": "x", "top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"prompt": "x", "top_p": 1.5}, "top_p", "less than or equal to 1"),
         ({"prompt": "x", "seed": 1.5}, "seed", "integer"),
         ({"prompt": None}, "prompt", "string"),
@@ -105,10 +102,10 @@ def test_null_is_the_default_where_it_means_nothing_else() -> None:
     body = parse_completion(raw({"prompt": "x", **dict.fromkeys(names), "stream_options": options}))
     assert body.generation_params(0.5, 1) == parse_completion(raw({"prompt": "x"})).generation_params(0.5, 1)
     assert not body.include_stop_str_in_output and body.stream_options and not body.stream_options.include_usage
-    assert parse_completion(raw({"prompt": "x", "max_tokens": None})).max_tokens is None
+    assert parse_completion(raw({"prompt": "x", "max_tokens": None})).max_tokens == 16
     native = parse_native(raw({"prompt": "x", "stream": None, "temperature": None}))
     assert (native.stream, native.temperature) == (True, 0.0)
-    assert parse_chat(raw({"messages": [{"role": "user"}], "add_generation_prompt": None})).add_generation_prompt
+    assert parse_chat(raw({"messages": [{"role": "user"}], "add_generation_prompt": None})).begins_an_answer
 
 
 HALF = "a\ud800b"
@@ -234,7 +231,7 @@ def test_fields_that_benchmark_clients_send_are_accepted() -> None:
     assert body.ignore_eos and body.stream and body.stream_options and body.stream_options.continuous_usage_stats
 
 
-@pytest.mark.parametrize("field", [{"suffix": "x"}, {"best_of": 2}, {"tool_choice": "required"}])
+@pytest.mark.parametrize("field", [{"suffix": "x"}, {"best_of": 2}, {"tool_choice": "required"}, {"cache_salt": "x"}])
 def test_openai_field_that_would_be_ignored_is_refused_instead(field: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(field))) as refusal:
         _ = parse_completion(raw({"prompt": "x", **field})).num_choices
@@ -372,7 +369,11 @@ def test_what_is_left_open_is_the_models_own_default() -> None:
         ({"logit_bias": {"x": 1}}, "'x' is no token id"),
         ({"logit_bias": {"5": 101}}, "not between -100 and 100"),
         ({"stop": ["a", ""]}, "empty stop string"),
-        ({"stop": ["a"] * 17}, "at most 16"),
+        ({"stop": ["a"] * 257}, "257 stop strings, at most 256"),
+        ({"stop": ["a" * 4000, "b" * 97]}, "4097 characters in all, at most 4096"),
+        ({"bad_words": ["a"] * 257}, "257 bad words, at most 256"),
+        ({"bad_words": ["a", " "]}, "empty bad word"),
+        ({"allowed_token_ids": []}, "at least 1 item"),
     ],
 )
 def test_bad_sampling_field_is_named(field: dict[str, object], says: str) -> None:
@@ -384,7 +385,7 @@ def test_bad_sampling_field_is_named(field: dict[str, object], says: str) -> Non
 def test_chat_messages_may_come_in_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = parse_chat(raw({"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 4}))
-    assert body.template_messages() == [{"role": "user", "content": "ab"}]
+    assert plain_messages(body.messages) == [{"role": "user", "content": "a\nb"}]
 
 
 @pytest.mark.parametrize(
@@ -392,5 +393,5 @@ def test_chat_messages_may_come_in_parts() -> None:
 )
 def test_bad_messages_are_refused(messages: object) -> None:
     with pytest.raises(RequestError) as refusal:
-        parse_chat(raw({"messages": messages})).template_messages()
+        plain_messages(parse_chat(raw({"messages": messages})).messages)
     assert refusal.value.parameter == "messages"

@@ -485,7 +485,7 @@ def test_prompts_that_are_alike_are_answered_each_by_chance(bench: Bench) -> Non
 
 def test_echo_without_a_limit_has_as_many_tokens_as_without_echo(bench: Bench) -> None:
     ids = [7 + number % 900 for number in range(bench.service._max_model_len - 9)]
-    fields = {"prompt": ids, "max_tokens": None, "temperature": 0, "ignore_eos": True}
+    fields = {"prompt": ids, "max_tokens": -1, "temperature": 0, "ignore_eos": True}
     usages = [bench.ask("v1/completions", **fields, echo=echo)["usage"]["completion_tokens"] for echo in (False, True)]
     assert usages == [9, 9]
 

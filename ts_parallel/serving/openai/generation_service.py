@@ -34,13 +34,19 @@ from ts_parallel.serving.openai.bodies import (
     DetokenizeBody,
     NativeBody,
     TokenizeBody,
-    choice_params,
     parse_chat,
     parse_completion,
     parse_native,
     parse_plain,
+    parse_tokenize,
 )
 from ts_parallel.serving.openai.choices import Choice, Echo, GenerationJob
+from ts_parallel.serving.openai.fields.allowed_tokens import LimitMaker
+from ts_parallel.serving.openai.fields.chat_template import ChatTemplate
+from ts_parallel.serving.openai.fields.conversation import ConversationBody
+from ts_parallel.serving.openai.fields.foreign import ForeignFields
+from ts_parallel.serving.openai.fields.generation import choice_params
+from ts_parallel.serving.openai.fields.messages import plain_messages
 from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.model_files import (
     read_eos_ids,
@@ -87,8 +93,13 @@ class GenerationService:
         self._defaults = read_sampling_defaults(folder)
         self._texts = TokenTexts(self._tokenizer)
         self._decoder = TextDecoder(self._tokenizer)
+        self._whole_decoder = TextDecoder(self._tokenizer, skips_special_tokens=False)
         self._special_names = self._texts.special_names(self._vocabulary.size)
         self._guides = GuideMaker(self._tokenizer, self._eos_ids, self._vocabulary.size)
+        self._limits = LimitMaker(self._tokenizer, self._vocabulary, self._eos_ids)
+        self._chat_template = ChatTemplate(self._tokenizer)
+        self._foreign = ForeignFields(config.strict)
+        self._clamps_max_tokens = config.clamp_max_tokens
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
             "health": self._health,
@@ -126,46 +137,55 @@ class GenerationService:
         return Reply.whole(model_list(self._name, self._started_at, self._max_model_len, self._computed_by))
 
     def _tokenize(self, request_id: str, request: RawRequest) -> Reply:
-        body = parse_plain(TokenizeBody, request)
-        tokens = list(self._tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids)
-        return Reply.whole(json.dumps({"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}))
+        body = parse_tokenize(request, self._foreign)
+        if isinstance(body, TokenizeBody):
+            tokens = self._tokens(body.prompt, body.add_special_tokens)
+        else:
+            tokens = self._chat_prompt(body)
+        answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}
+        if body.return_token_strs:
+            answer["token_strs"] = self._tokenizer.convert_ids_to_tokens(tokens)
+        return Reply.whole(json.dumps(answer))
 
     def _detokenize(self, request_id: str, request: RawRequest) -> Reply:
         # Also what `tokenize` says that the model has not.
         both = replace(self._vocabulary, size=max(self._vocabulary.size, len(self._tokenizer)))
-        tokens = both.known(parse_plain(DetokenizeBody, request).tokens, "tokens")
+        tokens = both.known(parse_plain(DetokenizeBody, request, self._foreign).tokens, "tokens")
         return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(list(tokens))}))
 
     def _open_native(self, request_id: str, request: RawRequest) -> GenerationJob:
-        body = parse_native(request)
+        body = parse_native(request, self._foreign)
         if body.stream and body.logprobs is not None:
             raise RequestError("a stream of plain text has no place for logprobs: set stream to false", "logprobs")
         answer = TextStream() if body.stream else WholeText()
-        return self._run(request_id, [self._tokens(body.prompt)], body, body.temperature, answer)
+        prompt = self._prompt_tokens(body.prompt, body)
+        return self._run(request_id, [prompt], body, body.temperature, answer)
 
     def _open_completion(self, request_id: str, request: RawRequest) -> GenerationJob:
-        body = parse_completion(request)
+        body = parse_completion(request, self._foreign)
         num_choices = self._num_choices(body, len(body.prompts))
         answer: Answer = Completion(request_id, self._name, num_choices)
         if body.stream:
             answer = CompletionStream(request_id, self._name, num_choices, **_usage_options(body))
-        prompts = [self._tokens(own) if isinstance(own, str) else own for own in body.prompts]
+        prompts = [self._prompt_tokens(own, body) for own in body.prompts]
         echoes: list[Echo] | None = None
         if body.echo:
-            is_all = body.max_tokens == 0
-            texts = [own if isinstance(own, str) else self._text(own, is_all) for own in body.prompts]
+            is_all, is_whole = body.most_tokens == 0, body.truncate_prompt_tokens is None
+            texts = [
+                own if isinstance(own, str) and is_whole else self._text(ids, is_all)
+                for own, ids in zip(body.prompts, prompts, strict=True)
+            ]
             echoes = [Echo(text, is_all) for text in texts]
         return self._run(request_id, prompts, body, self._temperature(body), answer, echoes)
 
     def _open_chat(self, request_id: str, request: RawRequest) -> GenerationJob:
-        body = parse_chat(request)
+        body = parse_chat(request, self._foreign)
         num_choices = self._num_choices(body, 1)
         answer: Answer = ChatCompletion(request_id, self._name, num_choices)
         if body.stream:
             answer = ChatCompletionStream(request_id, self._name, num_choices, **_usage_options(body))
-        if body.max_completion_tokens is not None:
-            body = body.model_copy(update={"max_tokens": body.max_completion_tokens})
-        return self._run(request_id, [self._chat_prompt(body)], body, self._temperature(body), answer)
+        prompt = body.truncated(self._chat_prompt(body), self._max_model_len)
+        return self._run(request_id, [prompt], body, self._temperature(body), answer)
 
     def _num_choices(self, body: CompletionBody | ChatBody, num_prompts: int) -> int:
         """Of all prompts together.
@@ -184,31 +204,28 @@ class GenerationService:
             )
         return num_choices
 
-    def _tokens(self, text: str) -> list[int]:
-        """None for an empty text, though a tokenizer may begin each with a token of its own."""
-        return list(self._tokenizer(text).input_ids) if text else []
+    def _prompt_tokens(self, prompt: str | list[int], body: NativeBody | CompletionBody) -> list[int]:
+        if isinstance(prompt, str):  # an empty one has no tokens, though a tokenizer may begin each with one of its own
+            prompt = self._tokens(prompt, body.add_special_tokens) if prompt else []
+        return body.truncated(prompt, self._max_model_len)
+
+    def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def _text(self, token_ids: list[int], is_all: bool) -> str:
         """A prompt's; the beginning of a character at its end is the answer's, unless none comes."""
         known = list(self._vocabulary.known(token_ids, "prompt"))
         return self._decoder.decode(known) if is_all else self._decoder.complete_text(known)
 
-    def _chat_prompt(self, body: ChatBody) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise RequestError("the model's tokenizer has no chat template; use v1/completions", "messages")
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                body.template_messages(),
-                tools=body.tools,
-                add_generation_prompt=body.add_generation_prompt,
-                tokenize=False,
-                **(body.chat_template_kwargs or {}),
-            )
-        except RequestError:
-            raise
-        except Exception as error:  # a template is a program of the model's own, and refuses by raising what it likes
-            raise RequestError(f"the model's chat template refuses the messages: {error}", "messages") from None
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+    def _chat_prompt(self, body: ConversationBody) -> list[int]:
+        text = self._chat_template.render(
+            plain_messages(body.messages),
+            body.tools,
+            body.template_variables(),
+            add_generation_prompt=body.begins_an_answer,
+            continue_final_message=body.continue_final_message,
+        )
+        return self._tokens(text, body.add_special_tokens)
 
     def _temperature(self, body: CompletionBody | ChatBody) -> float:
         return self._defaults.temperature if body.temperature is None else body.temperature
@@ -231,12 +248,14 @@ class GenerationService:
                 f"already, {num_choices} more do not fit: try again later"
             )
         # Where the body has no seed, each prompt gets one of its own: two that are alike are not to be answered alike.
-        params = [body.generation_params(temperature, random.getrandbits(64), self._defaults) for _ in prompts]
+        clamps = self._clamps_max_tokens
+        params = [body.generation_params(temperature, random.getrandbits(64), self._defaults, clamps) for _ in prompts]
         stops = body.stop_strings()
         ends = tuple(token_id for token_id, name in self._special_names.items() if name in stops)
         params = [replace(own, stop_token_ids=(*own.stop_token_ids, *ends)) for own in params] if ends else params
         form = body.form()
-        guides = [None] * num_choices if form is None else self._guides.make(form, num_choices)
+        forms = [None] * num_choices if form is None else self._guides.make(form, num_choices)
+        guides = self._limits.limited(forms, body.allowed_token_ids, body.bad_words)
         requests = [
             make_request(
                 f"{request_id}/{number}" if number else request_id,
@@ -251,12 +270,14 @@ class GenerationService:
             for number, guide in enumerate(guides)
         ]
         texts = self._texts if body.num_logprobs is not None else None
-        prompt_ends = [self._decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
+        decoder = self._decoder if body.skip_special_tokens else self._whole_decoder
+        names = self._special_names if body.skip_special_tokens else None  # else they are in the text
+        prompt_ends = [decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
         choices = [
             Choice(
                 own,
-                self._decoder,
-                StopStrings(stops, body.include_stop_str_in_output, self._special_names),
+                decoder,
+                StopStrings(stops, body.include_stop_str_in_output, names),
                 texts,
                 echoes[number // num_answers] if echoes else None,
                 prompt_ends[number // num_answers],

@@ -1,0 +1,1 @@
+"""What the fields of a body mean: read, passed over or refused, and messages made a prompt. Knows no route."""
