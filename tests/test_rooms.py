@@ -63,7 +63,8 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
     "serving": {
         "floor": {"batch", "openai", "torchserve", "text"},
         "batch": {"text", "floor"},
-        "openai": {"text", "floor"},
+        "openai": {"chat", "text", "floor"},
+        "chat": {"text", "floor"},
         "torchserve": {"floor"},
         "text": set(),
     },
@@ -74,6 +75,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "upstream": {"floor"},
     },
     "serving.openai": {"floor": {"fields"}, "fields": set()},
+    "serving.chat": {"floor": {"calls"}, "calls": set()},
     "serving.torchserve": {"floor": {"transports"}, "transports": {"floor"}},
     "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
     "runtime.backends": {"floor": {"native", "torch"}, "native": {"torch", "floor"}, "torch": {"floor"}},

@@ -147,6 +147,10 @@ class HandlerConfig(ModelConfig):
     """Whether a request's unknown fields are refused; else what would change the answer is, and the rest ignored."""
     clamp_max_tokens: bool = False
     """Whether max_tokens beyond what there is room for mean just that; else they are refused."""
+    chat_format: str = "auto"
+    """How the model writes reasoning and tool calls: a family's name, `none`, or `auto`, which asks the tokenizer."""
+    split_reasoning: bool = True
+    """Whether what a chat model thinks before it answers is sent as `reasoning_content` instead of as content."""
     eager: bool = False
     """Run the model's own modules instead of the traced stage, to find faults; pipeline_parallel_size 1 only."""
 

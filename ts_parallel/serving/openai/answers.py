@@ -6,10 +6,11 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ts_parallel.errors import RequestError
+from ts_parallel.serving.chat.reader import AnswerReader, Called, Delta, Said
 from ts_parallel.serving.exchange import EVENTS, JSON, TEXT, error_body
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at every call
@@ -179,12 +180,14 @@ class CompletionStream(Answer):
         choice: int = 0,
         tokens: Sequence[ScoredToken] | None = None,
     ) -> str | None:
-        if not text and not finish_reason and not tokens:
+        events = ""
+        for own in self._pieces(choice, text, finish_reason, tokens):
+            chunk = {**self._head, "choices": [own]}
+            if self._include_usage:
+                chunk["usage"] = usage.as_dict() if self._has_usage_in_each else None
+            events += _event(chunk)
+        if not events:
             return None
-        chunk = {**self._head, "choices": [self._choice(choice, text, finish_reason, tokens)]}
-        if self._include_usage:
-            chunk["usage"] = usage.as_dict() if self._has_usage_in_each else None
-        events = _event(chunk)
         self._num_open -= finish_reason is not None
         if self._num_open:
             return events
@@ -198,24 +201,98 @@ class CompletionStream(Answer):
     def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
         return completion_head(request_id, model)
 
+    def _pieces(
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
+    ) -> list[dict[str, Any]]:
+        """What is new of a choice, a chunk for each."""
+        if not text and not finish_reason and not tokens:
+            return []
+        return [self._choice(index, text, finish_reason, tokens)]
+
     def _choice(
         self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
     ) -> dict[str, Any]:
         return _completion_choice(index, text, finish_reason, tokens)
 
 
+def _read(reader: AnswerReader, text: str, finish_reason: str | None) -> tuple[list[Delta], str | None]:
+    """What more of an answer's text says, and why it ended as a client is told: also because tools are to be called."""
+    deltas = reader.add(text)
+    if finish_reason is None:
+        return deltas, None
+    deltas += reader.end(is_cut=finish_reason == "length")
+    return deltas, "tool_calls" if finish_reason == "stop" and reader.has_called else finish_reason
+
+
+@dataclass
+class _Message:
+    """A chat answer that was read, as far as it is known."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        if isinstance(delta, Said):
+            self.texts[delta.kind] = self.texts.get(delta.kind, "") + delta.text
+        elif isinstance(delta, Called):
+            self.calls.append(
+                {"id": delta.call_id, "type": "function", "function": {"name": delta.name, "arguments": ""}}
+            )
+        else:
+            self.calls[delta.index]["function"]["arguments"] += delta.text
+
+    def as_dict(self) -> dict[str, Any]:
+        content = self.texts.get("content", None if self.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if "reasoning_content" in self.texts:
+            message["reasoning_content"] = self.texts["reasoning_content"]
+        return {**message, "tool_calls": self.calls} if self.calls else message
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    if isinstance(delta, Said):
+        return {delta.kind: delta.text}
+    if isinstance(delta, Called):
+        function = {"name": delta.name, "arguments": ""}
+        return {"tool_calls": [{"index": delta.index, "id": delta.call_id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+
+
 class ChatCompletion(WholeText):
     """One OpenAI chat completion object."""
 
-    def __init__(self, request_id: str, model: str, num_choices: int = 1) -> None:
+    def __init__(
+        self, request_id: str, model: str, num_choices: int = 1, readers: Sequence[AnswerReader] | None = None
+    ) -> None:
+        """
+        Args:
+            readers: one for each choice, where there is more to its text than content.
+        """
         super().__init__(num_choices)
         self._head = chat_head(request_id, model, "chat.completion")
+        self._readers = readers
+        self._messages = [_Message() for _ in readers or ()]
+
+    def advance(
+        self,
+        text: str,
+        usage: Usage,
+        finish_reason: str | None,
+        choice: int = 0,
+        tokens: Sequence[ScoredToken] | None = None,
+    ) -> str | None:
+        if self._readers is not None:
+            deltas, finish_reason = _read(self._readers[choice], text, finish_reason)
+            for delta in deltas:
+                self._messages[choice].add(delta)
+        return super().advance(text, usage, finish_reason, choice, tokens)
 
     def _body(self, usage: Usage) -> str:
+        read = [message.as_dict() for message in self._messages]
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": own.text},
+                "message": read[index] if read else {"role": "assistant", "content": own.text},
                 "logprobs": chat_logprobs(own.tokens),
                 "finish_reason": own.finish_reason,
             }
@@ -228,21 +305,55 @@ class ChatCompletionStream(CompletionStream):
     """OpenAI chat completion chunks as server-sent events; the first of each choice says who speaks."""
 
     def __init__(
-        self, request_id: str, model: str, num_choices: int = 1, *, include_usage: bool, has_usage_in_each: bool
+        self,
+        request_id: str,
+        model: str,
+        num_choices: int = 1,
+        readers: Sequence[AnswerReader] | None = None,
+        *,
+        include_usage: bool,
+        has_usage_in_each: bool,
     ) -> None:
+        """
+        Args:
+            readers: as for a whole answer.
+        """
         super().__init__(
             request_id, model, num_choices, include_usage=include_usage, has_usage_in_each=has_usage_in_each
         )
         self._silent = set(range(num_choices))
+        self._readers = readers
 
     def _make_head(self, request_id: str, model: str) -> dict[str, Any]:
         return chat_head(request_id, model, "chat.completion.chunk")
 
+    def _pieces(
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
+    ) -> list[dict[str, Any]]:
+        if self._readers is None:
+            return super()._pieces(index, text, finish_reason, tokens)
+        deltas, finish_reason = _read(self._readers[index], text, finish_reason)
+        bodies = [_delta(delta) for delta in deltas]
+        if not bodies and (finish_reason or tokens):
+            bodies = [{}]
+        last = len(bodies) - 1
+        none: list[ScoredToken] | None = None if tokens is None else []
+        return [
+            self._part(index, own, finish_reason if at == last else None, none if at else tokens)
+            for at, own in enumerate(bodies)
+        ]
+
     def _choice(
         self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
     ) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": text} if index in self._silent else {"content": text}
-        self._silent.discard(index)
+        return self._part(index, {"content": text}, finish_reason, tokens)
+
+    def _part(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None, tokens: Sequence[ScoredToken] | None
+    ) -> dict[str, Any]:
+        if index in self._silent:
+            delta = {"role": "assistant", **({} if "content" in delta else {"content": None}), **delta}
+            self._silent.discard(index)
         return {"index": index, "delta": delta, "logprobs": chat_logprobs(tokens), "finish_reason": finish_reason}
 
 

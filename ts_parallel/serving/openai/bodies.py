@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
 
 from ts_parallel.errors import RequestError
+from ts_parallel.serving.chat.tools import Offer, offer_of
 from ts_parallel.serving.exchange import RawRequest
 from ts_parallel.serving.openai.fields.conversation import ConversationBody
 from ts_parallel.serving.openai.fields.foreign import ForeignFields
 from ts_parallel.serving.openai.fields.generation import MOST_LOGPROBS, GenerationBody
+from ts_parallel.serving.openai.fields.messages import plain_messages
 from ts_parallel.serving.openai.fields.reading import validated
 from ts_parallel.serving.text.forms import StrictModel
 
@@ -101,6 +103,8 @@ class ChatBody(ConversationBody, _OpenAIBody):
 
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -111,6 +115,22 @@ class ChatBody(ConversationBody, _OpenAIBody):
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs}, which needs logprobs to be true", "top_logprobs")
         return self
+
+    def offer(self) -> Offer | None:
+        """The tools that may be called; None where none may.
+
+        Raises:
+            RequestError: a tool is none, or the choice is none of them.
+        """
+        return offer_of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def continued_text(self) -> str | None:
+        """The last message's, where the answer goes on with it."""
+        last = self.messages[-1]
+        if self.begins_an_answer or last["role"] != "assistant":
+            return None
+        text: str | None = plain_messages([last])[0]["content"]
+        return text
 
 
 class TokenizeBody(StrictModel):

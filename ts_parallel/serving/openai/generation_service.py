@@ -16,6 +16,7 @@ from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.request import make_request
 from ts_parallel.errors import BusyError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
+from ts_parallel.serving.chat.turns import Turn, Turns
 from ts_parallel.serving.exchange import RawRequest, Reply
 from ts_parallel.serving.metrics import PROMETHEUS, labels_of, prometheus_text
 from ts_parallel.serving.openai.answers import (
@@ -100,6 +101,7 @@ class GenerationService:
         self._chat_template = ChatTemplate(self._tokenizer)
         self._foreign = ForeignFields(config.strict)
         self._clamps_max_tokens = config.clamp_max_tokens
+        self._turns = Turns(self._tokenizer, self._eos_ids, config.chat_format, split_reasoning=config.split_reasoning)
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
             "health": self._health,
@@ -141,7 +143,7 @@ class GenerationService:
         if isinstance(body, TokenizeBody):
             tokens = self._tokens(body.prompt, body.add_special_tokens)
         else:
-            tokens = self._chat_prompt(body)
+            tokens = self._tokens(self._chat_text(body, body.tools), body.add_special_tokens)
         answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}
         if body.return_token_strs:
             answer["token_strs"] = self._tokenizer.convert_ids_to_tokens(tokens)
@@ -181,11 +183,17 @@ class GenerationService:
     def _open_chat(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_chat(request, self._foreign)
         num_choices = self._num_choices(body, 1)
-        answer: Answer = ChatCompletion(request_id, self._name, num_choices)
+        offer = body.offer()
+        text = self._chat_text(body, offer.tools if offer is not None else None)
+        turn = self._turns.open(offer, text, body.continued_text(), body.form())
+        if turn.form is not None:
+            body.refuse_to_go_on_behind(turn.form)
+        readers = turn.readers(num_choices)
+        answer: Answer = ChatCompletion(request_id, self._name, num_choices, readers)
         if body.stream:
-            answer = ChatCompletionStream(request_id, self._name, num_choices, **_usage_options(body))
-        prompt = body.truncated(self._chat_prompt(body), self._max_model_len)
-        return self._run(request_id, [prompt], body, self._temperature(body), answer)
+            answer = ChatCompletionStream(request_id, self._name, num_choices, readers, **_usage_options(body))
+        prompt = body.truncated(self._tokens(text, body.add_special_tokens), self._max_model_len)
+        return self._run(request_id, [prompt], body, self._temperature(body), answer, turn=turn)
 
     def _num_choices(self, body: CompletionBody | ChatBody, num_prompts: int) -> int:
         """Of all prompts together.
@@ -217,15 +225,14 @@ class GenerationService:
         known = list(self._vocabulary.known(token_ids, "prompt"))
         return self._decoder.decode(known) if is_all else self._decoder.complete_text(known)
 
-    def _chat_prompt(self, body: ConversationBody) -> list[int]:
-        text = self._chat_template.render(
+    def _chat_text(self, body: ConversationBody, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        return self._chat_template.render(
             plain_messages(body.messages),
-            body.tools,
+            tools,
             body.template_variables(),
             add_generation_prompt=body.begins_an_answer,
             continue_final_message=body.continue_final_message,
         )
-        return self._tokens(text, body.add_special_tokens)
 
     def _temperature(self, body: CompletionBody | ChatBody) -> float:
         return self._defaults.temperature if body.temperature is None else body.temperature
@@ -238,6 +245,7 @@ class GenerationService:
         temperature: float,
         answer: Answer,
         echoes: Sequence[Echo] | None = None,
+        turn: Turn | None = None,
     ) -> GenerationJob:
         """Hand the choices of all prompts to the engine. Nothing is handed over where anything is refused."""
         num_answers = 1 if isinstance(body, NativeBody) else body.num_choices
@@ -253,7 +261,7 @@ class GenerationService:
         stops = body.stop_strings()
         ends = tuple(token_id for token_id, name in self._special_names.items() if name in stops)
         params = [replace(own, stop_token_ids=(*own.stop_token_ids, *ends)) for own in params] if ends else params
-        form = body.form()
+        form = body.form() if turn is None or turn.form is None else turn.form
         forms = [None] * num_choices if form is None else self._guides.make(form, num_choices)
         guides = self._limits.limited(forms, body.allowed_token_ids, body.bad_words)
         requests = [
@@ -271,7 +279,9 @@ class GenerationService:
         ]
         texts = self._texts if body.num_logprobs is not None else None
         decoder = self._decoder if body.skip_special_tokens else self._whole_decoder
-        names = self._special_names if body.skip_special_tokens else None  # else they are in the text
+        if turn is not None and turn.decoder is not None and body.skip_special_tokens:
+            decoder = turn.decoder
+        names = self._special_names if decoder is self._decoder else None  # else they are in the text
         prompt_ends = [decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
         choices = [
             Choice(

@@ -137,10 +137,18 @@ class GenerationBody(StrictModel):
         if len(forms) > 1:
             names = " and ".join(form.parameter for form in forms)
             raise RequestError(f"an answer has one form, got {names}", forms[1].parameter)
-        for name in ("min_tokens", "ignore_eos"):
-            if forms and getattr(self, name):
-                raise RequestError(f"{name} cannot go on where the form of {forms[0].parameter} ends", name)
+        for form in forms:
+            self.refuse_to_go_on_behind(form)
         return forms[0] if forms else None
+
+    def refuse_to_go_on_behind(self, form: Form) -> None:
+        """
+        Raises:
+            RequestError: the answer is to go on where its form ends.
+        """
+        for name in ("min_tokens", "ignore_eos"):
+            if getattr(self, name):
+                raise RequestError(f"{name} cannot go on where the form of {form.parameter} ends", name)
 
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(filter(None, [self.stop] if isinstance(self.stop, str) else self.stop or ()))
