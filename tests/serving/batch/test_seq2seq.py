@@ -194,7 +194,9 @@ def test_generation_that_cannot_be_followed_is_refused_at_the_start(models: Mode
 
 
 @pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 2, "min_length": 9, "forced_bos_token_id": 7}])
-def test_generation_settings_of_config_json_alone_hold(models: Models, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_generation_settings_of_config_json_alone_hold(
+    models: Models, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """As old checkpoints of BART have them; also where they say nothing of what generation_config.json had said."""
     source, _ = models["bart"]
     folder = tmp_path / "bart"
