@@ -71,7 +71,7 @@ def test_bad_word_is_forbidden_alone_and_behind_a_space_where_it_would_be_whole(
 
 
 def test_form_goes_on_within_the_limits_and_may_end(tokenizer: Any, maker: LimitMaker) -> None:
-    guides = GuideMaker(tokenizer, EOS)
+    guides = GuideMaker(tokenizer, EOS, len(tokenizer))
     form = Form("choice", ["yes", "no"], "guided_choice")
     yes = set(tokenizer("yes", add_special_tokens=False).input_ids)
     (guide,) = maker.limited(guides.make(form, 1), sorted(yes), None)
@@ -89,10 +89,10 @@ def test_limits_that_leave_nothing_are_refused_or_end_the_answer_with_the_reason
 ) -> None:
     form = Form("choice", ["yes"], "guided_choice")
     with pytest.raises(RequestError, match="none") as refusal:
-        maker.limited(GuideMaker(tokenizer, EOS).make(form, 1), [2000], None)
+        maker.limited(GuideMaker(tokenizer, EOS, len(tokenizer)).make(form, 1), [2000], None)
     assert refusal.value.parameter == "allowed_token_ids"
     form = Form("choice", ["returning"], "guided_choice")
-    (guide,) = maker.limited(GuideMaker(tokenizer, EOS).make(form, 1), None, ["eturning", "returning", "turning"])
+    (guide,) = maker.limited(GuideMaker(tokenizer, EOS, len(tokenizer)).make(form, 1), None, ["eturning", "returning", "turning"])
     assert guide is not None
     for _ in range(10):
         if guide.is_finished:
