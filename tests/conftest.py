@@ -27,7 +27,7 @@ _LONGEST = (
 # What `./tests/run --quick` leaves out beside ranks and servers: a file of these takes half a minute and more.
 _THOROUGH = (
     *_LONGEST,
-    *(f"exactness/test_{name}.py" for name in ("bfloat16", "mixes")),
+    *(f"exactness/test_{name}.py" for name in ("16_bits", "mixes")),
     *(f"partition/test_{name}.py" for name in ("build", "load_packed", "strangers")),
     *(f"partition/model/test_{name}.py" for name in ("causal_lm", "deferred")),
     *(f"partition/graph/test_{name}.py" for name in ("stages", "trace")),

@@ -342,12 +342,13 @@ def test_adapter_of_an_eager_model_is_refused() -> None:
     ("settings", "advice"),
     [
         ({"device": "cuda"}, "int8 is for device cpu, not cuda: leave quantization out"),
-        ({"dtype": "float32"}, "int8 is of bfloat16 weights, not float32: set dtype to bfloat16"),
+        ({"dtype": "float32"}, "int8 is of bfloat16 or float16 weights, not float32: set dtype to bfloat16"),
         ({"eager": True}, "int8 is for a traced model, not its own modules: set eager to false"),
         ({"quantization": "int3"}, "Input should be 'int8' or 'int4', got 'int3'"),
     ],
 )
 def test_quantization_that_nothing_could_multiply_is_refused(settings: dict[str, Any], advice: str) -> None:
-    assert parse_config({"model_path": "m", "quantization": "int8", "dtype": "bfloat16"}).quantization == "int8"
+    for dtype in ("bfloat16", "float16"):
+        assert parse_config({"model_path": "m", "quantization": "int8", "dtype": dtype}).quantization == "int8"
     with pytest.raises(ConfigError, match=f"'quantization': {advice}$"):
         parse_config({"model_path": "m", "quantization": "int8", **settings})

@@ -190,14 +190,14 @@ class HandlerConfig(ModelConfig):
         return super().located_in(archive).model_copy(update=absolute)
 
     @model_validator(mode="after")
-    def _quantization_is_of_bfloat16_on_a_cpu(self) -> HandlerConfig:
+    def _quantization_is_of_16_bits_on_a_cpu(self) -> HandlerConfig:
         if self.quantization is None:
             return self
         key = f"handler key 'quantization': {self.quantization}"
         if self.device == "cuda":
             raise ConfigError(f"{key} is for device cpu, not cuda: leave quantization out")
-        if self.dtype not in ("auto", "bfloat16"):
-            raise ConfigError(f"{key} is of bfloat16 weights, not {self.dtype}: set dtype to bfloat16")
+        if self.dtype not in ("auto", "bfloat16", "float16"):
+            raise ConfigError(f"{key} is of bfloat16 or float16 weights, not {self.dtype}: set dtype to bfloat16")
         if self.eager:
             raise ConfigError(f"{key} is for a traced model, not its own modules: set eager to false")
         return self

@@ -82,7 +82,7 @@ def find_products() -> dict[str, Product]:
         from ts_parallel.partition.program import LinearLayer
 
         assert backend.weights is not None
-        weight = backend.weights.allocate((columns, inner), None)
+        weight = backend.weights.allocate((columns, inner), torch.bfloat16, None)
         weight.put(0, torch.randn(columns, inner).bfloat16())
         linear = backend.make_linears(LinearLayer("weight", None), {"weight": weight})
         return partial(linear, torch.randn(1, rows, inner).bfloat16())

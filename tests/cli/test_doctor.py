@@ -29,7 +29,8 @@ from ts_parallel.runtime.backends.choose import choose_backend, kernel_variants
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
 PROGRAM = "from ts_parallel.cli.main import main; main()"
 SUBJECTS = [
-    *("versions", "processor", "backend", "linear bfloat16", "attention", "norm", "rotary", "argmax", "Java", "memory"),
+    *("versions", "processor", "backend", "linear bfloat16", "attention", "norm", "rotary", "argmax", "float16"),
+    *("Java", "memory"),
     *("huge pages", "shared memory", "temporary folder", "trace cache", "ports", "ranks over gloo"),
 ]
 LINE = re.compile(r"(ok|warning|FAIL) +(.{17}) (.+)")
@@ -74,8 +75,8 @@ def test_this_machine_has_all_that_is_needed_and_a_screen_says_so() -> None:
     assert len(found) < 24
     assert last.startswith(f"{counts['ok']} ok")
     for name, (state, text) in found.items():
-        if name in ("attention", "norm", "rotary", "argmax") or name.startswith("linear"):
-            assert state == "ok" and "numbers beside float64" in text
+        if name in ("attention", "norm", "rotary", "argmax", "float16") or name.startswith("linear"):
+            assert state == "ok" and re.search(r"numbers( of [57] operations)? beside float64", text)
     assert f"torch {torch.__version__.partition('+')[0]}" in found["versions"][1]
     assert all(variant in found["backend"][1] for variant in kernel_variants()[:1])
     assert found["ranks over gloo"] == ("ok", "2 processes on loopback have added up")
@@ -96,8 +97,10 @@ def test_what_is_missing_is_told_with_what_to_do_and_the_status(tmp_path: Path) 
     assert found["trace cache"][0] == "warning" and f"by {CACHE_VARIABLE}" in found["trace cache"][1]
     assert found["temporary folder"][0] == "warning" and "set TMPDIR to a folder" in found["temporary folder"][1]
     assert found["backend"][0] == "warning"
-    assert found["backend"][1].startswith("bfloat16 by torch's own functions, AVX2; float32 by torch's own functions")
-    assert {found[name][0] for name in ("linear bfloat16", "attention", "norm", "rotary", "argmax")} == {"ok"}
+    assert found["backend"][1].startswith("bfloat16 by torch's own functions, AVX2; float16 by torch's own functions")
+    assert {found[name][0] for name in ("linear bfloat16", "attention", "norm", "rotary", "argmax", "float16")} == {
+        "ok"
+    }
     assert "2 FAIL" in last
 
 
@@ -112,8 +115,20 @@ def test_kernel_that_answers_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     status, text = found["norm"]
     assert status == "FAIL" and re.search(r"^[\d,]+ of 30,720 numbers by .* are off by more than \|x\|/100", text)
     assert ("TS_PARALLEL_ISA=none" if kernel_variants() else "dtype: float32") in text
-    assert found["rotary"][0] == "FAIL" and "the check ended by ZeroDivisionError" in found["rotary"][1]
+    assert found["rotary"][0] == found["float16"][0] == "FAIL"
+    assert all("the check ended by ZeroDivisionError" in found[name][1] for name in ("rotary", "float16"))
     assert found["argmax"][0] == "ok"  # the others follow
+
+
+def test_float16_that_is_computed_wrong_names_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(choose_backend(torch.device("cpu"), torch.float16))
+    right: Any = kind.make_norm
+    monkeypatch.setattr(kind, "make_norm", lambda *own: lambda hidden: right(*own)(hidden).bfloat16().to(hidden.dtype))
+    found = {name: check() for name, check in computing.arithmetic()}
+    assert found["norm"].status == Status.OK
+    line = found["float16"].line
+    assert found["float16"].status == Status.FAIL and re.search(r"[\d,]+ of 30,720 numbers of norm by ", line)
+    assert "are further off than they may be" in line and "of rotary" not in line
 
 
 def status_of(finding: Finding) -> Status:

@@ -15,11 +15,16 @@ from families import FAMILIES, save_random_model
 from places import RANKS
 from programs import keep_for_ranks
 
-from ts_parallel.native import HAS_KERNELS
+from ts_parallel.native import HAS_KERNELS, kernels_for
 
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="torch's own functions may round by who shares a step")
 SCRIPT = RANKS / "invariance.py"
-KINDS = [json.dumps({"dtype": "bfloat16"} | own) for own in ({}, {"quantization": "int8"}, {"quantization": "int4"})]
+DTYPES = ["bfloat16", *(["float16"] if kernels_for(torch.float16) else [])]
+KINDS = [
+    json.dumps({"dtype": dtype} | own)
+    for dtype in DTYPES
+    for own in ({}, {"quantization": "int8"}, {"quantization": "int4"})
+]
 
 
 @pytest.mark.ranks
@@ -27,7 +32,8 @@ KINDS = [json.dumps({"dtype": "bfloat16"} | own) for own in ({}, {"quantization"
 def test_logits_are_the_same_bits_in_any_company(family: str, tp: int, pp: int, tmp_path: Path) -> None:
     folder = tmp_path / family
     save_random_model(folder, FAMILIES[family](), dtype=torch.bfloat16)
-    keep_for_ranks(folder, {"dtype": "bfloat16", "tensor_parallel_size": tp, "pipeline_parallel_size": pp})
+    for dtype in DTYPES:
+        keep_for_ranks(folder, {"dtype": dtype, "tensor_parallel_size": tp, "pipeline_parallel_size": pp})
     command = [sys.executable]
     if tp * pp > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp * pp)]

@@ -1,5 +1,5 @@
 /* What the kernels of one instruction set make of the same random numbers, a result a line: no Python, so that it runs
- * under an emulator too. Compiled with INSTRUCTIONS, as ts_parallel/native/kernels.c is. */
+ * under an emulator too. Compiled with INSTRUCTIONS, and IN_FLOAT16 or not, as ts_parallel/native/kernels.c is. */
 #include <math.h>
 #include <stdio.h>
 
@@ -25,22 +25,15 @@ static float random_number(void)
     return sum * 1.7f;
 }
 
-static bf16 bits_of_number(float value)
+static bits16 *random_numbers(int64_t count, float scale)
 {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static bf16 *random_numbers(int64_t count, float scale)
-{
-    bf16 *made = aligned_alloc(64, (size_t)(count * 2 + 127) / 64 * 64);
+    bits16 *made = aligned_alloc(64, (size_t)(count * 2 + 127) / 64 * 64);
     for (int64_t i = 0; i < count; i++)
-        made[i] = bits_of_number(random_number() * scale);
+        made[i] = nearest_number(random_number() * scale);
     return made;
 }
 
-static void show(const char *what, int64_t number, const bf16 *values, int64_t count)
+static void show(const char *what, int64_t number, const bits16 *values, int64_t count)
 {
     printf("%s %lld", what, (long long)number);
     for (int64_t i = 0; i < count; i++)
@@ -51,27 +44,27 @@ static void show(const char *what, int64_t number, const bf16 *values, int64_t c
 /* A weight [outputs, inputs] of this kind; one panel of what would be coded is not. */
 static struct linear_part random_part(enum number_kind kind, int64_t outputs, int64_t inputs)
 {
-    bf16 *rows = random_numbers(outputs * inputs, 0.1f);
+    bits16 *rows = random_numbers(outputs * inputs, 0.1f);
     int64_t num_panels = (outputs + PANEL - 1) / PANEL, size = bytes_of_panel(kind, inputs / 2);
     uint8_t *panels = aligned_alloc(64, (size_t)(num_panels * size + 63) / 64 * 64);
     memset(panels, 0, (size_t)(num_panels * size));
-    rows[3] = bits_of_number(1e-30f); /* an exception */
+    rows[3] = nearest_number(1e-30f); /* an exception */
     struct linear_part part = {panels, NULL, outputs, kind, NULL, kind == INT4 ? 32 : inputs / 2};
-    if (kind == BFLOAT16) {
-        pack_rows((bf16 *)panels, rows, outputs, inputs, inputs);
+    if (kind == PLAIN) {
+        pack_rows((bits16 *)panels, rows, outputs, inputs, inputs);
     } else if (kind == CODED) {
         for (int64_t at = 0; at < num_panels; at++) {
             int64_t left = outputs - at * PANEL;
-            const bf16 *own = rows + at * PANEL * inputs;
+            const bits16 *own = rows + at * PANEL * inputs;
             if (at != 1 && code_panel(panels + at * size, own, left < PANEL ? left : PANEL, inputs, inputs))
                 continue;
-            bf16 *plain = aligned_alloc(64, (size_t)(inputs * PANEL) * 2);
+            bits16 *plain = aligned_alloc(64, (size_t)(inputs * PANEL) * 2);
             pack_rows(plain, own, left < PANEL ? left : PANEL, inputs, inputs);
             ((struct coded_panel *)(panels + at * size))->plain = (const uint8_t *)plain;
         }
     } else {
         int64_t group = 2 * part.pairs_a_group, groups = (inputs + group - 1) / group;
-        bf16 *scales = aligned_alloc(64, (size_t)(num_panels * groups * PANEL) * 2);
+        bits16 *scales = aligned_alloc(64, (size_t)(num_panels * groups * PANEL) * 2);
         quantize_rows(kind, panels, scales, group, rows, outputs, inputs, inputs);
         part.scales = scales;
     }
@@ -83,14 +76,19 @@ static void show_linears(void)
 {
     static const int64_t tokens[] = {1, 2, 3, 4, 5, 7, 12, 41};
     const int64_t inputs = 134, outputs = 150;
-    for (int kind = BFLOAT16; kind <= CODED; kind++) {
+#ifdef IN_FLOAT16
+    const int last = INT4; /* the codes are of bfloat16 */
+#else
+    const int last = CODED;
+#endif
+    for (int kind = PLAIN; kind <= last; kind++) {
         struct linear layer = {.num_inputs = inputs, .num_parts = 2};
         for (int i = 0; i < 2; i++)
             layer.parts[i] = random_part((enum number_kind)kind, outputs, inputs);
-        bf16 *input = random_numbers(41 * inputs, 1), *residual = random_numbers(41 * outputs, 1);
-        bf16 *output = random_numbers(41 * outputs, 1);
+        bits16 *input = random_numbers(41 * inputs, 1), *residual = random_numbers(41 * outputs, 1);
+        bits16 *output = random_numbers(41 * outputs, 1);
         int64_t rows[] = {0, 149, 70};
-        bf16 *found = random_numbers(3 * inputs, 1);
+        bits16 *found = random_numbers(3 * inputs, 1);
         look_up(&layer.parts[0], inputs, rows, 3, found);
         show("rows", kind, found, 3 * inputs);
         for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
@@ -110,8 +108,8 @@ static void show_linears(void)
 static void show_rows(void)
 {
     const int64_t rows = 19, width = 100;
-    bf16 *input = random_numbers(rows * width, 1), *weight = random_numbers(width, 1);
-    bf16 *other = random_numbers(rows * width, 1), *output = random_numbers(rows * width, 1);
+    bits16 *input = random_numbers(rows * width, 1), *weight = random_numbers(width, 1);
+    bits16 *other = random_numbers(rows * width, 1), *output = random_numbers(rows * width, 1);
     for (int is_offset = 0; is_offset < 2; is_offset++) {
         struct norm_call call = {input, weight, output, rows, width, is_offset, 1e-5f};
         pool_run(norm_task, &call, 2, 2);
@@ -149,7 +147,7 @@ static void show_attention(int64_t block_size, int64_t window, float softcap, in
         step->chunks[0] = (struct chunk){0, tokens, start, 0};
         for (int64_t token = 0; token < tokens; token++)
             slots[token] = slot_of(step, &step->chunks[0], start + token);
-        bf16 *output = random_numbers(tokens * HEADS * VALUES, 1);
+        bits16 *output = random_numbers(tokens * HEADS * VALUES, 1);
         struct attention_call call = {
             .site = &site,
             .step = step,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ts_parallel.native import (
     ISA_VARIABLE,
@@ -17,9 +18,12 @@ from ts_parallel.native import (
     VARIANTS,
     WHY,
     choose_variant,
+    float16_beside,
+    kernels_for,
     may_use_tiles,
     processor_flags,
     usable_variants,
+    variant_for,
 )
 from ts_parallel.shared_memory import native
 
@@ -43,6 +47,7 @@ def test_ranks_of_one_host_can_share_memory() -> None:
 def test_all_variants_of_this_machine_are_compiled() -> None:
     compiled = {variant.name for variant in VARIANTS if variant.is_compiled}
     assert compiled == OF_MACHINES.get(platform.machine(), {"plain"})
+    assert all(variant.float16 and variant.float16.is_compiled for variant in VARIANTS if variant.is_compiled)
 
 
 def test_the_best_variant_that_the_processor_has_is_taken() -> None:
@@ -90,6 +95,39 @@ def test_each_processor_has_its_variant(flags: set[str], name: str | None) -> No
     assert why == (
         "the best of what this processor has" if name else "this processor has neither AVX2 with FMA nor NEON"
     )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are compiled on x86-64")
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (ZEN_2, "avx2_float16"),
+        (SKYLAKE_SP, "avx512_float16"),
+        (ZEN_4, "avx512_float16"),
+        (ZEN_2 - {"f16c"}, None),
+        ({"sse4_2"}, None),
+    ],
+)
+def test_float16_has_the_kernels_that_multiply_float32(flags: set[str], name: str | None) -> None:
+    variant, why = float16_beside(*choose_variant("", flags), flags)
+    assert (variant.name if variant else None) == name
+    assert why == {
+        None: "for float16 this processor lacks f16c" if "avx2" in flags else choose_variant("", flags)[1]
+    }.get(name, "the best of what this processor has")
+
+
+def test_each_dtype_of_16_bits_has_kernels_of_its_own_and_no_other_has_any() -> None:
+    assert variant_for(torch.bfloat16) == (VARIANT, WHY)
+    assert variant_for(torch.float16) == float16_beside(VARIANT, WHY, processor_flags())
+    assert variant_for(torch.float32) == (None, "the kernels are for bfloat16 and float16")
+    own = [kernels_for(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
+    assert [kernels is not None for kernels in own] == [
+        VARIANT is not None,
+        variant_for(torch.float16)[0] is not None,
+        False,
+        False,
+    ]
+    assert own[0] is None or own[0] is not own[1]
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def save(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> None
     random_model(FAMILIES[family]()).to(dtype).save_pretrained(folder)
 
 
-def programs(folder: Path) -> dict[int, RankProgram]:
-    made = make_programs(ProgramRequest(folder, "bfloat16", 0, 2), read_index(folder))
+def programs(folder: Path, dtype: str = "bfloat16") -> dict[int, RankProgram]:
+    made = make_programs(ProgramRequest(folder, dtype, 0, 2), read_index(folder))
     return {rank: program for (rank, _), program in made.items()}
 
 
@@ -58,15 +58,21 @@ def note_whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return noted
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "stored", "dtype"),
+    [
+        *((family, stored, "bfloat16") for family in ("llama", "phi3") for stored in (torch.bfloat16, torch.float32)),
+        ("llama", torch.float16, "float16"),
+        ("phi3", torch.bfloat16, "float16"),
+    ],
+)
 def test_packed_weights_hold_what_plain_ones_do(
-    family: str, stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, stored: torch.dtype, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, family, stored)
     monkeypatch.setattr(load, "STAGING_BYTES", 1000)
     num_packed = 0
-    for rank, program in programs(tmp_path).items():
+    for rank, program in programs(tmp_path, dtype).items():
         plain = tensors(program, tmp_path, rank, packs=False)
         packed = tensors(program, tmp_path, rank, packs=True)
         num_packed += sum(isinstance(own, PackedWeight) for own in packed.values())

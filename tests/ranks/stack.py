@@ -3,15 +3,17 @@ one by one, and says what it sees when rank 1 is killed before its first sum in 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ts_parallel.config import parse_config
-from ts_parallel.native import kernels
+from ts_parallel.native import kernels_for
 from ts_parallel.runtime.backends.native import sublayers
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.causal_lm import make_runner
@@ -34,7 +36,9 @@ def logits_of(runner: Runner) -> torch.Tensor:
 def main(folder: Path) -> None:
     topology = open_topology(2, "cpu", num_threads=1)
     section = {"model_path": str(folder), "device": "cpu", "tensor_parallel_size": 2, "kv_cache_memory": "1MiB"}
-    config, run_stack, calls, found = parse_config(section), kernels.run_stack, 0, []
+    config, calls, found = parse_config(section), 0, []
+    kernels: Any = kernels_for(getattr(torch, json.loads((folder / "config.json").read_text())["dtype"]))
+    run_stack = kernels.run_stack
 
     def counted(*arguments: object) -> None:
         nonlocal calls
@@ -45,7 +49,7 @@ def main(folder: Path) -> None:
         kernels.run_stack = counted
         layer_of = sublayers.layer_of
         if not is_whole:
-            sublayers.layer_of = lambda function: None
+            sublayers.layer_of = lambda function, dtype: None
         runner = make_runner(config, folder, topology)
         sublayers.layer_of = layer_of
         if topology.rank:

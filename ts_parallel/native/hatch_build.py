@@ -27,6 +27,9 @@ _VARIANTS = {
 }
 """Machine → name of a variant of the kernels → which of instructions/ it is made of, and the compiler's flags. Which of
 them a processor can run is asked when they are loaded."""
+_PLAIN = {"plain": ("plain.h", "")}
+_IN_FLOAT16 = {"avx512": "", "avx2": "-mf16c", "neon": "", "plain": ""}
+"""Those that are compiled for float16 too, and further flags for it: they multiply float32."""
 
 
 class CompileNative(BuildHookInterface[Any]):  # type: ignore[misc]
@@ -38,15 +41,24 @@ class CompileNative(BuildHookInterface[Any]):  # type: ignore[misc]
         folder = Path(self.root, "ts_parallel", "native")
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         work: list[tuple[Path, Path, list[str]]] = [(folder / "shared_memory.c", folder / f"shared_memory{suffix}", [])]
-        for name, (header, flags) in {**_VARIANTS.get(platform.machine(), {}), "plain": ("plain.h", "")}.items():
-            defined = [f'-DINSTRUCTIONS="instructions/{header}"', f"-DMODULE=kernels_{name}"]
-            work.append((folder / "kernels.c", folder / f"kernels_{name}{suffix}", [*defined, *flags.split()]))
+        for module, options in kernel_modules(platform.machine()).items():
+            work.append((folder / "kernels.c", folder / f"{module}{suffix}", [f"-DMODULE={module}", *options]))
         with ThreadPoolExecutor(os.cpu_count()) as compilers:
             compiled = list(compilers.map(_compile, *zip(*work, strict=True)))
         libraries = [library for (_, library, _), is_there in zip(work, compiled, strict=True) if is_there]
         if libraries:
             build_data["artifacts"] += [str(library.relative_to(self.root)) for library in libraries]
             build_data["pure_python"], build_data["infer_tag"] = False, True
+
+
+def kernel_modules(machine: str) -> dict[str, list[str]]:
+    """The modules of kernels for this machine, and the compiler's options for each."""
+    modules = {}
+    for name, (header, flags) in {**_VARIANTS.get(machine, {}), **_PLAIN}.items():
+        modules[f"kernels_{name}"] = own = [f'-DINSTRUCTIONS="instructions/{header}"', *flags.split()]
+        if name in _IN_FLOAT16:
+            modules[f"kernels_{name}_float16"] = [*own, "-DIN_FLOAT16", *_IN_FLOAT16[name].split()]
+    return modules
 
 
 def _compile(source: Path, library: Path, options: list[str]) -> bool:

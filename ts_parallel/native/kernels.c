@@ -1,5 +1,6 @@
-/* What a step of a model spends its time with, for bfloat16: see the headers. Compiled once for each of instructions/,
- * `INSTRUCTIONS`, as the module `MODULE`. */
+/* What a step of a model spends its time with, in 16 bits: see the headers. Compiled once for each of instructions/,
+ * `INSTRUCTIONS`, and where those multiply float32 once more with `IN_FLOAT16` (numbers/formats.h), as the module
+ * `MODULE`. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -49,11 +50,12 @@ static PyObject *pack(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
     if (!integers(arguments, count, 5, number))
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    has_nan = pack_rows((bf16 *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
+    has_nan = pack_rows((bits16 *)number[0], (const bits16 *)number[1], number[2], number[3], number[4]);
     Py_END_ALLOW_THREADS;
     return PyBool_FromLong(has_nan);
 }
 
+#ifndef IN_FLOAT16
 /* coded panels, rows, num_rows, num_inputs, stride */
 static PyObject *code(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -62,7 +64,7 @@ static PyObject *code(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
     if (!integers(arguments, count, 5, number))
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    num_coded = code_rows((uint8_t *)number[0], (const bf16 *)number[1], number[2], number[3], number[4]);
+    num_coded = code_rows((uint8_t *)number[0], (const bits16 *)number[1], number[2], number[3], number[4]);
     Py_END_ALLOW_THREADS;
     return PyLong_FromLongLong(num_coded);
 }
@@ -87,6 +89,7 @@ static PyObject *keep_plain(PyObject *self, PyObject *const *arguments, Py_ssize
     ((struct coded_panel *)number[0])->plain = (const uint8_t *)number[1];
     Py_RETURN_NONE;
 }
+#endif
 
 /* kind, panels, scales, inputs_a_group, rows, num_rows, num_inputs, stride */
 static PyObject *quantize(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -96,8 +99,8 @@ static PyObject *quantize(PyObject *self, PyObject *const *arguments, Py_ssize_t
     if (!integers(arguments, count, 8, number))
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    quantize_rows((enum number_kind)number[0], (uint8_t *)number[1], (bf16 *)number[2], number[3],
-                  (const bf16 *)number[4], number[5], number[6], number[7]);
+    quantize_rows((enum number_kind)number[0], (uint8_t *)number[1], (bits16 *)number[2], number[3],
+                  (const bits16 *)number[4], number[5], number[6], number[7]);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
@@ -107,8 +110,8 @@ static PyObject *quantize(PyObject *self, PyObject *const *arguments, Py_ssize_t
 /* panels, bias, num_outputs, kind, scales, pairs_a_group */
 static struct linear_part part_of(const int64_t number[PART_SIZE])
 {
-    return (struct linear_part){(const uint8_t *)number[0],     (const bf16 *)number[1], number[2],
-                                (enum number_kind)number[3], (const bf16 *)number[4], number[5]};
+    return (struct linear_part){(const uint8_t *)number[0],     (const bits16 *)number[1], number[2],
+                                (enum number_kind)number[3], (const bits16 *)number[4], number[5]};
 }
 
 /* num_inputs, rows (int64), num_rows, output, then the part that a linear has of the weight */
@@ -119,7 +122,7 @@ static PyObject *embedding(PyObject *self, PyObject *const *arguments, Py_ssize_
     if (!integers(arguments, count, 4 + PART_SIZE, number))
         return NULL;
     struct linear_part part = part_of(number + 4);
-    look_up(&part, number[0], (const int64_t *)number[1], number[2], (bf16 *)number[3]);
+    look_up(&part, number[0], (const int64_t *)number[1], number[2], (bits16 *)number[3]);
     Py_RETURN_NONE;
 }
 
@@ -180,12 +183,12 @@ static PyObject *linear(PyObject *self, PyObject *const *arguments, Py_ssize_t c
     call.layer = PyCapsule_GetPointer(arguments[0], "linear");
     if (!call.layer || !integers(arguments + 1, count - 1, count - 1, number))
         return NULL;
-    call.input = (const bf16 *)number[0];
+    call.input = (const bits16 *)number[0];
     call.stride = number[1];
     call.num_tokens = number[2];
-    call.residual = (const bf16 *)number[3];
+    call.residual = (const bits16 *)number[3];
     for (Py_ssize_t i = 5; i < count; i++)
-        call.outputs[i - 5] = (bf16 *)number[i - 1];
+        call.outputs[i - 5] = (bits16 *)number[i - 1];
     int done = 1;
     if (call.num_tokens) {
         Py_BEGIN_ALLOW_THREADS;
@@ -219,7 +222,7 @@ static PyObject *rms_norm(PyObject *self, PyObject *const *arguments, Py_ssize_t
     double epsilon = PyFloat_AsDouble(arguments[6]);
     if (!integers(arguments, 6, 6, number))
         return NULL;
-    struct norm_call call = {(const bf16 *)number[0], (const bf16 *)number[1], (bf16 *)number[2], number[3],
+    struct norm_call call = {(const bits16 *)number[0], (const bits16 *)number[1], (bits16 *)number[2], number[3],
                              number[4], (int)number[5], (float)epsilon};
     int64_t num_tasks = (call.num_rows + ROWS_A_TASK - 1) / ROWS_A_TASK;
     RUN(norm_task, &call, num_tasks);
@@ -233,8 +236,8 @@ static PyObject *rotary(PyObject *self, PyObject *const *arguments, Py_ssize_t c
     int64_t number[9];
     if (!integers(arguments, count, 9, number))
         return NULL;
-    struct rotary_call call = {(const bf16 *)number[0], number[1], number[2], number[3], number[4], number[5],
-                               (const bf16 *)number[6], (const bf16 *)number[7], (bf16 *)number[8]};
+    struct rotary_call call = {(const bits16 *)number[0], number[1], number[2], number[3], number[4], number[5],
+                               (const bits16 *)number[6], (const bits16 *)number[7], (bits16 *)number[8]};
     int64_t num_tasks = (call.num_tokens + ROWS_A_TASK - 1) / ROWS_A_TASK;
     RUN(rotary_task, &call, num_tasks);
     Py_RETURN_NONE;
@@ -247,7 +250,7 @@ static PyObject *argmax(PyObject *self, PyObject *const *arguments, Py_ssize_t c
     int64_t number[4];
     if (!integers(arguments, count, 4, number))
         return NULL;
-    struct argmax_call call = {(const bf16 *)number[0], number[2], (int64_t *)number[3]};
+    struct argmax_call call = {(const bits16 *)number[0], number[2], (int64_t *)number[3]};
     RUN(argmax_task, &call, number[1]);
     Py_RETURN_NONE;
 }
@@ -266,7 +269,7 @@ static PyObject *sample(PyObject *self, PyObject *const *arguments, Py_ssize_t c
         return NULL;
     if (rows_size % (Py_ssize_t)sizeof(struct sampled_row))
         return PyErr_Format(PyExc_ValueError, "a row has %zu bytes", sizeof(struct sampled_row));
-    struct sample_call call = {(const bf16 *)number[0], number[1], (const struct sampled_row *)rows,
+    struct sample_call call = {(const bits16 *)number[0], number[1], (const struct sampled_row *)rows,
                                (const int64_t *)words, (int64_t *)number[2]};
     Py_ssize_t num_rows = rows_size / (Py_ssize_t)sizeof(struct sampled_row);
     RUN(sample_task, &call, num_rows);
@@ -303,7 +306,7 @@ static PyObject *make_site(PyObject *self, PyObject *const *arguments, Py_ssize_
     if (!site)
         return PyErr_NoMemory();
     *site = (struct site){number[0], number[1], number[2], number[3], number[4], (float)scaling, (float)softcap,
-                          (const bf16 *)number[7], (bf16 *)number[5], (bf16 *)number[6]};
+                          (const bits16 *)number[7], (bits16 *)number[5], (bits16 *)number[6]};
     return PyCapsule_New(site, "site", drop_site);
 }
 
@@ -353,11 +356,11 @@ static PyObject *attention(PyObject *self, PyObject *const *arguments, Py_ssize_
     call.step = PyCapsule_GetPointer(arguments[1], "step");
     if (!call.site || !call.step || !integers(arguments + 2, 14, 14, number))
         return NULL;
-    call.cosine = (const bf16 *)number[0];
-    call.sine = (const bf16 *)number[1];
+    call.cosine = (const bits16 *)number[0];
+    call.sine = (const bits16 *)number[1];
     struct heads *heads[4] = {&call.query, &call.key, &call.value, &call.output};
     for (int i = 0; i < 4; i++)
-        *heads[i] = (struct heads){(bf16 *)number[2 + 3 * i], number[3 + 3 * i], number[4 + 3 * i]};
+        *heads[i] = (struct heads){(bits16 *)number[2 + 3 * i], number[3 + 3 * i], number[4 + 3 * i]};
     int done;
     Py_BEGIN_ALLOW_THREADS;
     done = attention_run(&call, num_threads);
@@ -396,7 +399,7 @@ static PyObject *make_sublayer(PyObject *self, PyObject *const *arguments, Py_ss
         return NULL;
     if (arguments[5] != Py_None && !(sublayer.site = PyCapsule_GetPointer(arguments[5], "site")))
         return NULL;
-    sublayer.weight = (const bf16 *)number[0];
+    sublayer.weight = (const bits16 *)number[0];
     sublayer.is_offset = (int)number[1];
     struct owned_sublayer *own = malloc(sizeof *own);
     if (!own)
@@ -418,12 +421,12 @@ static PyObject *run_sublayer(PyObject *self, PyObject *const *arguments, Py_ssi
     if (!own || !integers(arguments + 2, 6, 6, number))
         return NULL;
     struct sublayer_call call = {.sublayer = &own->sublayer,
-                                 .cosine = (const bf16 *)number[0],
-                                 .sine = (const bf16 *)number[1],
-                                 .input = (const bf16 *)number[2],
+                                 .cosine = (const bits16 *)number[0],
+                                 .sine = (const bits16 *)number[1],
+                                 .input = (const bits16 *)number[2],
                                  .num_tokens = number[3],
-                                 .residual = (const bf16 *)number[4],
-                                 .output = (bf16 *)number[5]};
+                                 .residual = (const bits16 *)number[4],
+                                 .output = (bits16 *)number[5]};
     if (own->sublayer.site && !(call.step = PyCapsule_GetPointer(arguments[1], "step")))
         return NULL;
     int done = 1;
@@ -443,10 +446,15 @@ struct ranks {
     PyThreadState *released;
 };
 
-static int sum_over_ranks(void *argument, bf16 *numbers, int64_t count)
+static int sum_over_ranks(void *argument, bits16 *numbers, int64_t count)
 {
     struct ranks *ranks = argument;
-    return ranks->team->sum(ranks->team, numbers, count, &ranks->released);
+#ifdef IN_FLOAT16
+    const enum summed type = FLOAT16;
+#else
+    const enum summed type = BFLOAT16;
+#endif
+    return ranks->team->sum(ranks->team, numbers, count, type, &ranks->released);
 }
 
 /* sublayers (a tuple), step, cosine, sine, input, num_tokens, output, team or None */
@@ -470,11 +478,11 @@ static PyObject *run_stack(PyObject *self, PyObject *const *arguments, Py_ssize_
             return NULL;
         call.sum = sum_over_ranks;
     }
-    call.cosine = (const bf16 *)number[0];
-    call.sine = (const bf16 *)number[1];
-    call.input = (const bf16 *)number[2];
+    call.cosine = (const bits16 *)number[0];
+    call.sine = (const bits16 *)number[1];
+    call.input = (const bits16 *)number[2];
     call.num_tokens = number[3];
-    call.output = (bf16 *)number[4];
+    call.output = (bits16 *)number[4];
     enum stack_end end = STACK_DONE;
     if (call.num_tokens && num_sublayers) {
         ranks.released = PyEval_SaveThread();
@@ -493,9 +501,11 @@ static PyMethodDef methods[] = {
     {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads, METH_FASTCALL, NULL},
     {"get_num_threads", get_num_threads, METH_NOARGS, NULL},
     {"pack", (PyCFunction)(void (*)(void))pack, METH_FASTCALL, NULL},
+#ifndef IN_FLOAT16
     {"code", (PyCFunction)(void (*)(void))code, METH_FASTCALL, NULL},
     {"coded_panel_bytes", (PyCFunction)(void (*)(void))coded_panel_bytes, METH_FASTCALL, NULL},
     {"keep_plain", (PyCFunction)(void (*)(void))keep_plain, METH_FASTCALL, NULL},
+#endif
     {"quantize", (PyCFunction)(void (*)(void))quantize, METH_FASTCALL, NULL},
     {"embedding", (PyCFunction)(void (*)(void))embedding, METH_FASTCALL, NULL},
     {"make_linear", (PyCFunction)(void (*)(void))make_linear, METH_FASTCALL, NULL},

@@ -2,8 +2,9 @@
 
 O output features, I input features. Panels of 64 outputs follow each other; in a panel, two input features of all 64
 outputs do: `[o // 64, i // 2, o % 64, i % 2]`, zero where there is no output. The numbers are those of bfloat16 in 12
-bits each, of which none is lost (numbers/coded.h), or small integers with scales (numbers/numbers.h), by which the
-largest number of a scale is 127 or 7: zero stays zero, and no number is off by more than half a scale.
+bits each, of which none is lost (numbers/coded.h), those of float16 as they are, or small integers with scales of
+either (numbers/numbers.h), by which the largest number of a scale is 127 or 7: zero stays zero, and no number is off by
+more than half a scale.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ts_parallel.huge_pages import map_pages
-from ts_parallel.native import kernels
+from ts_parallel.native import kernels_for
+
+if TYPE_CHECKING:
+    from ts_parallel.native.kernel_calls import Kernels
 
 PANEL = 64
 INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
-_KINDS = {"int8": 1, "int4": 2, None: 3}  # `enum number_kind` of numbers/numbers.h
+_PLAIN, _CODED = 0, 3  # `enum number_kind` of numbers/numbers.h
+_INTEGERS = {"int8": 1, "int4": 2}
 _MOST_INPUTS = 2**18 - 2  # an exception (numbers/coded.h) has 17 bits for its pair
 
 
@@ -58,25 +64,38 @@ class PackedWeight:
     """uint8 `[⌈O / 64⌉, bytes]`."""
     shape: tuple[int, int]
     """(O, I)."""
+    dtype: torch.dtype
+    """bfloat16 or float16: what the numbers were before they were packed, and what they multiply."""
     quantization: str | None = None
-    """`int8` or `int4`; None where the numbers are bfloat16, coded."""
+    """`int8` or `int4`; None where the numbers are all there, of bfloat16 coded."""
     scales: torch.Tensor | None = field(default=None, repr=False)
-    """bfloat16 `[⌈O / 64⌉, groups of inputs, 64]` of the integers."""
+    """`[⌈O / 64⌉, groups of inputs, 64]` of the integers."""
     plain: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     """By their number, bfloat16 `[I / 2, 64, 2]` each: panels whose numbers are too far from each other for codes."""
 
     @staticmethod
-    def allocate(shape: tuple[int, int], quantization: str | None = None) -> PackedWeight:
-        """Memory for a weight of this shape, whose rows are to be `put`."""
+    def allocate(
+        shape: tuple[int, int], quantization: str | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> PackedWeight:
+        """Memory for a weight of this shape, whose rows, of this dtype, are to be `put`."""
         num_outputs, num_inputs = shape
         num_panels, num_pairs = -(-num_outputs // PANEL), num_inputs // 2
         if quantization is None:
-            return PackedWeight(_memory.take((num_panels, kernels.coded_panel_bytes(num_pairs)), torch.uint8), shape)
+            if _is_coded(dtype):
+                num_bytes = _kernels_for(dtype).coded_panel_bytes(num_pairs)
+            else:
+                num_bytes = num_pairs * 2 * PANEL * dtype.itemsize
+            return PackedWeight(_memory.take((num_panels, num_bytes), torch.uint8), shape, dtype)
         num_bytes = {"int8": PANEL * 2, "int4": PANEL}[quantization]
         num_groups = 1 if quantization == "int8" else -(-num_inputs // INT4_GROUP)
         panels = _memory.take((num_panels, num_pairs * num_bytes), torch.uint8)
-        scales = _memory.take((num_panels, num_groups, PANEL), torch.bfloat16)
-        return PackedWeight(panels, shape, quantization, scales)
+        scales = _memory.take((num_panels, num_groups, PANEL), dtype)
+        return PackedWeight(panels, shape, dtype, quantization, scales)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Those that read it."""
+        return _kernels_for(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +109,13 @@ class PackedWeight:
         Addresses are among it: whoever has it keeps this.
         """
         scales = 0 if self.scales is None else self.scales.data_ptr()
-        return self.panels.data_ptr(), 0, self.shape[0], _KINDS[self.quantization], scales, self._inputs_a_group // 2
+        return self.panels.data_ptr(), 0, self.shape[0], self._kind, scales, self._inputs_a_group // 2
+
+    @property
+    def _kind(self) -> int:
+        if self.quantization is not None:
+            return _INTEGERS[self.quantization]
+        return _CODED if _is_coded(self.dtype) else _PLAIN
 
     @property
     def _inputs_a_group(self) -> int:
@@ -104,32 +129,33 @@ class PackedWeight:
         Returns: whether there is NaN among them.
         """
         assert first % PANEL == 0 and (len(rows) % PANEL == 0 or first + len(rows) == self.shape[0])
-        assert rows.dtype == torch.bfloat16 and rows.stride(1) == 1
-        if self.scales is None:
+        assert rows.dtype == self.dtype and rows.stride(1) == 1
+        if self._kind == _CODED:
             return self._put_coded(first, rows)
         panel, source = self.panels[first // PANEL], (rows.data_ptr(), len(rows), self.shape[1], rows.stride(0))
+        if self.scales is None:
+            return self.kernels.pack(panel.data_ptr(), *source)
         scales = self.scales[first // PANEL : -(-(first + len(rows)) // PANEL)]
-        kind = _KINDS[self.quantization]
-        kernels.quantize(kind, panel.data_ptr(), scales.data_ptr(), self._inputs_a_group, *source)
+        self.kernels.quantize(self._kind, panel.data_ptr(), scales.data_ptr(), self._inputs_a_group, *source)
         return bool(scales.isnan().any())  # where a number is, its scale is too
 
     def _put_coded(self, first: int, rows: torch.Tensor) -> bool:
-        has_nan, number, layout = False, first // PANEL, (self.shape[1], rows.stride(0))
+        has_nan, number, layout, kernels = False, first // PANEL, (self.shape[1], rows.stride(0)), self.kernels
         while len(rows):
             num_coded = kernels.code(self.panels[number].data_ptr(), rows.data_ptr(), len(rows), *layout)
             number, rows = number + num_coded, rows[num_coded * PANEL :]
             if len(rows):  # begins with a panel that cannot be
-                plain = self.plain[number] = _memory.take((self.shape[1] // 2, PANEL, 2), torch.bfloat16)
+                plain = self.plain[number] = _memory.take((self.shape[1] // 2, PANEL, 2), self.dtype)
                 has_nan |= kernels.pack(plain.data_ptr(), rows.data_ptr(), min(PANEL, len(rows)), *layout)
                 kernels.keep_plain(self.panels[number].data_ptr(), plain.data_ptr())
                 number, rows = number + 1, rows[PANEL:]
         return has_nan
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
-        """The `rows` int64 `[...]` of it: bfloat16 `[..., I]`, integers times scales where it has those."""
+        """The `rows` int64 `[...]` of it: `[..., I]`, integers times scales where it has those."""
         rows = rows.contiguous()
-        found = torch.empty((*rows.shape, self.shape[1]), dtype=torch.bfloat16)
-        kernels.embedding(self.shape[1], rows.data_ptr(), rows.numel(), found.data_ptr(), *self.part)
+        found = torch.empty((*rows.shape, self.shape[1]), dtype=self.dtype)
+        self.kernels.embedding(self.shape[1], rows.data_ptr(), rows.numel(), found.data_ptr(), *self.part)
         return found
 
     def unpack(self) -> torch.Tensor:
@@ -140,9 +166,20 @@ class PackedWeight:
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether the kernels take a linear's `weight` `[O, I]`."""
     return (
-        weight.dtype == torch.bfloat16
+        kernels_for(weight.dtype) is not None
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.shape[1] % 2 == 0
         and weight.shape[1] <= _MOST_INPUTS
     )
+
+
+def _kernels_for(dtype: torch.dtype) -> Kernels:
+    found = kernels_for(dtype)
+    assert found is not None, "`can_pack` has been asked"
+    return found
+
+
+def _is_coded(dtype: torch.dtype) -> bool:
+    """Whether its numbers lie in codes where nothing is to be lost: the exponents of float16 are too short for it."""
+    return dtype == torch.bfloat16

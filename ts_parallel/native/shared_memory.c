@@ -26,6 +26,7 @@
 #include <immintrin.h>
 #endif
 
+#include "numbers/formats.h"
 #include "team.h"
 
 /* Two cache lines, for processors fetch the one beside it too. */
@@ -254,63 +255,11 @@ static inline bool wait_for(struct call *call, struct counter *counter, uint32_t
 
 /* ---- Sums, in float32 and in the order of the ranks ---- */
 
-enum { FLOAT32, BFLOAT16, FLOAT16, NUM_TYPES };
 static const size_t bytes_of_type[NUM_TYPES] = {4, 2, 2};
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE float same(float value)
 {
     return value;
-}
-
-INLINE uint32_t bits_of(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-INLINE float of_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE float widen_bfloat16(uint16_t value)
-{
-    return of_bits((uint32_t)value << 16);
-}
-
-INLINE uint16_t narrow_bfloat16(float value)
-{
-    uint32_t bits = bits_of(value);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-INLINE float widen_float16(uint16_t value)
-{
-    uint32_t sign = (uint32_t)(value & 0x8000) << 16, exponent = value & 0x7c00, rest = value & 0x3ff;
-    if (exponent == 0x7c00)
-        return of_bits(sign | 0x7f800000 | rest << 13);
-    if (!exponent) /* rest times 2^-24, exactly */
-        return of_bits(bits_of((float)rest * 0x1p-24f) | sign);
-    return of_bits(sign | (((uint32_t)(exponent | rest) << 13) + (112u << 23)));
-}
-
-INLINE uint16_t narrow_float16(float value)
-{
-    uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
-    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-    if (magnitude > 0x7f800000)
-        return sign | 0x7e00;
-    if (magnitude >= 0x477ff000) /* would be rounded to 65536 or is infinite */
-        return sign | 0x7c00;
-    if (magnitude < 0x38800000) /* less than 2^-14: adding 2^-1 rounds to multiples of 2^-24 */
-        return sign | (uint16_t)(bits_of(of_bits(magnitude) + 0.5f) - 0x3f000000);
-    return sign | (uint16_t)((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
 }
 
 /* So many sums are made at once, in the first-level cache. */
@@ -600,12 +549,12 @@ static PyObject *all_reduce(PyObject *Py_UNUSED(module), PyObject *const *argume
     return end_call(&call, sum_over_ranks(&call, team, (char *)(intptr_t)in[3], num_bytes, (int)in[5]));
 }
 
-static int sum_for_kernels(const struct summing_team *summing, uint16_t *numbers, int64_t count,
+static int sum_for_kernels(const struct summing_team *summing, uint16_t *numbers, int64_t count, enum summed type,
                            PyThreadState **released)
 {
     struct team team = {summing->memory, summing->rank, summing->size};
     struct call call = {*released, (uint64_t)summing->patience * second};
-    bool is_done = sum_over_ranks(&call, team, (char *)numbers, (size_t)count * sizeof *numbers, BFLOAT16);
+    bool is_done = sum_over_ranks(&call, team, (char *)numbers, (size_t)count * sizeof *numbers, (int)type);
     *released = call.released;
     return is_done;
 }

@@ -46,7 +46,7 @@ class WeightLayout(Protocol):
         """Whether this one can."""
         ...
 
-    def allocate(self, shape: tuple[int, int], quantization: str | None, /) -> PackedRows:
+    def allocate(self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None, /) -> PackedRows:
         """Memory for one of `shape` (O, I), whose numbers become small integers where there is a `quantization`."""
         ...
 
@@ -109,7 +109,7 @@ def load_program(
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
         if layout and name in packed and merge is None and _come_in_panels(own, local[name], layout.rows_of_panel):
-            tensors[name] = layout.allocate((local[name].shape[0], local[name].shape[1]), packed[name])
+            tensors[name] = _allocate(local[name], layout, packed[name])
             items += [_packing(item, local[name], tensors[name], layout.rows_of_panel) for item in own]
         else:
             items += own
@@ -175,8 +175,12 @@ def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedRows, panel: in
     return RowItem(put, source, item.kept, panel)
 
 
+def _allocate(weight: torch.Tensor, layout: WeightLayout, quantization: str | None) -> PackedRows:
+    return layout.allocate((weight.shape[0], weight.shape[1]), weight.dtype, quantization)
+
+
 def _pack(weight: torch.Tensor, layout: WeightLayout, quantization: str | None) -> PackedRows:
-    packed = layout.allocate((weight.shape[0], weight.shape[1]), quantization)
+    packed = _allocate(weight, layout, quantization)
     packed.put(0, weight)
     return packed
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, VARIANT, VARIANTS, WHY, Variant, kernels
+from ts_parallel.native import HAS_KERNELS, ISA_VARIABLE, VARIANT, VARIANTS, Variant, kernels_for, variant_for
 from ts_parallel.runtime.backends import choose
 from ts_parallel.runtime.backends.choose import (
     choose_backend,
@@ -28,8 +28,8 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 @pytest.mark.parametrize(
     ("device", "dtype", "name", "why"),
     [
-        (CPU, torch.float32, "torch", "the kernels are for bfloat16"),
-        (CPU, torch.float16, "torch", "the kernels are for bfloat16"),
+        (CPU, torch.float32, "torch", "the kernels are for bfloat16 and float16"),
+        (META, torch.float16, "torch", "the kernels are for CPUs"),
         (META, torch.bfloat16, "torch", "the kernels are for CPUs"),
     ],
 )
@@ -51,7 +51,8 @@ def test_choice_is_told_without_being_made(device: torch.device, dtype: torch.dt
     assert choice.backend == choose_backend(device, dtype).name
     assert choice.why
     if choice.backend == "native":
-        assert choice.instruction_set == kernel_variants()[0]
+        own = VARIANT if dtype == torch.bfloat16 or VARIANT is None else VARIANT.float16
+        assert own is not None and choice.instruction_set == own.label
     else:
         assert choice.instruction_set == (torch.backends.cpu.get_cpu_capability() if device == CPU else "META")
 
@@ -60,28 +61,36 @@ def test_variants_are_those_that_run_here(monkeypatch: pytest.MonkeyPatch) -> No
     assert bool(kernel_variants()) == HAS_KERNELS
     monkeypatch.setattr(choose, "VARIANT", None)
     assert kernel_variants() == ()
-    assert describe_choice(CPU, torch.bfloat16).backend == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype_without_kernels_is_computed_by_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "variant_for", lambda dtype: (None, "for float16 this processor lacks f16c"))
+    assert describe_choice(CPU, dtype).backend == choose_backend(CPU, dtype).name == "torch"
+    assert describe_choice(CPU, dtype).why == "for float16 this processor lacks f16c"
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
     """As many as before."""
-    before, in_kernels = torch.get_num_threads(), kernels.get_num_threads() if HAS_KERNELS else 0
-    yield
+    before = torch.get_num_threads()
+    yield  # those of the kernels are put back by a fixture of all tests here
     torch.set_num_threads(before)
-    if HAS_KERNELS:
-        kernels.set_num_threads(in_kernels)
 
 
 @pytest.mark.usefixtures("threads")
-def test_bfloat16_on_a_cpu_has_the_kernels_where_there_are_any(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_on_a_cpu_have_the_kernels_where_there_are_any(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    backend = choose_backend(CPU, torch.bfloat16, num_threads=3)
-    assert backend.name == ("native" if HAS_KERNELS else "torch")
-    own = VARIANT.label if VARIANT else torch.backends.cpu.get_cpu_capability()
-    assert f"bfloat16 on cpu by the {backend.name} backend, {own}, 3 threads: {WHY}" in caplog.text
-    assert HAS_KERNELS == (backend.weights is not None) == bool(backend.quantizations)
-    if HAS_KERNELS:
+    backend, kernels, (variant, why) = choose_backend(CPU, dtype, 3), kernels_for(dtype), variant_for(dtype)
+    assert backend.name == ("native" if kernels else "torch")
+    own = variant.label if variant else torch.backends.cpu.get_cpu_capability()
+    name = str(dtype).removeprefix("torch.")
+    assert f"{name} on cpu by the {backend.name} backend, {own}, 3 threads: {why}" in caplog.text
+    assert (kernels is not None) == (backend.weights is not None) == bool(backend.quantizations)
+    if kernels:
         torch.set_num_threads(1)  # torch's alone: the kernels keep theirs
         assert kernels.get_num_threads() == 3
 
@@ -102,7 +111,10 @@ def test_quantization_is_refused_where_nothing_multiplies_integers(monkeypatch: 
     with pytest.raises(ConfigError, match="int8 is for device cpu, not meta: leave"):
         refuse_unquantizable("int8", META, torch.bfloat16)
     monkeypatch.setattr(choose, "VARIANT", VARIANTS[0])
-    with pytest.raises(ConfigError, match="int4 is of bfloat16 weights, not float16: set dtype to bfloat16"):
+    with pytest.raises(ConfigError, match="int4 is of bfloat16 or float16 weights, not float32: set dtype to bfloat16"):
+        refuse_unquantizable("int4", CPU, torch.float32)
+    monkeypatch.setattr(choose, "variant_for", lambda dtype: (None, "for float16 this processor lacks f16c"))
+    with pytest.raises(ConfigError, match="and for float16 this processor lacks f16c: set dtype to bfloat16"):
         refuse_unquantizable("int4", CPU, torch.float16)
     monkeypatch.setattr(choose, "VARIANT", None)
     with pytest.raises(ConfigError, match=r"int8 needs the package's kernels, and .*: leave quantization out"):

@@ -108,9 +108,9 @@ def random_chunk(rng: random.Random, size: int, *, is_typical: bool = False) -> 
 def test_tokens_are_those_of_a_full_sort_and_of_the_row_alone(sampler: Sampler, shape: str, size: int) -> None:
     rng = random.Random(f"{shape}{size}")
     torch.manual_seed(size)
-    for _ in range(4):
+    for round_number in range(4):
         chunks = [random_chunk(rng, size, is_typical=number % 8 == 7) for number in range(24)]
-        logits = SHAPES[shape](len(chunks), size).bfloat16()
+        logits = SHAPES[shape](len(chunks), size).to((torch.bfloat16, torch.float16)[round_number % 2])
         together = sampler(logits, chunks)
         for row, (token, chunk) in enumerate(zip(together, chunks, strict=True)):
             assert sampler(logits[row : row + 1], [chunk]) == [token], chunk
@@ -137,6 +137,26 @@ def test_many_seeds_draw_the_tokens_of_a_full_sort(sampler: Sampler, params: Sam
         Chunk("", (1,), 31 * seed, (), True, SamplingParams(**{**vars(params), "seed": seed})) for seed in range(256)
     ]
     assert sampler(logits, chunks) == [by_full_sort(logits[0], chunk) for chunk in chunks]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [1e5, -1e5, 3e38, -3e38])
+def test_number_that_has_no_16_bits_is_drawn_as_any_other(sampler: Sampler, dtype: torch.dtype, bias: float) -> None:
+    """One that float16 would have for infinite, be it the best that may come or the worst."""
+    torch.manual_seed(4)
+    logits = torch.randn(40, 30).to(dtype)
+    logits[20:] = -math.inf
+    for temperature in (0.0, 1.0, 1e4, 1e38):
+        params = [
+            SamplingParams(temperature, seed=row, logit_bias=((3, bias), (5, bias * 0.9999), (row % 30, 2.5)))
+            for row in range(40)
+        ]
+        for row in range(20, 40):
+            logits[row, [3, 5]] = 0.5
+        chunks = [Chunk("", (1,), 7, (), True, own) for own in params]
+        tokens = sampler(logits, chunks)
+        assert tokens == [by_full_sort(own, chunk) for own, chunk in zip(logits, chunks, strict=True)]
 
 
 def test_few_tokens_are_enough_or_all_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ts_parallel.native import HAS_KERNELS
+from ts_parallel.native import HAS_KERNELS, kernels_for
 from ts_parallel.partition.model.attention_sites import AttentionSite
 from ts_parallel.runtime.backends.choose import choose_backend
 from ts_parallel.runtime.backends.native.attention import KernelAttention
@@ -151,7 +151,7 @@ def paged(
 ) -> list[dict[str, torch.Tensor]]:
     """Each site's output of each sequence, `[T, H, E]`, with as many tokens as the schedule adds."""
     attention = make_attention(shapes, dtype, block_size)
-    assert isinstance(attention, KernelAttention) == (HAS_KERNELS and dtype == torch.bfloat16 and block_size % 2 == 0)
+    assert isinstance(attention, KernelAttention) == (kernels_for(dtype) is not None and block_size % 2 == 0)
     for buffer in (*attention.memory.keys, *attention.memory.values):
         buffer.fill_(torch.inf)  # by earlier requests; one such slot that is read spoils the answer
     outputs = [{name: list[torch.Tensor]() for name in NAMES} for _ in shapes]
@@ -177,8 +177,8 @@ def random_sequences(shapes: list[Shape]) -> list[dict[str, Tensors]]:
     return [{name: Tensors.random(shape, generator) for name in NAMES} for shape in shapes]
 
 
-# What a sum in another order may differ by. In bfloat16 the weights of the values are rounded too.
-LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+# What a sum in another order may differ by. In 16 bits the weights of the values are rounded too.
+LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.0025}
 
 
 def check(shapes: list[Shape], schedule: Steps, dtype: torch.dtype, block_size: int = BLOCK_SIZE) -> None:
@@ -190,17 +190,17 @@ def check(shapes: list[Shape], schedule: Steps, dtype: torch.dtype, block_size: 
             torch.testing.assert_close(output, expected, rtol=error, atol=error)
 
 
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "long ones"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_paged_attention_is_dense_attention(shape: str, schedule: str, dtype: torch.dtype) -> None:
     check([SHAPES[shape]], SCHEDULES[schedule], dtype)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize(
     "shape",
     [
@@ -214,7 +214,7 @@ def test_long_sequences_are_attended_to_tile_by_tile(shape: Shape, dtype: torch.
     check([shape], SCHEDULES["long ones"], dtype)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("block_size", [2, 5, 6, 8, 16, 24, 48])
 @pytest.mark.parametrize("window", [None, 21])
 def test_blocks_of_any_size_are_attended_to(block_size: int, window: int | None, dtype: torch.dtype) -> None:
@@ -224,14 +224,14 @@ def test_blocks_of_any_size_are_attended_to(block_size: int, window: int | None,
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="the processor lacks what the kernels need")
 @pytest.mark.parametrize("shape", ["grouped heads", "sinks, window and softcap"])
-def test_kernels_give_the_same_bits_however_a_sequence_is_cut(shape: str) -> None:
+def test_kernels_give_the_same_bits_however_a_sequence_is_cut(shape: str, dtype: torch.dtype) -> None:
     schedules: list[Steps] = [[{"a": 100}], [{"a": 1}] * 100, [{"a": 7}, {"a": 60, "b": 3}, {"b": 1, "a": 33}]]
     sequences = random_sequences([SHAPES[shape]])
-    first, *others = (paged([SHAPES[shape]], each, sequences, torch.bfloat16, 16)[0]["a"] for each in schedules)
+    first, *others = (paged([SHAPES[shape]], each, sequences, dtype, 16)[0]["a"] for each in schedules)
     assert all(torch.equal(first, other) for other in others)
 
 
-@both_dtypes
+@all_dtypes
 def test_attention_turns_queries_and_keys_as_rotary_does(dtype: torch.dtype) -> None:
     shape, (plan, *_) = Shape(num_kv_heads=2), plans([{"a": 11, "b": 4, "c": 1}])
     generator = torch.Generator().manual_seed(0)
@@ -251,13 +251,13 @@ def test_attention_turns_queries_and_keys_as_rotary_does(dtype: torch.dtype) -> 
     assert torch.equal(first, second) and torch.equal(first_keys, second_keys)
 
 
-@both_dtypes
+@all_dtypes
 def test_attention_calls_of_one_step_do_not_share_their_memory(dtype: torch.dtype) -> None:
     shapes = [Shape(), Shape(num_kv_heads=1, window=3), Shape(num_heads=2, num_kv_heads=2, value_dim=3), Shape()]
     check(shapes, SCHEDULES["prefill beside decodes"], dtype)
 
 
-@both_dtypes
+@all_dtypes
 def test_longest_sequence_of_whole_blocks_is_attended_to_its_end(dtype: torch.dtype) -> None:
     check([Shape(num_kv_heads=2)], [{"a": LONGEST - 1}, {"a": 1}], dtype)
 
@@ -312,7 +312,7 @@ def test_step_that_samples_nothing_has_no_sampled_rows() -> None:
     assert layout.decode is None
 
 
-@both_dtypes
+@all_dtypes
 def test_heads_whose_numbers_lie_apart_are_attended_to_as_those_side_by_side(dtype: torch.dtype) -> None:
     """With the same bits by the kernels; torch itself may multiply them in another order."""
     shape, (plan, *_) = Shape(num_kv_heads=2), plans([{"a": 11, "b": 4, "c": 1}])
@@ -329,7 +329,7 @@ def test_heads_whose_numbers_lie_apart_are_attended_to_as_those_side_by_side(dty
     torch.testing.assert_close(*answers, rtol=error, atol=error)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@all_dtypes
 @pytest.mark.parametrize("shape", ["one key head a query head", "softcap", "window"])
 def test_keys_and_values_of_others_are_never_read_be_they_nan(shape: str, dtype: torch.dtype) -> None:
     """A slot that is masked is multiplied by 0, and 0 × NaN is NaN."""

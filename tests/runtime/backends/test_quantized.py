@@ -24,12 +24,12 @@ LARGEST = {"int8": 127, "int4": 7}
 SCRIPT = RANKS / "quantized_logits.py"
 
 
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16) / 8
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype) / 8
 
 
 def pack(weight: torch.Tensor, quantization: str) -> PackedWeight:
-    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]), quantization)
+    packed = PackedWeight.allocate((weight.shape[0], weight.shape[1]), quantization, weight.dtype)
     packed.put(0, weight)
     return packed
 
@@ -38,14 +38,16 @@ def scales(weight: torch.Tensor, quantization: str) -> torch.Tensor:
     """float32 `[O, I]`: the step of each number, by the rule that its group's largest is the largest integer."""
     size = weight.shape[1] if quantization == "int8" else INT4_GROUP
     groups = [part.float().abs().amax(1, keepdim=True).expand_as(part) for part in torch.split(weight, size, dim=1)]
-    return (torch.cat(groups, dim=1) / LARGEST[quantization]).bfloat16().float()
+    return (torch.cat(groups, dim=1) / LARGEST[quantization]).to(weight.dtype).float()
 
 
 @both
 @pytest.mark.parametrize("shape", [(1, 32), (64, 64), (100, 70), (65, 2), (256, 160)])
-def test_quantized_weight_is_off_by_half_a_step_at_most(shape: tuple[int, int], quantization: str) -> None:
+def test_quantized_weight_is_off_by_half_a_step_at_most(
+    shape: tuple[int, int], quantization: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    weight = normal(*shape)
+    weight = normal(*shape, dtype=dtype)
     weight[shape[0] // 2] = 0
     step = scales(weight, quantization)
     integers = (weight.float() / step).nan_to_num(0).round()
@@ -55,7 +57,23 @@ def test_quantized_weight_is_off_by_half_a_step_at_most(shape: tuple[int, int], 
     difference = (packed.unpack().float() - weight.float()).abs()
     assert (difference <= 0.5 * step + packed.unpack().float().abs() * 2**-8 + 1e-6).all()
     assert torch.equal(packed.unpack()[shape[0] // 2], weight[shape[0] // 2])
-    assert (packed.unpack() == (integers * step).bfloat16()).float().mean() > 0.99
+    assert (packed.unpack() == (integers * step).to(dtype)).float().mean() > 0.99
+
+
+@both
+@pytest.mark.parametrize("exponent", [-24, -20, -16, -13, 0, 13])
+def test_scale_is_never_lost_however_small_or_large_the_numbers(
+    exponent: int, quantization: str, dtype: torch.dtype
+) -> None:
+    """In float16 a scale of small numbers has few bits, or would be zero. The largest number of all stays finite."""
+    torch.manual_seed(0)
+    weight = (torch.rand(64, 64) * 4 * torch.randn(64, 64).sign() * 2.0**exponent).to(dtype)
+    weight[::5, 7] = torch.finfo(dtype).max
+    packed, largest = pack(weight, quantization).unpack().double(), weight.double().abs().amax(1, keepdim=True)
+    steps = largest / LARGEST[quantization] + (2.0**-24 if dtype == torch.float16 else 0)  # a scale may be the next one
+    rounding = packed.abs() * torch.finfo(dtype).eps + 2.0**-25 * (dtype == torch.float16)
+    assert bool(((packed - weight.double()).abs() <= steps / 2 + rounding).all())
+    assert bool(packed.isfinite().all()) and bool((packed.abs().amax(1) > 0).all())
 
 
 @both
@@ -77,16 +95,16 @@ def test_rows_are_quantized_a_few_panels_at_a_time_and_from_a_part_of_each(quant
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", [(100, 70), (768, 64), (33, 320), (1, 2)])
 def test_quantized_linear_is_the_product_with_what_its_weight_means(
-    shape: tuple[int, int], has_bias: bool, quantization: str
+    shape: tuple[int, int], has_bias: bool, quantization: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    packed, bias = pack(normal(*shape), quantization), normal(shape[0]) if has_bias else None
+    packed, bias = pack(normal(*shape, dtype=dtype), quantization), normal(shape[0], dtype=dtype) if has_bias else None
     linear = make_linears(LinearLayer("w", "b" if has_bias else None), {"w": packed, "b": bias})
-    hidden, residual = normal(1, 130, shape[1]), normal(1, 130, shape[0])
+    hidden, residual = (normal(1, 130, width, dtype=dtype) for width in reversed(shape))
     exact = F.linear(hidden.double(), packed.unpack().double(), None if bias is None else bias.double())
     product = linear(hidden)
-    # Integers times scales are not rounded to bfloat16 in a linear, as they are in what is unpacked.
-    torch.testing.assert_close(product.double(), exact, rtol=2**-7, atol=4e-3)
+    # Integers times scales are not rounded to 16 bits in a linear, as they are in what is unpacked.
+    torch.testing.assert_close(product.double(), exact, rtol=torch.finfo(dtype).eps, atol=0.5 * torch.finfo(dtype).eps)
     assert torch.equal(linear(hidden, residual), product + residual)
     for num_tokens in (0, 1, 2, 7, 10, 11, 12, 40):
         assert torch.equal(linear(hidden[:, :num_tokens]), product[:, :num_tokens]), num_tokens
@@ -108,22 +126,24 @@ def test_quantized_linears_side_by_side_are_each_alone(num_tokens: int, quantiza
 @both
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("num_tokens", [1, 9, 40])
-def test_quantized_gated_linear_rounds_where_its_parts_do(num_tokens: int, activation: str, quantization: str) -> None:
+def test_quantized_gated_linear_rounds_where_its_parts_do(
+    num_tokens: int, activation: str, quantization: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    hidden = normal(1, num_tokens, 128) * 8
-    packed = {name: pack(normal(150, 128), quantization) for name in ("gate", "up")}
+    hidden = normal(1, num_tokens, 128, dtype=dtype) * 8
+    packed = {name: pack(normal(150, 128, dtype=dtype), quantization) for name in ("gate", "up")}
     layers = {name: LinearLayer(name, None) for name in packed}
     gate, up = (make_linears(layer, packed)(hidden) for layer in layers.values())
     activate = {"silu": F.silu, "gelu_tanh": lambda value: F.gelu(value, approximate="tanh"), "relu": F.relu}
     at_once = make_linears(GatedLinear(layers["gate"], layers["up"], activation), packed)(hidden)
     in_parts = activate[activation](gate) * up
-    torch.testing.assert_close(at_once, in_parts, rtol=2**-6, atol=1e-3)
-    assert (at_once == in_parts).float().mean() > 0.97
+    torch.testing.assert_close(at_once, in_parts, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    assert (at_once == in_parts).float().mean() > {torch.bfloat16: 0.97, torch.float16: 0.9}[dtype]
 
 
 @both
-def test_embedding_finds_the_rows_of_a_quantized_weight(quantization: str) -> None:
-    packed, token_ids = pack(normal(200, 70), quantization), torch.tensor([[3, 199, 0], [64, 63, 3]])
+def test_embedding_finds_the_rows_of_a_quantized_weight(quantization: str, dtype: torch.dtype) -> None:
+    packed, token_ids = pack(normal(200, 70, dtype=dtype), quantization), torch.tensor([[3, 199, 0], [64, 63, 3]])
     embedding = make_embedding(packed)
     assert torch.equal(embedding(token_ids.t()), F.embedding(token_ids.t(), packed.unpack()))
     assert embedding(token_ids[:, :0]).shape == (2, 0, 70)

@@ -18,15 +18,21 @@ from ts_parallel.step_plan import Chunk
 
 CPU = torch.device("cpu")
 NAMES = ["linear bfloat16", "attention", "norm", "rotary", "argmax"]
-BACKENDS: list[Callable[[], Backend]] = [TorchBackend, lambda: choose_backend(CPU, torch.bfloat16)]
+BACKENDS: list[Callable[[torch.dtype], Backend]] = [
+    lambda dtype: TorchBackend(),
+    lambda dtype: choose_backend(CPU, dtype),
+]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", BACKENDS, ids=["torch", "chosen"])
-def test_every_operation_is_right_and_says_how_far_off_it_is(make: Callable[[], Backend]) -> None:
-    backend = make()
-    own = operations(backend)
+def test_every_operation_is_right_and_says_how_far_off_it_is(
+    make: Callable[[torch.dtype], Backend], dtype: torch.dtype
+) -> None:
+    backend = make(dtype)
+    own = operations(backend, dtype)
     integers = [f"linear {kind}" for kind in ("int8", "int4") if kind in backend.quantizations]
-    assert list(own) == [NAMES[0], *integers, *NAMES[1:]]
+    assert list(own) == [NAMES[0].replace("bfloat16", str(dtype).removeprefix("torch.")), *integers, *NAMES[1:]]
     for name, operation in own.items():
         found = operation()
         assert found.num_wrong == 0, name
@@ -88,6 +94,15 @@ def test_wrong_number_is_counted(name: str, spoil: Callable[[torch.Tensor], torc
     found = operations(Wrong(spoil))[name]()
     assert found.num_wrong >= 1
     assert found.share > 1
+
+
+def test_what_is_near_enough_in_bfloat16_is_not_so_in_float16() -> None:
+    def spoil(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.bfloat16().to(numbers.dtype)
+
+    for dtype, is_right in ((torch.bfloat16, True), (torch.float16, False)):
+        found = operations(Wrong(spoil), dtype)["norm"]()
+        assert (found.num_wrong == 0) == is_right
 
 
 def test_second_of_two_greatest_logits_is_wrong() -> None:

@@ -1,19 +1,17 @@
-/* AVX2 with FMA (Haswell, Zen and later): products in float32, sixteen numbers in two vectors. */
+/* AVX2 with FMA (Haswell, Zen and later), for float16 with F16C: products in float32, sixteen numbers in two vectors. */
 #ifndef TS_PARALLEL_INSTRUCTIONS_H
 #define TS_PARALLEL_INSTRUCTIONS_H
 
 #include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "numbers/formats.h"
+
 /* 4 times 2 vectors of sums, 4 of weights and 2 of inputs are 14 of 16 registers. */
 #define MOST_ROWS 4
 #define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
 #define KEEPING_ROWS 0
 #define FEW_TOKENS 3
 
-typedef uint16_t bf16;
 typedef uint16_t lanes; /* which of sixteen */
 typedef struct {
     __m256 half[2];
@@ -154,6 +152,30 @@ INLINE bytes look_up_bytes(const uint8_t table[16], bytes places)
     OF_HALVES(bytes, _mm256_shuffle_epi8(both, places.half[i]));
 }
 
+#ifdef IN_FLOAT16
+INLINE __m256 widen8(__m128i bits) { return _mm256_cvtph_ps(bits); }
+INLINE __m128i narrow8(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+INLINE floats rounded(floats value) { OF_HALVES(floats, widen8(narrow8(value.half[i]))); }
+INLINE __m256i narrow(floats value) { return _mm256_set_m128i(narrow8(value.half[1]), narrow8(value.half[0])); }
+
+/* The lower and the upper 16 bits of each. */
+INLINE void widen_pairs(words pairs, floats *lower, floats *upper)
+{
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        __m256i parted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs.half[i], order), 0xd8);
+        lower->half[i] = widen8(_mm256_castsi256_si128(parted));
+        upper->half[i] = widen8(_mm256_extracti128_si256(parted, 1));
+    }
+}
+#else
+INLINE __m256 widen8(__m128i bits)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
 /* The upper 16 bits are the nearest bfloat16, of two as near the even one; NaN stays NaN. */
 INLINE __m256i nearest_bf16(__m256 value)
 {
@@ -170,28 +192,28 @@ INLINE floats rounded(floats value)
                                                            _mm256_set1_epi32((int)0xffff0000u))));
 }
 
-INLINE __m256i bf16_bits(floats value)
+INLINE __m256i narrow(floats value)
 {
     __m256i low = _mm256_srli_epi32(nearest_bf16(value.half[0]), 16);
     __m256i high = _mm256_srli_epi32(nearest_bf16(value.half[1]), 16);
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
 }
+#endif
 
 /* Of the first numbers, which alone may be read, as many as there are in `which`. */
-INLINE floats load16(const bf16 *from, lanes which)
+INLINE floats load16(const bits16 *from, lanes which)
 {
-    _Alignas(32) bf16 some[16] = {0};
+    _Alignas(32) bits16 some[16] = {0};
     if (__builtin_expect(which != 0xffff, 0)) {
         memcpy(some, from, (size_t)__builtin_popcount(which) * sizeof *some);
         from = some;
     }
-    OF_HALVES(floats, _mm256_castsi256_ps(_mm256_slli_epi32(
-                          _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from + i)), 16)));
+    OF_HALVES(floats, widen8(_mm_loadu_si128((const __m128i *)from + i)));
 }
 
-INLINE void store16(bf16 *to, lanes which, floats value)
+INLINE void store16(bits16 *to, lanes which, floats value)
 {
-    __m256i bits = bf16_bits(value);
+    __m256i bits = narrow(value);
     if (__builtin_expect(which == 0xffff, 1))
         _mm256_storeu_si256((__m256i *)to, bits);
     else

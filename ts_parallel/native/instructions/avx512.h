@@ -13,8 +13,22 @@
 typedef __m512i words, bytes;
 typedef __m512 one_float;
 
+#ifdef IN_FLOAT16
+INLINE __m256i narrow(floats value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+
+/* The lower and the upper 16 bits of each. */
+INLINE void widen_pairs(words pairs, floats *lower, floats *upper)
+{
+    const __m512i even_then_odd = _mm512_setr_epi32(
+        0x020000, 0x060004, 0x0a0008, 0x0e000c, 0x120010, 0x160014, 0x1a0018, 0x1e001c, 0x030001, 0x070005, 0x0b0009,
+        0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d);
+    __m512i parted = _mm512_permutexvar_epi16(even_then_odd, pairs);
+    *lower = widen(_mm512_castsi512_si256(parted));
+    *upper = widen(_mm512_extracti64x4_epi64(parted, 1));
+}
+#else
 /* To the nearest, of two as near to the even one; NaN stays NaN. */
-INLINE __m256i bf16_bits(floats value)
+INLINE __m256i narrow(floats value)
 {
     __m512i bits = _mm512_castps_si512(value), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
@@ -22,6 +36,7 @@ INLINE __m256i bf16_bits(floats value)
     up = _mm512_mask_or_epi32(up, is_nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 }
+#endif
 
 INLINE words load_words(const void *from) { return _mm512_loadu_si512(from); }
 INLINE words load_some_words(const void *from, lanes which) { return _mm512_maskz_loadu_epi32(which, from); }

@@ -14,15 +14,15 @@
 #define FEW_TOKENS 10
 
 typedef __m512bh operand; /* a pair of inputs' weights for 16 outputs */
-typedef bf16 number;      /* what inputs are read as */
+typedef bits16 number;      /* what inputs are read as */
 typedef __m512bh both;    /* a pair of inputs */
 
-INLINE __m256i bf16_bits(floats value) { return (__m256i)_mm512_cvtneps_pbh(value); }
-INLINE void store_numbers(number *to, floats value) { _mm256_storeu_si256((__m256i *)to, bf16_bits(value)); }
-INLINE operand load_operand(const bf16 *from) { return (__m512bh)_mm512_loadu_si512(from); }
-INLINE operand load_some(const bf16 *from, lanes which) { return (__m512bh)_mm512_maskz_loadu_epi32(which, from); }
+INLINE __m256i narrow(floats value) { return (__m256i)_mm512_cvtneps_pbh(value); }
+INLINE void store_numbers(number *to, floats value) { _mm256_storeu_si256((__m256i *)to, narrow(value)); }
+INLINE operand load_operand(const bits16 *from) { return (__m512bh)_mm512_loadu_si512(from); }
+INLINE operand load_some(const bits16 *from, lanes which) { return (__m512bh)_mm512_maskz_loadu_epi32(which, from); }
 INLINE operand first_alone(operand both) { return (__m512bh)_mm512_maskz_mov_epi16(0x55555555, (__m512i)both); }
-INLINE void keep_operand(bf16 *to, operand weights) { _mm512_store_si512(to, (__m512i)weights); }
+INLINE void keep_operand(bits16 *to, operand weights) { _mm512_store_si512(to, (__m512i)weights); }
 INLINE floats dot(floats sum, operand weights, both inputs) { return _mm512_dpbf16_ps(sum, weights, inputs); }
 
 INLINE both pair_of(const number *from)
@@ -45,7 +45,7 @@ INLINE struct tables coded_table(const uint8_t upper[16])
 INLINE struct tables int4_table(void)
 {
     const __m512i meanings = _mm512_setr_epi32(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return (struct tables){{_mm512_broadcast_i64x4(bf16_bits(_mm512_cvtepi32_ps(meanings)))}};
+    return (struct tables){{_mm512_broadcast_i64x4(narrow(_mm512_cvtepi32_ps(meanings)))}};
 }
 
 /* The bytes of the bfloat16 of all magnitudes, 0 to 127: first the lower ones, then the upper ones. */
@@ -55,7 +55,7 @@ INLINE struct tables int8_table(void)
     __m128i bytes[2][8];
     struct tables tables;
     for (int i = 0; i < 8; i++) {
-        __m256i bits = bf16_bits(_mm512_cvtepi32_ps(_mm512_add_epi32(number, _mm512_set1_epi32(16 * i))));
+        __m256i bits = narrow(_mm512_cvtepi32_ps(_mm512_add_epi32(number, _mm512_set1_epi32(16 * i))));
         bytes[0][i] = _mm256_cvtepi16_epi8(bits);
         bytes[1][i] = _mm256_cvtepi16_epi8(_mm256_srli_epi16(bits, 8));
     }

@@ -1,17 +1,16 @@
 /* Sixteen float32, and the ways of a weight into its panels, where a vector has 512 bits: AVX-512 F, BW, DQ and VL.
- * `bf16_bits`, how float32 is rounded to bfloat16, is the including header's. */
+ * `narrow`, how float32 is rounded to 16 bits, is the including header's. */
 #ifndef TS_PARALLEL_AVX512_FLOATS_H
 #define TS_PARALLEL_AVX512_FLOATS_H
 
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "numbers/formats.h"
 
-typedef uint16_t bf16;
 typedef __m512 floats;
 typedef __mmask16 lanes; /* which of sixteen */
 
-INLINE __m256i bf16_bits(floats value);
+INLINE __m256i narrow(floats value);
 
 INLINE floats all(float value) { return _mm512_set1_ps(value); }
 INLINE floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
@@ -36,12 +35,16 @@ INLINE float greatest_of(floats value) { return _mm512_reduce_max_ps(value); }
 
 INLINE floats widen(__m256i bits)
 {
+#ifdef IN_FLOAT16
+    return _mm512_cvtph_ps(bits);
+#else
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#endif
 }
 
-INLINE floats load16(const bf16 *from, lanes which) { return widen(_mm256_maskz_loadu_epi16(which, from)); }
-INLINE void store16(bf16 *to, lanes which, floats value) { _mm256_mask_storeu_epi16(to, which, bf16_bits(value)); }
-INLINE floats rounded(floats value) { return widen(bf16_bits(value)); }
+INLINE floats load16(const bits16 *from, lanes which) { return widen(_mm256_maskz_loadu_epi16(which, from)); }
+INLINE void store16(bits16 *to, lanes which, floats value) { _mm256_mask_storeu_epi16(to, which, narrow(value)); }
+INLINE floats rounded(floats value) { return widen(narrow(value)); }
 
 INLINE __mmask32 first32(int64_t count)
 {
@@ -49,7 +52,7 @@ INLINE __mmask32 first32(int64_t count)
 }
 
 /* The bits, without a sign, of the number that is furthest from zero. */
-INLINE uint32_t largest_bits_of_row(const bf16 *from, int64_t count)
+INLINE uint32_t largest_bits_of_row(const bits16 *from, int64_t count)
 {
     __m512i most = _mm512_setzero_si512(); /* without their signs, numbers are in the order of their bits */
     for (int64_t i = 0; i < count; i += 32) {
@@ -61,7 +64,7 @@ INLINE uint32_t largest_bits_of_row(const bf16 *from, int64_t count)
 }
 
 /* The integers next to `count` numbers, at most 32, times `inverse`. */
-INLINE void choose_integers(const bf16 *from, int64_t count, float inverse, int largest, int8_t to[32])
+INLINE void choose_integers(const bits16 *from, int64_t count, float inverse, int largest, int8_t to[32])
 {
     for (int half = 0; half < 2; half++) {
         floats number = times(load16(from + 16 * half, (lanes)(first32(count) >> 16 * half)), all(inverse));
@@ -73,7 +76,7 @@ INLINE void choose_integers(const bf16 *from, int64_t count, float inverse, int 
 
 /* `count` numbers, at most 32, of each of 16 rows, of which `num_rows` are there, to `num_pairs` pairs of 16 rows, a
  * panel's width apart. */
-INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_t count, bf16 *to, int64_t width,
+INLINE void transpose_pairs(const bits16 *const rows[16], int64_t num_rows, int64_t count, bits16 *to, int64_t width,
                             int64_t num_pairs)
 {
     __m512i row[16], half[16];
@@ -107,7 +110,7 @@ INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_
 
 /* The codes and lower bytes of one pair, `numbers` [64, 2], as numbers/coded.h has them; of each half, which bytes
  * belong to exceptions. `base` is the upper byte of code 0. */
-INLINE void code_pair(const bf16 *numbers, int base, uint8_t *to, uint64_t exceptions[2])
+INLINE void code_pair(const bits16 *numbers, int base, uint8_t *to, uint64_t exceptions[2])
 {
     const __m512i lower = _mm512_set1_epi16(0xff), magnitude = _mm512_set1_epi8(0x7f), eight = _mm512_set1_epi8(8);
     __m512i codes[2];

@@ -4,17 +4,15 @@
 #define TS_PARALLEL_INSTRUCTIONS_H
 
 #include <arm_neon.h>
-#include <stdint.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "numbers/formats.h"
+
 /* 4 times 4 vectors of sums, 8 of weights and 2 of inputs are 26 of 32 registers. */
 #define MOST_ROWS 4
 #define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
 #define KEEPING_ROWS 0
 #define FEW_TOKENS 2
 
-typedef uint16_t bf16;
 typedef uint16_t lanes; /* which of sixteen */
 typedef struct {
     float32x4_t part[4];
@@ -176,6 +174,23 @@ INLINE words load_some_words(const void *from, lanes which)
     return load_words(some);
 }
 
+#ifdef IN_FLOAT16
+INLINE float32x4_t widen4(uint16x4_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
+INLINE uint16x4_t narrow4(float32x4_t value) { return vreinterpret_u16_f16(vcvt_f16_f32(value)); }
+INLINE floats rounded(floats value) { OF_PARTS(floats, widen4(narrow4(value.part[i]))); }
+
+/* The lower and the upper 16 bits of each. */
+INLINE void widen_pairs(words pairs, floats *lower, floats *upper)
+{
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        lower->part[i] = widen4(vmovn_u32(pairs.part[i]));
+        upper->part[i] = widen4(vshrn_n_u32(pairs.part[i], 16));
+    }
+}
+#else
+INLINE float32x4_t widen4(uint16x4_t bits) { return vreinterpretq_f32_u32(vshll_n_u16(bits, 16)); }
+
 /* The upper 16 bits are the nearest bfloat16, of two as near the even one; NaN stays NaN. */
 INLINE uint32x4_t nearest_bf16(float32x4_t value)
 {
@@ -189,46 +204,49 @@ INLINE floats rounded(floats value)
     OF_PARTS(floats, vreinterpretq_f32_u32(vandq_u32(nearest_bf16(value.part[i]), vdupq_n_u32(0xffff0000u))));
 }
 
+INLINE uint16x4_t narrow4(float32x4_t value) { return vshrn_n_u32(nearest_bf16(value), 16); }
+#endif
+
 /* Of the first numbers, which alone may be read, as many as there are in `which`. */
-INLINE floats load16(const bf16 *from, lanes which)
+INLINE floats load16(const bits16 *from, lanes which)
 {
-    bf16 some[16] = {0};
+    bits16 some[16] = {0};
     if (which != 0xffff) {
         memcpy(some, from, (size_t)__builtin_popcount(which) * sizeof *some);
         from = some;
     }
-    OF_PARTS(floats, vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)));
+    OF_PARTS(floats, widen4(vld1_u16(from + 4 * i)));
 }
 
-INLINE void store_bf16(bf16 *to, floats value)
+INLINE void store_all16(bits16 *to, floats value)
 {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        vst1_u16(to + 4 * i, vshrn_n_u32(nearest_bf16(value.part[i]), 16));
+        vst1_u16(to + 4 * i, narrow4(value.part[i]));
 }
 
-INLINE void store16(bf16 *to, lanes which, floats value)
+INLINE void store16(bits16 *to, lanes which, floats value)
 {
-    bf16 some[16];
+    bits16 some[16];
     if (which == 0xffff) {
-        store_bf16(to, value);
+        store_all16(to, value);
         return;
     }
-    store_bf16(some, value);
+    store_all16(some, value);
     memcpy(to, some, (size_t)__builtin_popcount(which) * sizeof *to);
 }
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 typedef words operand;   /* a pair of inputs' weights for 16 outputs */
-typedef bf16 number;     /* what inputs are read as */
+typedef bits16 number;     /* what inputs are read as */
 typedef uint32x4_t both; /* a pair of inputs */
 
 INLINE operand operand_of(words pairs) { return pairs; }
-INLINE operand load_operand(const bf16 *from) { return load_words(from); }
-INLINE operand load_some(const bf16 *from, lanes which) { return load_some_words(from, which); }
+INLINE operand load_operand(const bits16 *from) { return load_words(from); }
+INLINE operand load_some(const bits16 *from, lanes which) { return load_some_words(from, which); }
 INLINE operand first_alone(operand pairs) { return mask_of(pairs, 0xffff); }
-INLINE void keep_operand(bf16 *to, operand weights) { store_words(to, weights); }
-INLINE void store_numbers(number *to, floats value) { store_bf16(to, value); }
+INLINE void keep_operand(bits16 *to, operand weights) { store_words(to, weights); }
+INLINE void store_numbers(number *to, floats value) { store_all16(to, value); }
 INLINE both pair_of(const number *from) { return vld1q_dup_u32((const uint32_t *)(const void *)from); }
 
 /* Of small integers, which bfloat16 holds exactly. */

@@ -3,16 +3,14 @@
 #define TS_PARALLEL_INSTRUCTIONS_H
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "numbers/formats.h"
+
 #define MOST_ROWS 4
 #define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
 #define KEEPING_ROWS 0
 #define FEW_TOKENS 2
 
-typedef uint16_t bf16;
 typedef uint16_t lanes; /* which of sixteen */
 typedef struct {
     float lane[16];
@@ -30,27 +28,6 @@ typedef float one_float;
     for (int i = 0; i < 16; i++)                                                                                       \
         result.lane[i] = expression;                                                                                   \
     return result
-
-INLINE float float_of_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE uint32_t bits_of_float(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-/* To the nearest, of two as near to the even one; NaN stays NaN. */
-INLINE bf16 bf16_of(float value)
-{
-    uint32_t bits = bits_of_float(value);
-    return (bf16)((value == value ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16);
-}
 
 INLINE floats all(float value) { OF_LANES(floats, value); }
 INLINE floats load_floats(const float *from) { OF_LANES(floats, from[i]); }
@@ -92,19 +69,19 @@ INLINE float greatest_of(floats value)
     return value.lane[0];
 }
 
-INLINE floats rounded(floats value) { OF_LANES(floats, float_of_bits((uint32_t)bf16_of(value.lane[i]) << 16)); }
+INLINE floats rounded(floats value) { OF_LANES(floats, number_of(nearest_number(value.lane[i]))); }
 
 /* Of the first numbers, which alone may be read, as many as there are in `which`. */
-INLINE floats load16(const bf16 *from, lanes which)
+INLINE floats load16(const bits16 *from, lanes which)
 {
-    OF_LANES(floats, which >> i & 1 ? float_of_bits((uint32_t)from[i] << 16) : 0);
+    OF_LANES(floats, which >> i & 1 ? number_of(from[i]) : 0);
 }
 
-INLINE void store16(bf16 *to, lanes which, floats value)
+INLINE void store16(bits16 *to, lanes which, floats value)
 {
     for (int i = 0; i < 16; i++)
         if (which >> i & 1)
-            to[i] = bf16_of(value.lane[i]);
+            to[i] = nearest_number(value.lane[i]);
 }
 
 INLINE words load_words(const void *from)
@@ -158,6 +135,17 @@ INLINE words interleaved(bytes low, bytes high, int from)
 
 INLINE words interleave_lower(bytes low, bytes high) { return interleaved(low, high, 0); }
 INLINE words interleave_upper(bytes low, bytes high) { return interleaved(low, high, 8); }
+
+#ifdef IN_FLOAT16
+/* The lower and the upper 16 bits of each. */
+INLINE void widen_pairs(words pairs, floats *lower, floats *upper)
+{
+    for (int i = 0; i < 16; i++) {
+        lower->lane[i] = number_of((bits16)pairs.lane[i]);
+        upper->lane[i] = number_of((bits16)(pairs.lane[i] >> 16));
+    }
+}
+#endif
 
 #include "instructions/float_operands.h"
 #include "instructions/decoding.h"

@@ -16,7 +16,7 @@
 
 #include <stddef.h>
 
-#include "numbers/bf16.h"
+#include "numbers/floats.h"
 
 #define PANEL 64
 #define CODED_PAIR (3 * PANEL) /* bytes of 2 x 64 numbers */
@@ -59,21 +59,21 @@ __attribute__((noinline, cold)) static const uint32_t *put_exceptions(const uint
 }
 
 /* Two numbers of a pair, the first at `place`; not so where they are exceptions. */
-static inline void decode_two(const struct coded_panel *panel, const uint8_t *from, int64_t place, bf16 to[2])
+static inline void decode_two(const struct coded_panel *panel, const uint8_t *from, int64_t place, bits16 to[2])
 {
     for (int64_t half = place / 64, i = 0; i < 2; i++) {
         const uint8_t *byte = from + byte_of(place + i);
-        to[i] = (bf16)(panel->upper[*byte >> 4 * half & 15] << 8 | byte[64 + 64 * half]);
+        to[i] = (bits16)(panel->upper[*byte >> 4 * half & 15] << 8 | byte[64 + 64 * half]);
     }
 }
 
 /* Put right the two numbers at `place` of all pairs [num_pairs, 2]. */
-static inline void decode_exceptions(const struct coded_panel *panel, int64_t place, bf16 *to)
+static inline void decode_exceptions(const struct coded_panel *panel, int64_t place, bits16 *to)
 {
     for (const uint32_t *next = panel->exceptions; *next; next++)
         if ((*next >> 8 & 127) / 2 == place / 2) {
-            bf16 *number = to + ((*next >> 15) - 1) * 2 + (*next >> 8 & 1);
-            *number = (bf16)((*next & 255) << 8 | (*number & 255));
+            bits16 *number = to + ((*next >> 15) - 1) * 2 + (*next >> 8 & 1);
+            *number = (bits16)((*next & 255) << 8 | (*number & 255));
         }
 }
 

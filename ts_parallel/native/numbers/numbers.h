@@ -1,23 +1,25 @@
-/* How the numbers of a weight's panels are stored, and read as bfloat16.
+/* How the numbers of a weight's panels are stored, and read in 16 bits.
  *
  * A pair is two input features of a panel's 64 outputs, four vectors of 16 outputs with both of an output side by side.
- * BFLOAT16 stores the vectors as they are multiplied, CODED the same bits in fewer (coded.h). INT8 stores a byte of each
- * number, its sign and its magnitude, in the order of coded.h. INT4 stores 32 times 16 bits: number i of all four
- * vectors from the lowest bits up, each 8 more than it means. Small integers are exact in bfloat16. The scales of one or
- * more pairs, one of each output, are bfloat16, chosen before the integers, and multiplied by what the integers sum to.
+ * PLAIN stores the vectors as they are multiplied, CODED the same bits in fewer, where they are bfloat16 (coded.h). INT8
+ * stores a byte of each number, its sign and its magnitude, in the order of coded.h. INT4 stores 32 times 16 bits: number
+ * i of all four vectors from the lowest bits up, each 8 more than it means. Small integers are exact in 16 bits. The
+ * scales of one or more pairs, one of each output, have 16 bits, are chosen before the integers, and multiplied by what
+ * the integers sum to.
  */
 #ifndef TS_PARALLEL_NUMBERS_H
 #define TS_PARALLEL_NUMBERS_H
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "numbers/coded.h"
 
-enum number_kind { BFLOAT16, INT8, INT4, CODED };
+enum number_kind { PLAIN, INT8, INT4, CODED };
 
 static inline int64_t bytes_of_pair(enum number_kind kind)
 {
-    return kind == CODED ? CODED_PAIR : 2 * PANEL * (int64_t)sizeof(bf16) >> kind;
+    return kind == CODED ? CODED_PAIR : 2 * PANEL * (int64_t)sizeof(bits16) >> kind;
 }
 
 static inline int64_t bytes_of_panel(enum number_kind kind, int64_t num_pairs)
@@ -31,9 +33,9 @@ struct panel {
     int64_t num_pairs;
     const uint8_t *numbers;
     const struct coded_panel *head; /* where they are codes */
-    const bf16 *scales;             /* [groups of inputs, 64] of integers */
+    const bits16 *scales;             /* [groups of inputs, 64] of integers */
     int64_t pairs_a_group;
-    bf16 *kept; /* where whoever reads codes or integers shall leave them in bfloat16, or NULL */
+    bits16 *kept; /* where whoever reads codes or integers shall leave them PLAIN, or NULL */
     /* What comes into the cache while the numbers are multiplied, so much with each pair. */
     const uint8_t *ahead;
     int64_t bytes_ahead;
@@ -49,7 +51,7 @@ INLINE struct decoder make_decoder(const enum number_kind kind, const struct cod
 {
     struct decoder decoder = {.exception = kind == CODED ? head->exceptions : NULL};
     switch (kind) {
-    case BFLOAT16: break;
+    case PLAIN: break;
     case CODED: decoder.tables = coded_table(head->upper); break;
     case INT8: decoder.tables = int8_table(); break;
     case INT4: decoder.tables = int4_table(); break;
@@ -58,15 +60,15 @@ INLINE struct decoder make_decoder(const enum number_kind kind, const struct cod
 }
 
 /* The weights of `parts` times 16 outputs, from part number `first` on, of pair number `pair`: a single part only where
- * they are BFLOAT16, else two or all four. */
+ * they are PLAIN, else two or all four. */
 INLINE void load_pair(const enum number_kind kind, const uint8_t *from, int64_t pair, const int first, const int parts,
                       struct decoder *decoder, operand weights[4])
 {
     const struct tables *tables = &decoder->tables;
-    if (kind == BFLOAT16)
+    if (kind == PLAIN)
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++)
-            weights[part] = load_operand((const bf16 *)from + 32 * (first + part));
+            weights[part] = load_operand((const bits16 *)from + 32 * (first + part));
     else
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part += 2) {
@@ -78,7 +80,7 @@ INLINE void load_pair(const enum number_kind kind, const uint8_t *from, int64_t 
             }
         }
     if (kind == CODED && __builtin_expect(*decoder->exception >> 15 == pair + 1, 0)) {
-        _Alignas(64) bf16 mended[2 * PANEL]; /* so that what is not mended stays in registers */
+        _Alignas(64) bits16 mended[2 * PANEL]; /* so that what is not mended stays in registers */
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++)
             keep_operand(mended + 32 * (first + part), weights[part]);
@@ -105,16 +107,18 @@ static inline void *scratch_of(size_t num_bytes, int place)
     return scratch[place];
 }
 
-/* The scale of `count` numbers, rounded to bfloat16, by which the largest is the integer `largest`; its inverse. */
-INLINE float choose_scale(const bf16 *from, int64_t count, int largest, bf16 *scale)
+/* The scale of `count` numbers, rounded to 16 bits, by which the largest is the integer `largest`; its inverse. Where few
+ * bits are left of it, in float16 below 2^-14, no number may be off by more than half a scale: it is the next one then.
+ * And what was finite has to stay so. */
+INLINE float choose_scale(const bits16 *from, int64_t count, int largest, bits16 *scale)
 {
-    uint32_t bits = largest_bits_of_row(from, count) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    floats number = over(all(value), all((float)largest));
-    store16(scale, 1, number);
-    bits = (uint32_t)*scale << 16;
-    memcpy(&value, &bits, sizeof value);
+    float most = number_of((bits16)largest_bits_of_row(from, count));
+    store16(scale, 1, over(all(most), all((float)largest)));
+    if (most > number_of(*scale) * ((float)largest + 0.5f))
+        ++*scale;
+    if (most < INFINITY && nearest_number(number_of(*scale) * (float)largest) == INFINITE)
+        --*scale;
+    float value = number_of(*scale);
     return value > 0 ? 1 / value : 0;
 }
 
@@ -135,8 +139,8 @@ static inline void place_integers(enum number_kind kind, const int8_t integers[P
 }
 
 /* The panels of `num_rows` rows of a weight, which begin with a whole panel, as integers with scales. */
-static void quantize_rows(enum number_kind kind, uint8_t *to, bf16 *scales, int64_t inputs_a_group,
-                          const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+static void quantize_rows(enum number_kind kind, uint8_t *to, bits16 *scales, int64_t inputs_a_group,
+                          const bits16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
 {
     const int largest = kind == INT8 ? 127 : 7;
     for (int64_t first = 0; first < num_rows; first += PANEL)

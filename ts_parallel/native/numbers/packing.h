@@ -4,14 +4,12 @@
 
 #include "numbers/coded.h"
 
-#define INFINITE 0x7f80 /* a bfloat16's bits; without a sign, NaN's are more */
-
 /* Pairs of up to 32 columns of up to 64 rows, `stride` apart: [num_pairs, 64, 2]. */
-static inline void transpose_columns(const bf16 *from, int64_t num_rows, int64_t count, int64_t stride, bf16 *to,
+static inline void transpose_columns(const bits16 *from, int64_t num_rows, int64_t count, int64_t stride, bits16 *to,
                                      int64_t num_pairs)
 {
     for (int64_t part = 0; part < 4; part++) {
-        const bf16 *rows[16];
+        const bits16 *rows[16];
         for (int i = 0; i < 16; i++)
             rows[i] = from + (part * 16 + i) * stride;
         transpose_pairs(rows, num_rows - part * 16, count, to + part * 32, 2 * PANEL, num_pairs);
@@ -19,7 +17,7 @@ static inline void transpose_columns(const bf16 *from, int64_t num_rows, int64_t
 }
 
 /* The bits, without a sign, of the number that is furthest from zero. */
-static inline uint32_t largest_bits(const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+static inline uint32_t largest_bits(const bits16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
 {
     uint32_t most = 0;
     for (int64_t row = 0; row < num_rows; row++, from += stride) {
@@ -29,19 +27,37 @@ static inline uint32_t largest_bits(const bf16 *from, int64_t num_rows, int64_t 
     return most;
 }
 
+/* Vectors of 16 pairs as `load_operand` reads them. */
+static inline void arrange_pairs(bits16 *vectors, int64_t num_vectors)
+{
+#ifdef IN_FLOAT16
+    for (int64_t i = 0; i < num_vectors; i++, vectors += 32) {
+        bits16 pairs[32];
+        memcpy(pairs, vectors, sizeof pairs);
+        for (int lane = 0; lane < 16; lane++) {
+            vectors[lane] = pairs[2 * lane];
+            vectors[16 + lane] = pairs[2 * lane + 1];
+        }
+    }
+#else
+    (void)vectors, (void)num_vectors;
+#endif
+}
+
 /* The panels of `num_rows` rows of a weight, which begin with a whole panel. Returns whether a number is NaN. */
-static inline int pack_rows(bf16 *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+static inline int pack_rows(bits16 *to, const bits16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
 {
     for (int64_t first = 0; first < num_rows; first += PANEL)
         for (int64_t column = 0, count; column < num_inputs; column += count, to += count * PANEL) {
             count = num_inputs - column < 32 ? num_inputs - column : 32;
             transpose_columns(from + first * stride + column, num_rows - first, count, stride, to, count / 2);
+            arrange_pairs(to, 4 * (count / 2));
         }
     return largest_bits(from, num_rows, num_inputs, stride) > INFINITE;
 }
 
 /* Up to 64 rows to one coded panel. Returns 0 where too many numbers would be exceptions, or NaN is among them. */
-static inline int code_panel(uint8_t *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+static inline int code_panel(uint8_t *to, const bits16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
 {
     struct coded_panel *panel = (struct coded_panel *)to;
     uint8_t *pair_to = to + bytes_of_head(num_inputs / 2);
@@ -52,7 +68,7 @@ static inline int code_panel(uint8_t *to, const bf16 *from, int64_t num_rows, in
     int base = choose_codes((int)(largest >> 8), panel);
     panel->plain = NULL;
     for (int64_t column = 0; column < num_inputs; column += 32) {
-        _Alignas(64) bf16 pairs[16][2 * PANEL];
+        _Alignas(64) bits16 pairs[16][2 * PANEL];
         int64_t count = num_inputs - column < 32 ? num_inputs - column : 32;
         transpose_columns(from + column, num_rows, count, stride, pairs[0], 16);
         for (int64_t pair = 0; pair < count / 2; pair++, pair_number++) {
@@ -73,7 +89,7 @@ static inline int code_panel(uint8_t *to, const bf16 *from, int64_t num_rows, in
 }
 
 /* Rows that begin with a whole panel to coded ones, up to one that cannot be. Returns how many there are. */
-static inline int64_t code_rows(uint8_t *to, const bf16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
+static inline int64_t code_rows(uint8_t *to, const bits16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)
 {
     int64_t size = bytes_of_coded_panel(num_inputs / 2), num_coded = 0;
     for (int64_t left; (left = num_rows - num_coded * PANEL) > 0; num_coded++)

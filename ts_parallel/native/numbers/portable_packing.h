@@ -7,7 +7,7 @@
 #include "numbers/coded.h"
 
 /* The bits, without a sign, of the number that is furthest from zero. */
-INLINE uint32_t largest_bits_of_row(const bf16 *from, int64_t count)
+INLINE uint32_t largest_bits_of_row(const bits16 *from, int64_t count)
 {
     uint16_t most = 0; /* without their signs, numbers are in the order of their bits */
     for (int64_t i = 0; i < count; i++) {
@@ -18,20 +18,17 @@ INLINE uint32_t largest_bits_of_row(const bf16 *from, int64_t count)
 }
 
 /* The integers next to `count` numbers, at most 32, times `inverse`. */
-INLINE void choose_integers(const bf16 *from, int64_t count, float inverse, int largest, int8_t to[32])
+INLINE void choose_integers(const bits16 *from, int64_t count, float inverse, int largest, int8_t to[32])
 {
     for (int64_t i = 0; i < 32; i++) {
-        uint32_t bits = i < count ? (uint32_t)from[i] << 16 : 0;
-        float number;
-        memcpy(&number, &bits, sizeof number);
-        number = nearbyintf(number * inverse);
+        float number = nearbyintf(i < count ? number_of(from[i]) * inverse : 0);
         to[i] = (int8_t)(number > (float)largest ? largest : number < (float)-largest ? -largest : (int)number);
     }
 }
 
 /* `count` numbers, at most 32, of each of 16 rows, of which `num_rows` are there, to `num_pairs` pairs of 16 rows, a
  * panel's width apart. */
-INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_t count, bf16 *to, int64_t width,
+INLINE void transpose_pairs(const bits16 *const rows[16], int64_t num_rows, int64_t count, bits16 *to, int64_t width,
                             int64_t num_pairs)
 {
     for (int i = 0; i < 16; i++)
@@ -45,7 +42,7 @@ INLINE void transpose_pairs(const bf16 *const rows[16], int64_t num_rows, int64_
 
 /* The codes and lower bytes of one pair, `numbers` [64, 2], as numbers/coded.h has them; of each half, which bytes
  * belong to exceptions. `base` is the upper byte of code 0. */
-INLINE void code_pair(const bf16 *numbers, int base, uint8_t *to, uint64_t exceptions[2])
+INLINE void code_pair(const bits16 *numbers, int base, uint8_t *to, uint64_t exceptions[2])
 {
     for (int half = 0; half < 2; half++) {
         exceptions[half] = 0;

@@ -2,7 +2,7 @@
  *
  * A chunk is N new tokens of one sequence, whose length with them is L. H query heads share KV key/value heads, G each;
  * D and E numbers a head in keys and values. Softmax online over tiles of keys (Milakov and Gimelshein 2018; Dao et al.
- * 2022), in float32; the weights of the values are rounded to bfloat16.
+ * 2022), in float32; the weights of the values are rounded to 16 bits.
  *
  * Memory is read as it is multiplied, and a head's part of a block lies together: of a block's tokens, so many as a
  * vector has lanes are a run, `keys[block][KV][run][D / 2][lane][2]` and `values[block][KV][run][lane / 2][E][2]`.
@@ -24,8 +24,8 @@ struct site {
     int64_t num_heads, num_kv_heads, head_dim, value_dim;
     int64_t window; /* 0: all earlier tokens are seen */
     float scaling, softcap; /* softcap 0: none */
-    const bf16 *sinks;      /* [H] or NULL */
-    bf16 *keys, *values;
+    const bits16 *sinks;      /* [H] or NULL */
+    bits16 *keys, *values;
 };
 
 struct chunk {
@@ -45,7 +45,7 @@ struct step {
 
 /* Numbers of a head lie together; strides count numbers. */
 struct heads {
-    bf16 *data;
+    bits16 *data;
     int64_t head_stride, token_stride;
 };
 
@@ -53,8 +53,8 @@ struct attention_call {
     const struct site *site;
     const struct step *step;
     struct heads query, key, value, output;
-    const bf16 *cosine, *sine; /* [T, D], by which queries and keys are to be turned, or NULL */
-    bf16 *turned;              /* [T, H, D], room for the turned queries */
+    const bits16 *cosine, *sine; /* [T, D], by which queries and keys are to be turned, or NULL */
+    bits16 *turned;              /* [T, H, D], room for the turned queries */
     const struct query_tile *tiles;
     int64_t num_tasks, num_threads;
     _Atomic int *lacks_memory; /* set by a task that has none */
@@ -97,16 +97,16 @@ static void write_task(const void *argument, int64_t index)
     if (end > call->step->num_tokens)
         end = call->step->num_tokens;
     for (int64_t row = begin; row < end; row++) {
-        const bf16 *cosine = call->cosine + row * dim, *sine = call->sine + row * dim;
+        const bits16 *cosine = call->cosine + row * dim, *sine = call->sine + row * dim;
         int64_t slot = call->step->slots[row], offset = slot % size, lane = offset % num_lanes;
         for (int64_t head = 0; head < site->num_kv_heads; head++) {
             int64_t run = place_of_run(call, slot / size, head, offset - lane);
-            bf16 *key = site->keys + run * dim + 2 * lane;
-            bf16 *value = site->values + (run + lane / 2 * 2) * site->value_dim + lane % 2;
-            const bf16 *new_key = call->key.data + row * call->key.token_stride + head * call->key.head_stride;
-            const bf16 *new_value = call->value.data + row * call->value.token_stride + head * call->value.head_stride;
+            bits16 *key = site->keys + run * dim + 2 * lane;
+            bits16 *value = site->values + (run + lane / 2 * 2) * site->value_dim + lane % 2;
+            const bits16 *new_key = call->key.data + row * call->key.token_stride + head * call->key.head_stride;
+            const bits16 *new_value = call->value.data + row * call->value.token_stride + head * call->value.head_stride;
             if (call->cosine)
-                turn(new_key, cosine, sine, dim, (bf16 *)turned);
+                turn(new_key, cosine, sine, dim, (bits16 *)turned);
             else
                 memcpy(turned, new_key, sizeof turned);
             for (int64_t pair = 0; pair < dim / 2; pair++)
@@ -123,7 +123,7 @@ static void write_task(const void *argument, int64_t index)
 /* Some keys and values of one sequence. */
 struct tile {
     int64_t first, count;
-    const bf16 *keys[RUNS], *values[RUNS]; /* what lies behind `count` is of any other run */
+    const bits16 *keys[RUNS], *values[RUNS]; /* what lies behind `count` is of any other run */
 };
 
 static inline int64_t keys_of_tile(const struct attention_call *call)
@@ -161,14 +161,6 @@ INLINE floats score_of(const struct site *site, floats product)
     return times(all(site->softcap), tanh);
 }
 
-static inline float sink_of(const struct site *site, int64_t head)
-{
-    uint32_t bits = (uint32_t)site->sinks[head] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
 /* Softmax so far: the greatest score, and the sum of all weights relative to it. A sink is a score without a value. */
 struct softmax {
     float greatest, sum;
@@ -178,11 +170,11 @@ INLINE struct softmax begin_softmax(const struct site *site, int64_t head)
 {
     struct softmax begun = {LOWEST, 0};
     if (site->sinks)
-        begun = (struct softmax){sink_of(site, head), 1};
+        begun = (struct softmax){number_of(site->sinks[head]), 1};
     return begun;
 }
 
-/* Scores of a tile to weights rounded to bfloat16; returns by what the values summed so far must be multiplied. */
+/* Scores of a tile to weights rounded to 16 bits; returns by what the values summed so far must be multiplied. */
 INLINE float weigh_tile(struct softmax *softmax, const floats scores[RUNS], const lanes seen[RUNS],
                         number weights[TILE])
 {
@@ -258,7 +250,7 @@ INLINE void multiply_runs(const int rows, const int part, const int parts, const
 }
 
 /* Adds two values, weighed, to `parts` times 16 sums of some queries; or the first alone. */
-INLINE void add_two(const int rows, const int parts, const bf16 *from, const lanes columns[4], const int is_alone,
+INLINE void add_two(const int rows, const int parts, const bits16 *from, const lanes columns[4], const int is_alone,
                     const number *weights, floats sum[][4])
 {
     operand value[4];
@@ -292,7 +284,7 @@ INLINE void add_values(const int rows, const int parts, const number *weights, c
         for (int i = 0; i < parts; i++)
             sum[row][i] = times(load_floats(sums + row * width + 16 * i), all(shrink[row]));
     for (int64_t run = 0, left = tile->count; left > 0; run++, left -= num_lanes) {
-        const bf16 *from = tile->values[run] + 2 * column, *ahead = next->values[run] + 2 * column;
+        const bits16 *from = tile->values[run] + 2 * column, *ahead = next->values[run] + 2 * column;
         const number *weight = weights + MOST_LANES * run;
         int64_t lane = 0, own = left < num_lanes ? left : num_lanes;
         for (; lane + 1 < own; lane += 2) {
@@ -378,14 +370,14 @@ static inline struct tile find_first_tile(const struct attention_call *call, int
 
 static inline size_t bytes_of_query(const struct site *site)
 {
-    return sizeof(number) == sizeof(bf16) ? 0 : (size_t)(site->head_dim + 15) * sizeof(number);
+    return sizeof(number) == sizeof(bits16) ? 0 : (size_t)(site->head_dim + 15) * sizeof(number);
 }
 
 /* The queries `[tokens, heads]` as the processor multiplies them, in `room` `[heads, tokens]` if they are not so yet. */
 static inline const number *convert_queries(const struct heads *query, int64_t head_dim, int64_t num_tokens,
                                             int64_t num_heads, number *room)
 {
-    if (sizeof(number) == sizeof(bf16))
+    if (sizeof(number) == sizeof(bits16))
         return (const number *)query->data;
     number *to = room;
     for (int64_t head = 0; head < num_heads; head++)
@@ -423,7 +415,7 @@ static void attention_task(const void *argument, int64_t index)
     int64_t stride = own->count > 1 ? query.token_stride : query.head_stride, series_stride = query.head_stride;
     const number *rows_of_queries = convert_queries(&query, site->head_dim, own->count, group,
                                                     (number *)(memory + sums_size + softmax_size));
-    if (sizeof(number) != sizeof(bf16)) {
+    if (sizeof(number) != sizeof(bits16)) {
         stride = site->head_dim;
         series_stride = series * stride;
     }
@@ -454,7 +446,7 @@ static void attention_task(const void *argument, int64_t index)
             }
     }
     for (int64_t row = 0; row < num_rows; row++) {
-        bf16 *output = call->output.data +
+        bits16 *output = call->output.data +
                        (chunk->first_row + own->first + row % own->count) * call->output.token_stride +
                        (kv_head * group + row / own->count) * call->output.head_stride;
         for (int64_t at = 0; at < site->value_dim; at += 16)
@@ -475,7 +467,7 @@ static inline int attention_run(struct attention_call *call, int num_threads)
     for (int64_t i = 0; i < step->num_chunks; i++)
         num_tiles += (step->chunks[i].num_tokens + tokens - 1) / tokens;
     struct query_tile *tiles = malloc((size_t)num_tiles * sizeof *tiles);
-    bf16 *turned = call->cosine
+    bits16 *turned = call->cosine
                        ? malloc((size_t)(step->num_tokens * site->num_heads * site->head_dim) * sizeof *turned)
                        : NULL;
     if (!tiles || (call->cosine && !turned)) {

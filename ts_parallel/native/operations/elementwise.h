@@ -4,14 +4,14 @@
 
 #include <math.h>
 
-#include "numbers/bf16.h"
+#include "numbers/floats.h"
 #include "pool.h"
 
 #define ROWS_A_TASK 16
 
 struct norm_call {
-    const bf16 *input, *weight; /* [T, K], [K] */
-    bf16 *output;               /* [T, K] */
+    const bits16 *input, *weight; /* [T, K], [K] */
+    bits16 *output;               /* [T, K] */
     int64_t num_rows, width;
     int is_offset; /* multiply by 1 + weight, before rounding (Gemma), not by weight after it (Llama) */
     float epsilon;
@@ -23,7 +23,7 @@ static void norm_task(const void *argument, int64_t index)
     const struct norm_call *call = argument;
     int64_t end = (index + 1) * ROWS_A_TASK < call->num_rows ? (index + 1) * ROWS_A_TASK : call->num_rows;
     for (int64_t row = index * ROWS_A_TASK; row < end; row++) {
-        const bf16 *input = call->input + row * call->width;
+        const bits16 *input = call->input + row * call->width;
         floats squares = all(0);
         for (int64_t at = 0; at < call->width; at += 16) {
             floats value = load16(input + at, first16(call->width - at));
@@ -44,14 +44,14 @@ static void norm_task(const void *argument, int64_t index)
 }
 
 struct rotary_call {
-    const bf16 *input; /* [T, H, D] */
+    const bits16 *input; /* [T, H, D] */
     int64_t token_stride, head_stride, num_tokens, num_heads, head_dim;
-    const bf16 *cosine, *sine; /* [T, D], the second half as the first or not */
-    bf16 *output;              /* [T, H, D], contiguous */
+    const bits16 *cosine, *sine; /* [T, D], the second half as the first or not */
+    bits16 *output;              /* [T, H, D], contiguous */
 };
 
 /* Rotary position embedding (Su et al. 2021) of one head: x cos + (-x2, x1) sin for its halves. */
-INLINE void turn(const bf16 *input, const bf16 *cosine, const bf16 *sine, int64_t head_dim, bf16 *output)
+INLINE void turn(const bits16 *input, const bits16 *cosine, const bits16 *sine, int64_t head_dim, bits16 *output)
 {
     int64_t half = head_dim / 2;
     for (int64_t at = 0; at < half; at += 16) {
@@ -78,8 +78,8 @@ static void rotary_task(const void *argument, int64_t index)
 }
 
 struct add_call {
-    const bf16 *first, *second;
-    bf16 *output;
+    const bits16 *first, *second;
+    bits16 *output;
     int64_t count;
 };
 

@@ -3,7 +3,7 @@
  * T tokens, K input features, N output features. A packed weight [N, K] is a row of panels of 64 outputs; in a panel
  * two input features of all 64 outputs follow each other: `packed[n / 64][k / 2][n % 64][k % 2]`, zero where there is no
  * output. So one token reads a weight once from beginning to end, and many tokens find a panel in the cache. Few tokens
- * read its numbers as they are stored (numbers.h); of many, the first ones leave the panel in bfloat16 for the others,
+ * read its numbers as they are stored (numbers.h); of many, the first ones leave the panel in 16 bits for the others,
  * which meanwhile fetch the next one.
  */
 #ifndef TS_PARALLEL_LINEAR_H
@@ -33,10 +33,10 @@ enum activation { NO_ACTIVATION, SILU, GELU_TANH, RELU };
 
 struct linear_part {
     const uint8_t *panels;
-    const bf16 *bias; /* [N] or NULL */
+    const bits16 *bias; /* [N] or NULL */
     int64_t num_outputs;
     enum number_kind kind;
-    const bf16 *scales; /* [panels, K / 2 / pairs_a_group, 64], or NULL where the numbers are no integers */
+    const bits16 *scales; /* [panels, K / 2 / pairs_a_group, 64], or NULL where the numbers are no integers */
     int64_t pairs_a_group;
 };
 
@@ -56,14 +56,14 @@ struct linear {
 
 struct linear_call {
     const struct linear *layer;
-    const bf16 *input; /* [T, K], rows `stride` apart */
+    const bits16 *input; /* [T, K], rows `stride` apart */
     int64_t stride;
     const number *numbers; /* the same as the processor multiplies them, `numbers_stride` apart */
     int64_t numbers_stride;
     int64_t num_tokens;
     int64_t tokens_a_task;
-    const bf16 *residual; /* [T, N] or NULL: added to what the only part gives */
-    bf16 *outputs[MOST_PARTS]; /* [T, N] of each part */
+    const bits16 *residual; /* [T, N] or NULL: added to what the only part gives */
+    bits16 *outputs[MOST_PARTS]; /* [T, N] of each part */
 };
 
 #ifdef HAS_TILES
@@ -76,14 +76,14 @@ static inline void give_back_tiles(void)
 }
 
 /* `rows` tokens times `num_pairs` pairs of inputs from `first` on, for `parts` times 16 of a panel's outputs, which are
- * left in bfloat16 if it `keeps`. */
+ * left PLAIN if it `keeps`. */
 INLINE void multiply_parts(const enum number_kind kind, const int keeps, const int rows, const int part,
                            const int parts, const number *input, int64_t stride, const struct panel *panel,
                            int64_t first, int64_t num_pairs, floats sums[][4])
 {
     const int64_t size = bytes_of_pair(kind), bytes_ahead = panel->bytes_ahead;
     const uint8_t *numbers = panel->numbers + first * size, *ahead = panel->ahead + first * bytes_ahead;
-    bf16 *kept = keeps ? panel->kept + first * 2 * PANEL : NULL;
+    bits16 *kept = keeps ? panel->kept + first * 2 * PANEL : NULL;
     struct decoder decoder = make_decoder(kind, panel->head);
     floats sum[MOST_ROWS][4];
     input += 2 * first;
@@ -107,7 +107,7 @@ INLINE void multiply_parts(const enum number_kind kind, const int keeps, const i
                     __builtin_prefetch(from + line + BYTES_AHEAD, 0, 0);
                 else
                     __builtin_prefetch(from + line + BYTES_AHEAD, 0, 3);
-        else if (kind == BFLOAT16 && part == 0)
+        else if (kind == PLAIN && part == 0)
             for (int64_t byte = 0; byte < bytes_ahead; byte += 64)
                 __builtin_prefetch(ahead + pair * bytes_ahead + byte, 0, 2);
 #pragma GCC unroll 6
@@ -129,7 +129,7 @@ INLINE void multiply_parts(const enum number_kind kind, const int keeps, const i
 INLINE void multiply(const enum number_kind kind, const int keeps, const int rows, const number *input, int64_t stride,
                      const struct panel *panel, int64_t first, int64_t num_pairs, floats sums[][4])
 {
-    const int parts = kind == BFLOAT16 || PARTS_AT_ONCE(rows) > 2 ? PARTS_AT_ONCE(rows) : 2;
+    const int parts = kind == PLAIN || PARTS_AT_ONCE(rows) > 2 ? PARTS_AT_ONCE(rows) : 2;
 #pragma GCC unroll 4
     for (int part = 0; part < 4; part += parts)
         multiply_parts(kind, keeps, rows, part, parts, input, stride, panel, first, num_pairs, sums);
@@ -138,7 +138,7 @@ INLINE void multiply(const enum number_kind kind, const int keeps, const int row
 INLINE void multiply_block(const enum number_kind kind, int rows, const number *input, int64_t stride,
                            const struct panel *panel, int64_t first, int64_t num_pairs, floats sums[][4])
 {
-    switch (kind == BFLOAT16 || !panel->kept ? rows : 0) {
+    switch (kind == PLAIN || !panel->kept ? rows : 0) {
     case 0: multiply(kind, 1, KEEPING_ROWS, input, stride, panel, first, num_pairs, sums); break;
     case 1: multiply(kind, 0, 1, input, stride, panel, first, num_pairs, sums); break;
     case 2: multiply(kind, 0, 2, input, stride, panel, first, num_pairs, sums); break;
@@ -156,17 +156,19 @@ static void multiply_pairs(int rows, const number *input, int64_t stride, const 
                            int64_t num_pairs, floats sums[][4])
 {
     switch (panel->kind) {
-    case BFLOAT16: multiply_block(BFLOAT16, rows, input, stride, panel, first, num_pairs, sums); break;
+    case PLAIN: multiply_block(PLAIN, rows, input, stride, panel, first, num_pairs, sums); break;
+#ifndef IN_FLOAT16
     case CODED: multiply_block(CODED, rows, input, stride, panel, first, num_pairs, sums); break;
+#endif
     case INT8: multiply_block(INT8, rows, input, stride, panel, first, num_pairs, sums); break;
-    case INT4: multiply_block(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
+    default: multiply_block(INT4, rows, input, stride, panel, first, num_pairs, sums); break;
     }
 }
 
 /* Each row's sums are of the same numbers in the same order, whatever kind they are read as. */
 static void multiply_panel(int rows, const number *input, int64_t stride, const struct panel *panel, floats sums[][4])
 {
-    const bf16 *scales = panel->scales;
+    const bits16 *scales = panel->scales;
     if (!rows && !panel->kept)
         return; /* the other of a pair is only kept */
     if (!scales) {
@@ -210,7 +212,7 @@ INLINE floats activated(enum activation kind, floats value)
     }
 }
 
-INLINE floats with_bias(floats sum, const bf16 *bias, int64_t first, lanes mask)
+INLINE floats with_bias(floats sum, const bits16 *bias, int64_t first, lanes mask)
 {
     return bias ? add(sum, load16(bias + first, mask)) : sum;
 }
@@ -223,7 +225,7 @@ static inline struct panel panel_of(const struct linear_part *part, int64_t inde
         panel.head = (const struct coded_panel *)from;
         panel.numbers = panel.head->plain;
         if (panel.numbers)
-            panel.kind = BFLOAT16;
+            panel.kind = PLAIN;
         else
             panel.numbers = from + bytes_of_head(num_pairs);
     } else {
@@ -265,7 +267,7 @@ static inline struct panel unpacked(const struct panel *panel, int64_t num_block
 {
     const int64_t size = bytes_of_pair(panel->kind);
     struct panel kept = *panel;
-    kept.kind = BFLOAT16;
+    kept.kind = PLAIN;
     kept.kept = NULL;
     kept.numbers = (const uint8_t *)panel->kept;
     kept.ahead = panel->numbers + panel->num_pairs * size;
@@ -285,8 +287,8 @@ static void linear_task(const void *argument, int64_t index)
     int is_keeping = 0;
     for (int i = 0; i < num_factors; i++) {
         panels[i] = panel_of(part + i, place, layer->num_inputs / 2);
-        if (panels[i].kind != BFLOAT16 && end - begin > FEW_TOKENS)
-            panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(BFLOAT16)), i);
+        if (panels[i].kind != PLAIN && end - begin > FEW_TOKENS)
+            panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(PLAIN)), i);
         is_keeping |= panels[i].kept != NULL;
     }
     int64_t first = place * PANEL, width = part->num_outputs;
@@ -349,7 +351,7 @@ static void convert_task(const void *argument, int64_t index)
 /* Returns 0 where there is no memory. */
 static inline int convert_inputs(struct linear_call *call, int num_threads)
 {
-    if (sizeof(number) == sizeof(bf16)) {
+    if (sizeof(number) == sizeof(bits16)) {
         call->numbers = (const number *)call->input;
         call->numbers_stride = call->stride;
         return 1;
@@ -376,17 +378,29 @@ static inline int linear_run(struct linear_call *call, int num_threads)
     return 1;
 }
 
+/* An output's two numbers of a PLAIN pair. */
+static inline void plain_two(const bits16 *pair, int64_t row, bits16 to[2])
+{
+#ifdef IN_FLOAT16
+    to[0] = pair[row / 16 * 32 + row % 16];
+    to[1] = pair[row / 16 * 32 + row % 16 + 16];
+#else
+    to[0] = pair[2 * row];
+    to[1] = pair[2 * row + 1];
+#endif
+}
+
 /* Rows of a packed weight, as an embedding looks them up. */
 static void look_up(const struct linear_part *part, int64_t num_inputs, const int64_t *rows,
-                                int64_t num_rows, bf16 *to)
+                                int64_t num_rows, bits16 *to)
 {
     for (int64_t i = 0; i < num_rows; i++, to += num_inputs) {
         struct panel panel = panel_of(part, rows[i] / PANEL, num_inputs / 2);
         int64_t row = rows[i] % PANEL, vector = row / 16, lane = row % 16;
         for (int64_t pair = 0; pair < panel.num_pairs; pair++) {
             const uint8_t *from = panel.numbers + pair * bytes_of_pair(panel.kind);
-            if (panel.kind == BFLOAT16) {
-                memcpy(to + 2 * pair, from + row * 2 * sizeof *to, 2 * sizeof *to);
+            if (panel.kind == PLAIN) {
+                plain_two((const bits16 *)from, row, to + 2 * pair);
                 continue;
             }
             if (panel.kind == CODED) {
@@ -403,9 +417,7 @@ static void look_up(const struct linear_part *part, int64_t num_inputs, const in
                     both[j] = (byte >> vector % 2 * 4 & 15) - 8;
             }
             float numbers[16] = {(float)both[0], (float)both[1]};
-            uint32_t bits = (uint32_t)panel.scales[pair / panel.pairs_a_group * PANEL + row] << 16;
-            float scale;
-            memcpy(&scale, &bits, sizeof scale);
+            float scale = number_of(panel.scales[pair / panel.pairs_a_group * PANEL + row]);
             store16(to + 2 * pair, 3, times(load_floats(numbers), all(scale)));
         }
         if (panel.kind == CODED)

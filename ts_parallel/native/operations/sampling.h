@@ -1,8 +1,8 @@
 /* Logits → token ids, a row a task: what `runtime/backends/torch/sampling.py` says, without its sort.
  *
- * bfloat16 has few numbers, and a row of V tokens has each of them often. So its tokens are counted by number: a group
+ * 16 bits are few numbers, and a row of V tokens has each of them often. So its tokens are counted by number: a group
  * are those of one number, in the order of their ids. The most likely first, probabilities and their sums are then
- * those of some thousand groups. A token that a penalty or bias has given a float32 number which is no bfloat16 is a
+ * those of some thousand groups. A token that a penalty or bias has given a float32 number which has no 16 bits is a
  * stray, a group for itself; only strays are sorted. Sums are float64, and a row's are its own: nothing depends on the
  * rows beside it.
  */
@@ -12,7 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "numbers/bf16.h"
+#include "numbers/floats.h"
 #include "numbers/numbers.h"
 
 /* In place of a token: `step_plan.NoToken`. */
@@ -20,13 +20,13 @@
 #define NOTHING_ALLOWED -2
 #define NO_MEMORY -3 /* of this file alone: the call fails */
 
-#define MINUS_INFINITY 0xff80 /* in bfloat16 */
+#define MINUS_INFINITY (0x8000 | INFINITE)
 #define MOST_NUMBERS 65536
 /* Beyond e^-50 of the best, all tokens of any vocabulary together are less than float64 tells apart. */
 #define NEGLIGIBLE 50.0
 
 struct argmax_call {
-    const bf16 *logits; /* [R, V], contiguous */
+    const bits16 *logits; /* [R, V], contiguous */
     int64_t num_columns;
     int64_t *result; /* [R] */
 };
@@ -42,7 +42,7 @@ struct sampled_row {
 };
 
 struct sample_call {
-    const bf16 *logits; /* [R, V], contiguous */
+    const bits16 *logits; /* [R, V], contiguous */
     int64_t num_columns;
     const struct sampled_row *rows;
     const int64_t *words;
@@ -64,7 +64,7 @@ struct change {
 
 /* Memory of a task. */
 struct sampling_room {
-    bf16 *own;          /* [V], the row as it is to be chosen from; strays are minus infinity */
+    bits16 *own;          /* [V], the row as it is to be chosen from; strays are minus infinity */
     int32_t *histogram; /* by how far below the greatest a number is */
     uint64_t *touched;  /* bits [V] */
     struct change *changed; /* [V], of tokens that are touched */
@@ -91,12 +91,12 @@ static struct groups groups_at(char *memory, size_t *size, size_t most)
 static struct sampling_room lay_out_room(char *memory, int64_t num_columns, size_t *size)
 {
     size_t columns = (size_t)num_columns, most = MOST_NUMBERS + 64;
-    size_t own = take_room(size, columns * sizeof(bf16)), histogram = take_room(size, most * sizeof(int32_t));
+    size_t own = take_room(size, columns * sizeof(bits16)), histogram = take_room(size, most * sizeof(int32_t));
     size_t touched = take_room(size, columns / 8 + 8), changed = take_room(size, columns * sizeof(struct change));
     size_t strays = take_room(size, (columns + 1) * sizeof(uint64_t));
     size_t sorting = take_room(size, (columns + 1) * sizeof(uint64_t));
     struct groups counted = groups_at(memory, size, most), groups = groups_at(memory, size, columns + most);
-    return (struct sampling_room){(bf16 *)(memory + own),
+    return (struct sampling_room){(bits16 *)(memory + own),
                                   (int32_t *)(memory + histogram),
                                   (uint64_t *)(memory + touched),
                                   (struct change *)(memory + changed),
@@ -117,44 +117,25 @@ static int take_sampling_room(int64_t num_columns, struct sampling_room *room)
     return memory != NULL;
 }
 
-static inline float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t bits_of(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float number_of(bf16 bits)
-{
-    return float_of((uint32_t)bits << 16);
-}
-
 /* int16 in the order of the numbers; both zeros are 0. Without a branch, so that compilers make vectors of it. */
-static inline int16_t order_of(bf16 bits)
+static inline int16_t order_of(bits16 bits)
 {
     int16_t number = (int16_t)(bits == 0x8000 ? 0 : bits);
     return (int16_t)(number ^ ((number >> 15) & 0x7fff));
 }
 
-static inline int is_nan(bf16 bits)
+static inline int is_nan(bits16 bits)
 {
-    return (bits & 0x7fff) > 0x7f80;
+    return (bits & 0x7fff) > INFINITE;
 }
 
 static inline float number_at(int order)
 {
-    return number_of((bf16)(order < 0 ? (uint16_t)order ^ 0x7fff : order));
+    return number_of((bits16)(order < 0 ? (uint16_t)order ^ 0x7fff : order));
 }
 
 /* The place of a row's greatest number in the order; minus infinity's where there is no other. */
-static int16_t greatest_order(const bf16 *row, int64_t num_columns, int *has_nan)
+static int16_t greatest_order(const bits16 *row, int64_t num_columns, int *has_nan)
 {
     int16_t greatest = order_of(MINUS_INFINITY);
     uint16_t furthest = 0; /* without their signs, NaN's bits are the largest */
@@ -171,7 +152,7 @@ static int16_t greatest_order(const bf16 *row, int64_t num_columns, int *has_nan
 #define TOKENS_AT_ONCE 256
 
 /* Token number `member`, from 0 on, of those that have this place in the order. */
-static int64_t find_member(const bf16 *row, int64_t num_columns, int order, int64_t member)
+static int64_t find_member(const bits16 *row, int64_t num_columns, int order, int64_t member)
 {
     for (int64_t at = 0; at < num_columns; at += TOKENS_AT_ONCE) {
         int64_t own = num_columns - at < TOKENS_AT_ONCE ? num_columns - at : TOKENS_AT_ONCE;
@@ -190,7 +171,7 @@ static int64_t find_member(const bf16 *row, int64_t num_columns, int order, int6
 static void argmax_task(const void *argument, int64_t row)
 {
     const struct argmax_call *call = argument;
-    const bf16 *logits = call->logits + row * call->num_columns;
+    const bits16 *logits = call->logits + row * call->num_columns;
     int has_nan, greatest = greatest_order(logits, call->num_columns, &has_nan);
     if (has_nan)
         call->result[row] = NOT_A_NUMBER;
@@ -206,7 +187,7 @@ static inline int is_allowed(const struct sampled_row *row, const uint64_t *mask
 }
 
 /* Minus infinity where a token is not allowed; returns whether there is NaN, there or elsewhere. */
-static int copy_allowed(const struct sampled_row *row, const bf16 *from, const uint32_t *mask, bf16 *to,
+static int copy_allowed(const struct sampled_row *row, const bits16 *from, const uint32_t *mask, bits16 *to,
                         int64_t num_columns)
 {
     uint16_t furthest = 0;
@@ -223,7 +204,7 @@ static int copy_allowed(const struct sampled_row *row, const bf16 *from, const u
 }
 
 /* Whether the token was not touched before; then it has the model's own number. */
-static inline int touch(const struct sampling_room *room, const bf16 *logits, int64_t token)
+static inline int touch(const struct sampling_room *room, const bits16 *logits, int64_t token)
 {
     uint64_t bit = 1ULL << (token % 64);
     if (room->touched[token / 64] & bit)
@@ -240,7 +221,7 @@ static inline int has_logit(const struct sample_call *call, int64_t token)
 }
 
 /* How often the answer has a token tells what is taken off it. */
-static void take_off_repeated(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
+static void take_off_repeated(const struct sample_call *call, const struct sampled_row *row, const bits16 *logits,
                               const struct sampling_room *room)
 {
     const int64_t *output = call->words + row->history + row->num_prompt;
@@ -258,7 +239,7 @@ static void take_off_repeated(const struct sample_call *call, const struct sampl
 }
 
 /* Penalties, then biases, each as float32 rounds. */
-static void change_numbers(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
+static void change_numbers(const struct sample_call *call, const struct sampled_row *row, const bits16 *logits,
                            const struct sampling_room *room)
 {
     const int64_t *seen = call->words + row->history, *ids = call->words + row->biases;
@@ -283,19 +264,19 @@ static void change_numbers(const struct sample_call *call, const struct sampled_
 /* Greater numbers come first, then lower ids. */
 static inline uint64_t stray_of(float value, int64_t token)
 {
-    uint32_t bits = bits_of(value), order = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    uint32_t bits = bits_of_float(value), order = bits & 0x80000000 ? ~bits : bits | 0x80000000;
     return (uint64_t)~order << 32 | (uint64_t)token;
 }
 
 static inline float value_of_stray(uint64_t stray)
 {
     uint32_t order = ~(uint32_t)(stray >> 32);
-    return float_of(order & 0x80000000 ? order & 0x7fffffff : ~order);
+    return float_of_bits(order & 0x80000000 ? order & 0x7fffffff : ~order);
 }
 
 /* Makes `room->own` of the model's logits; how many strays there are, or -1 where a number is NaN, be it allowed or
  * not. */
-static int64_t make_own(const struct sample_call *call, const struct sampled_row *row, const bf16 *logits,
+static int64_t make_own(const struct sample_call *call, const struct sampled_row *row, const bits16 *logits,
                         const struct sampling_room *room)
 {
     const uint64_t *mask = (const uint64_t *)(call->words + row->mask);
@@ -311,18 +292,18 @@ static int64_t make_own(const struct sample_call *call, const struct sampled_row
                 return -1;
             if (!is_allowed(row, mask, token))
                 continue;
-            if (bits_of(value) & 0xffff) {
-                room->own[token] = MINUS_INFINITY;
+            bits16 bits = nearest_number(value);
+            if (number_of(bits) != value) {
+                bits = MINUS_INFINITY;
                 room->strays[num_strays++] = stray_of(value, token);
-            } else {
-                room->own[token] = (bf16)(bits_of(value) >> 16);
             }
+            room->own[token] = bits;
         }
     return num_strays;
 }
 
 /* Those that are not below `lowest`, the greatest first. They come with rising ids, and each pass keeps their order. */
-static int64_t sort_strays(const struct sampling_room *room, int64_t number, float lowest)
+static int64_t sort_strays(const struct sampling_room *room, int64_t number, double lowest)
 {
     uint64_t *from = room->strays, *to = room->sorting;
     int64_t kept = 0;
@@ -344,7 +325,7 @@ static int64_t sort_strays(const struct sampling_room *room, int64_t number, flo
 }
 
 /* How many tokens have each number, from the `greatest` on as far down as `span` places of the order. */
-static void count_numbers(const bf16 *row, int64_t num_columns, int greatest, int span, int32_t *histogram)
+static void count_numbers(const bits16 *row, int64_t num_columns, int greatest, int span, int32_t *histogram)
 {
     /* Whoever is not counted adds to a place of its own behind the others, so that nothing has to be foreseen. */
     memset(histogram, 0, (size_t)(span + 16) * sizeof *histogram);
@@ -497,24 +478,23 @@ static double uniform_of(uint64_t seed, uint64_t position)
     return (double)(counter[0] >> 11) * (1.0 / 9007199254740992.0);
 }
 
-/* The place in the order of a bfloat16 that is at most this; not minus infinity. */
+/* The place in the order of a number that is at most this, or of the lowest one; not minus infinity. */
 static int order_below(double value)
 {
-    if (!(value > -3e38))
-        return order_of(MINUS_INFINITY) + 1;
-    uint32_t bits = bits_of((float)value);
-    return order_of((bf16)(bits >> 16)) - 1; /* one less: conversion and cut may have rounded up */
+    int order = order_of(nearest_number((float)value)) - 1; /* one less: what is rounded may be greater */
+    return order > order_of(MINUS_INFINITY) ? order : order_of(MINUS_INFINITY) + 1;
 }
 
 /* The group that the row's token is in, of numbers down to where they are negligible, and which of its tokens. */
-static int64_t draw(const struct sampled_row *row, const bf16 *own, int64_t num_columns, int greatest, float best,
+static int64_t draw(const struct sampled_row *row, const bits16 *own, int64_t num_columns, int greatest, float best,
                     struct sampling_room *room, int64_t num_strays, struct groups *groups, int64_t *member)
 {
-    int lowest = order_below(best - NEGLIGIBLE * row->temperature), span = greatest - lowest;
+    double negligible = best - NEGLIGIBLE * row->temperature;
+    int lowest = order_below(negligible), span = greatest - lowest;
     if (span >= 0)
         count_numbers(own, num_columns, greatest, span, room->histogram);
     group_counted(&room->counted, room->histogram, greatest, span);
-    num_strays = sort_strays(room, num_strays, number_at(lowest));
+    num_strays = sort_strays(room, num_strays, negligible);
     *groups = num_strays ? room->groups : room->counted;
     if (num_strays)
         merge_strays(groups, &room->counted, room->strays, num_strays);
@@ -525,7 +505,7 @@ static int64_t draw(const struct sampled_row *row, const bf16 *own, int64_t num_
 
 static int64_t sample_row(const struct sample_call *call, const struct sampled_row *row)
 {
-    const bf16 *own = call->logits + row->row * call->num_columns;
+    const bits16 *own = call->logits + row->row * call->num_columns;
     struct sampling_room room;
     struct groups groups;
     int64_t num_strays = 0, member;
@@ -550,7 +530,7 @@ static int64_t sample_row(const struct sample_call *call, const struct sampled_r
     int64_t group = draw(row, own, call->num_columns, greatest, best, &room, num_strays, &groups, &member);
     if (groups.tokens[group] >= 0)
         return groups.tokens[group];
-    int order = order_of((bf16)(bits_of(groups.values[group]) >> 16));
+    int order = order_of(nearest_number(groups.values[group]));
     return find_member(own, call->num_columns, order, member);
 }
 

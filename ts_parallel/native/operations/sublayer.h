@@ -12,7 +12,7 @@
 #include "operations/linear.h"
 
 struct sublayer {
-    const bf16 *weight; /* of the norm, [K] */
+    const bits16 *weight; /* of the norm, [K] */
     int is_offset;
     float epsilon;
     const struct linear *first; /* queries, keys and values, or a gated pair */
@@ -23,16 +23,16 @@ struct sublayer {
 struct sublayer_call {
     const struct sublayer *sublayer;
     const struct step *step;
-    const bf16 *cosine, *sine; /* [T, D] */
-    const bf16 *input;         /* [T, K] */
+    const bits16 *cosine, *sine; /* [T, D] */
+    const bits16 *input;         /* [T, K] */
     int64_t num_tokens;
-    const bf16 *residual; /* [T, N] or NULL */
-    bf16 *output;         /* [T, N] */
+    const bits16 *residual; /* [T, N] or NULL */
+    bits16 *output;         /* [T, N] */
 };
 
 /* `between` is what lies between the first linear and the last, [T, inputs of the last]; `heads` are queries, keys and
  * values, each [T, its outputs]. */
-static inline int attend_sublayer(const struct sublayer_call *call, bf16 *const heads[3], bf16 *between,
+static inline int attend_sublayer(const struct sublayer_call *call, bits16 *const heads[3], bits16 *between,
                                   int num_threads)
 {
     const struct site *site = call->sublayer->site;
@@ -58,10 +58,10 @@ static inline int sublayer_run(const struct sublayer_call *call, int num_threads
     int64_t size = width + inner;
     for (int i = 0; sublayer->site && i < sublayer->first->num_parts; i++)
         size += sublayer->first->parts[i].num_outputs;
-    bf16 *room = malloc((size_t)(num_tokens * size) * sizeof *room);
+    bits16 *room = malloc((size_t)(num_tokens * size) * sizeof *room);
     if (!room)
         return 0;
-    bf16 *normed = room, *between = normed + num_tokens * width, *heads[3] = {between + num_tokens * inner};
+    bits16 *normed = room, *between = normed + num_tokens * width, *heads[3] = {between + num_tokens * inner};
     struct norm_call norm = {call->input, sublayer->weight,    normed,           num_tokens,
                              width,       sublayer->is_offset, sublayer->epsilon};
     struct linear_call first = {.layer = sublayer->first, .input = normed, .stride = width, .num_tokens = num_tokens};
@@ -95,12 +95,12 @@ struct stack_call {
     const struct sublayer *const *sublayers;
     int64_t num_sublayers;
     const struct step *step;
-    const bf16 *cosine, *sine; /* [T, D] */
-    const bf16 *input;         /* [T, K] */
+    const bits16 *cosine, *sine; /* [T, D] */
+    const bits16 *input;         /* [T, K] */
     int64_t num_tokens;
-    bf16 *output; /* [T, K] */
+    bits16 *output; /* [T, K] */
     /* Where each rank has a part of what is added: has to sum `count` numbers over the ranks in place, or return 0. */
-    int (*sum)(void *ranks, bf16 *numbers, int64_t count);
+    int (*sum)(void *ranks, bits16 *numbers, int64_t count);
     void *ranks;
 };
 
@@ -111,9 +111,9 @@ static inline enum stack_end stack_run(const struct stack_call *call, int num_th
     int64_t count = call->num_tokens * call->sublayers[0]->first->num_inputs;
     struct sublayer_call one = {.step = call->step, .cosine = call->cosine, .sine = call->sine,
                                 .num_tokens = call->num_tokens};
-    bf16 *part = call->sum ? malloc((size_t)count * sizeof *part) : NULL;
+    bits16 *part = call->sum ? malloc((size_t)count * sizeof *part) : NULL;
     enum stack_end end = call->sum && !part ? STACK_NO_MEMORY : STACK_DONE;
-    const bf16 *input = call->input;
+    const bits16 *input = call->input;
     for (int64_t i = 0; i < call->num_sublayers && end == STACK_DONE; i++, input = call->output) {
         one.sublayer = call->sublayers[i];
         one.input = input;

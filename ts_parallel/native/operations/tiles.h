@@ -43,19 +43,19 @@ static inline void give_back_tiles(void)
 }
 
 /* So many pairs of a panel in bfloat16, from number `first` on; where less than a tile is left, zeros behind them. */
-INLINE const bf16 *pairs_of_tile(const enum number_kind kind, const struct panel *panel, int64_t first, int64_t count,
-                                 struct decoder *decoder, bf16 room[TILE_PAIRS * 2 * PANEL])
+INLINE const bits16 *pairs_of_tile(const enum number_kind kind, const struct panel *panel, int64_t first, int64_t count,
+                                 struct decoder *decoder, bits16 room[TILE_PAIRS * 2 * PANEL])
 {
     const int64_t size = bytes_of_pair(kind);
     const uint8_t *from = panel->numbers + first * size, *ahead = panel->ahead + first * panel->bytes_ahead;
-    if (kind == BFLOAT16) {
+    if (kind == PLAIN) {
         for (int64_t byte = 0; byte < count * panel->bytes_ahead; byte += 64)
             __builtin_prefetch(ahead + byte, 0, 2);
         if (count == TILE_PAIRS)
-            return (const bf16 *)from;
+            return (const bits16 *)from;
         memcpy(room, from, (size_t)(count * size));
     } else {
-        bf16 *to = panel->kept ? panel->kept + first * 2 * PANEL : room;
+        bits16 *to = panel->kept ? panel->kept + first * 2 * PANEL : room;
         for (int64_t pair = 0; pair < count; pair++) {
             operand weight[4];
 #pragma GCC unroll 4
@@ -81,24 +81,24 @@ static inline int64_t pairs_at(int64_t num_pairs, int64_t pair)
 }
 
 #define ADD_TILE(sums, weights, part)                                                                                  \
-    _tile_loadd(weights, from + 32 * (part), 2 * PANEL * sizeof(bf16));                                                \
+    _tile_loadd(weights, from + 32 * (part), 2 * PANEL * sizeof(bits16));                                                \
     _tile_dpbf16ps(sums, 4, weights)
 
 /* `rows` tokens, at most 16, times `num_pairs` pairs of inputs from `first` on; in bfloat16 they are left in `kept`. */
-INLINE void multiply_block(const enum number_kind kind, int rows, const bf16 *input, int64_t stride,
+INLINE void multiply_block(const enum number_kind kind, int rows, const bits16 *input, int64_t stride,
                            const struct panel *panel, int64_t first, int64_t num_pairs, floats sums[][4])
 {
     /* A tile is not loaded before what was stored there has left the processor: so the next one is made before. */
-    _Alignas(64) bf16 room[2][TILE_PAIRS * 2 * PANEL], inputs[16 * 2 * TILE_PAIRS];
+    _Alignas(64) bits16 room[2][TILE_PAIRS * 2 * PANEL], inputs[16 * 2 * TILE_PAIRS];
     struct decoder decoder = make_decoder(kind, panel->head);
-    const bf16 *next = pairs_of_tile(kind, panel, first, pairs_at(num_pairs, 0), &decoder, room[0]);
+    const bits16 *next = pairs_of_tile(kind, panel, first, pairs_at(num_pairs, 0), &decoder, room[0]);
     configure_tiles(rows);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t pair = 0; pair < num_pairs; pair += TILE_PAIRS) {
-        const bf16 *from = next, *own = input + 2 * (first + pair);
+        const bits16 *from = next, *own = input + 2 * (first + pair);
         int64_t own_stride = stride, count = pairs_at(num_pairs, pair), later = pair + TILE_PAIRS;
         if (later < num_pairs)
             next = pairs_of_tile(kind, panel, first + later, pairs_at(num_pairs, later), &decoder,

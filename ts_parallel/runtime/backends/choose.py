@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.native import CANNOT_BE_HAD, VARIANT, WHY, usable_variants
+from ts_parallel.native import CANNOT_BE_HAD, VARIANT, WHY, Variant, usable_variants, variant_for
 from ts_parallel.runtime.backends.base import Backend
 from ts_parallel.runtime.backends.native.backend import NativeBackend
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
@@ -34,12 +34,11 @@ def describe_choice(device: torch.device, dtype: torch.dtype) -> Choice:
     Raises:
         ConfigError: a variant of the kernels was asked for that cannot run here.
     """
-    reason = _why_torch(device, dtype)
-    if reason is None:
-        assert VARIANT is not None
-        return Choice(NativeBackend.name, VARIANT.label, WHY)
+    variant, why = _choose_variant(device, dtype)
+    if variant is not None:
+        return Choice(NativeBackend.name, variant.label, why)
     of_torch = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type.upper()
-    return Choice(TorchBackend.name, of_torch, reason)
+    return Choice(TorchBackend.name, of_torch, why)
 
 
 def kernel_variants() -> tuple[str, ...]:
@@ -91,26 +90,27 @@ def refuse_unquantizable(quantization: str | None, device: torch.device, dtype: 
         raise ConfigError(f"quantization {quantization} is for device cpu, not {device.type}: leave quantization out")
     if VARIANT is None:
         raise ConfigError(f"quantization {quantization} needs the package's kernels, and {WHY}: leave quantization out")
-    if dtype != torch.bfloat16:
+    if dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(
-            f"quantization {quantization} is of bfloat16 weights, not {_name(dtype)}: set dtype to bfloat16"
+            f"quantization {quantization} is of bfloat16 or float16 weights, not {_name(dtype)}: set dtype to bfloat16"
         )
+    variant, why = variant_for(dtype)
+    if variant is None:
+        raise ConfigError(f"quantization {quantization} needs the package's kernels, and {why}: set dtype to bfloat16")
     assert quantization in NativeBackend.quantizations, "config.py has let it through"
 
 
-def _why_torch(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch's own functions are the best that there is; None where the kernels are.
+def _choose_variant(device: torch.device, dtype: torch.dtype) -> tuple[Variant | None, str]:
+    """The variant of the kernels, if they are the best that there is, and why it is this one, or none.
 
     Raises:
         ConfigError: a variant of the kernels was asked for that cannot run here.
     """
     if device.type != "cpu":
-        return "the kernels are for CPUs"
+        return None, "the kernels are for CPUs"
     if CANNOT_BE_HAD:
         raise ConfigError(WHY)
-    if dtype != torch.bfloat16:
-        return "the kernels are for bfloat16"
-    return WHY if VARIANT is None else None
+    return variant_for(dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ class KVMemory:
     def __init__(
         self, sites: Sequence[AttentionSite], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.device = device
+        self.device, self.dtype = device, dtype
         num_slots = num_blocks * block_size
         # Nobody reads a slot before it is written. Zeros take no memory until then, which garbage might.
         self.keys = [

@@ -1,4 +1,4 @@
-"""Attention that reads keys and values where they lie in paged memory, in bfloat16.
+"""Attention that reads keys and values where they lie in paged memory, in bfloat16 or float16.
 
 T tokens of the step; H, KV, D, E as in `AttentionSite`. torch's backend does the same with functions that want keys and
 values side by side, so that each step copies them.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ts_parallel.native import kernels
+from ts_parallel.native import kernels_for
 from ts_parallel.partition.program import AttentionSite
 from ts_parallel.runtime.backends.kv_memory import KVMemory
 from ts_parallel.runtime.backends.native.norms import is_turned_by_kernels, rotary
@@ -38,7 +38,10 @@ class KernelAttention:
 
     def __init__(self, sites: Sequence[AttentionSite], memory: KVMemory, block_size: int) -> None:
         self._sites = sites
-        self.memory = memory
+        self.memory, self.dtype = memory, memory.dtype
+        kernels = kernels_for(memory.dtype)
+        assert kernels is not None, "the backend has asked"
+        self._kernels = kernels
         self._block_size = block_size
         self._made: dict[tuple[int, int], Any] = {}  # the kernels' own description of a site with its sinks
 
@@ -50,7 +53,7 @@ class KernelAttention:
             token_ids=packed.token_ids,
             positions=packed.positions,
             sampled_rows=packed.sampled_rows,
-            step=kernels.make_step(self._block_size, packed.token_ids.numel(), chunks, block_ids),
+            step=self._kernels.make_step(self._block_size, packed.token_ids.numel(), chunks, block_ids),
         )
 
     def __call__(
@@ -79,7 +82,7 @@ class KernelAttention:
             _, head_stride, token_stride, _ = heads.stride()
             places += (heads.data_ptr(), head_stride, token_stride)
         _, token_stride, head_stride, _ = output.stride()
-        kernels.attention(
+        self._kernels.attention(
             self.site(site, sinks), layout.step, *turns, *places, output.data_ptr(), head_stride, token_stride
         )
         return output
@@ -89,9 +92,9 @@ class KernelAttention:
         place = 0 if sinks is None else sinks.data_ptr()
         made = self._made.get((number, place))
         if made is None:
-            assert sinks is None or (sinks.dtype == torch.bfloat16 and sinks.is_contiguous())
+            assert sinks is None or (sinks.dtype == self.dtype and sinks.is_contiguous())
             own = self._sites[number]
-            made = self._made[number, place] = kernels.make_site(
+            made = self._made[number, place] = self._kernels.make_site(
                 own.num_heads,
                 own.num_kv_heads,
                 own.head_dim,

@@ -1,4 +1,4 @@
-"""The package's kernels as a backend: bfloat16 on CPUs that have what they need."""
+"""The package's kernels as a backend: bfloat16 and float16 on CPUs that have what they need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ts_parallel.native import kernels
+from ts_parallel.native import kernels_for
 from ts_parallel.native.packed_weight import PANEL, PackedWeight, can_pack
 from ts_parallel.partition.load import WeightLayout
 from ts_parallel.partition.program import (
@@ -39,8 +39,8 @@ class _Panels:
     def takes(self, weight: torch.Tensor) -> bool:
         return can_pack(weight)
 
-    def allocate(self, shape: tuple[int, int], quantization: str | None) -> PackedWeight:
-        return PackedWeight.allocate(shape, quantization)
+    def allocate(self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None) -> PackedWeight:
+        return PackedWeight.allocate(shape, quantization, dtype)
 
 
 class NativeBackend(TorchBackend):
@@ -71,7 +71,7 @@ class NativeBackend(TorchBackend):
         device: torch.device,
     ) -> Attention:
         are_pairs = block_size % 2 == 0 and all(site.head_dim % 2 == 0 for site in sites)  # which the kernels multiply
-        if dtype != torch.bfloat16 or not are_pairs:
+        if kernels_for(dtype) is None or not are_pairs:
             return super().make_attention(sites, num_blocks, block_size, dtype, device)
         return KernelAttention(sites, KVMemory(sites, num_blocks, block_size, dtype, device), block_size)
 
@@ -90,7 +90,9 @@ class NativeBackend(TorchBackend):
         return plain.choose(logits, chunks, sampling.sample)
 
     def set_num_threads(self, number: int) -> None:
-        kernels.set_num_threads(number)
+        for dtype in (torch.bfloat16, torch.float16):  # a model may have weights of both
+            if kernels := kernels_for(dtype):
+                kernels.set_num_threads(number)
 
     def settle(self, program: RankProgram, tensors: Tensors) -> None:
         if _are_all_products_in_kernels(program, tensors):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ts_parallel.native import kernels
 from ts_parallel.native.packed_weight import PackedWeight
 from ts_parallel.partition.program import GatedLinear, LinearLayer, LinearLayers, Linears
 from ts_parallel.runtime.backends.base import Tensors
@@ -43,7 +42,9 @@ def make_embedding(weight: torch.Tensor | PackedWeight) -> Callable[[torch.Tenso
 
 
 def _are_packed(tensors: Tensors, *layers: LinearLayer) -> bool:
-    return all(isinstance(tensors[layer.weight], PackedWeight) for layer in layers)
+    """Whether these are one call of the kernels: all of them packed, and of one dtype."""
+    weights = [tensors[layer.weight] for layer in layers]
+    return all(isinstance(weight, PackedWeight) and weight.dtype == weights[0].dtype for weight in weights)
 
 
 class _Part:
@@ -65,7 +66,7 @@ class _Part:
 
 
 def _linear(part: _Part) -> Callable[..., torch.Tensor]:
-    layer, num_outputs, run = _make_layer((part,)), part.num_outputs, kernels.linear
+    layer, num_outputs, run = _make_layer((part,)), part.num_outputs, part.weight.kernels.linear
 
     def linear(hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         hidden = hidden.contiguous()
@@ -82,7 +83,7 @@ def _linear(part: _Part) -> Callable[..., torch.Tensor]:
 
 
 def _side_by_side(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    layer, widths, run = _make_layer(parts), [part.num_outputs for part in parts], kernels.linear
+    layer, widths, run = _make_layer(parts), [part.num_outputs for part in parts], parts[0].weight.kernels.linear
 
     def linears(hidden: torch.Tensor) -> list[torch.Tensor]:
         hidden = hidden.contiguous()
@@ -96,7 +97,8 @@ def _side_by_side(parts: Sequence[_Part]) -> Callable[[torch.Tensor], list[torch
 
 
 def _gated(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    layer, num_outputs, run = _make_layer((gate, up), _NUMBERS[activation]), gate.num_outputs, kernels.linear
+    layer, num_outputs = _make_layer((gate, up), _NUMBERS[activation]), gate.num_outputs
+    run = gate.weight.kernels.linear
 
     def gated(hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.contiguous()
@@ -111,12 +113,14 @@ def _gated(gate: _Part, up: _Part, activation: str) -> Callable[[torch.Tensor], 
 def _make_layer(parts: Sequence[_Part], activation: int = 0) -> Any:
     """The kernels' own description, which holds addresses: whoever has it keeps the parts."""
     numbers = [number for part in parts for number in part.numbers]
-    return kernels.make_linear(parts[0].weight.shape[1], activation, *numbers)
+    return parts[0].weight.kernels.make_linear(parts[0].weight.shape[1], activation, *numbers)
 
 
-def layer_of(function: Callable[..., Any]) -> Any:
-    """The kernels' own description of what `make_linears` made; None where they do not compute it."""
-    return getattr(function, "layer", None)
+def layer_of(function: Callable[..., Any], dtype: torch.dtype) -> Any:
+    """The own description that the kernels for `dtype` have of what `make_linears` made; None where they do not compute
+    it."""
+    parts = getattr(function, "parts", ())
+    return function.layer if parts and parts[0].weight.dtype == dtype else None  # type: ignore[attr-defined]
 
 
 def _keeping(function: Callable[..., Any], layer: Any, *parts: _Part) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Norms and rotary embedding as one pass each, in bfloat16, with every rounding in its place (only the sum of a norm's
+"""Norms and rotary embedding as one pass each, in 16 bits, with every rounding in its place (only the sum of a norm's
 squares is taken in another order)."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ts_parallel.native import kernels
+from ts_parallel.native import kernels_for
 from ts_parallel.partition.program import RmsNorm
 from ts_parallel.runtime.backends.torch import norms as plain
 
@@ -15,13 +15,14 @@ from ts_parallel.runtime.backends.torch import norms as plain
 def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """hidden `[..., K]` → the same shape and type, over `weight` `[K]`."""
     plain_norm = plain.make_norm(entry, weight)
-    if not is_for_kernels(weight):
+    kernels, dtype = kernels_for(weight.dtype), weight.dtype
+    if kernels is None or not is_for_kernels(weight):
         return plain_norm
     epsilon, is_offset = entry.epsilon, entry.is_offset
     width, place, run = len(weight), weight.data_ptr(), kernels.rms_norm
 
     def norm(hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.dtype != torch.bfloat16:  # some families keep their residual stream in float32
+        if hidden.dtype != dtype:  # some families keep their residual stream in float32
             return plain_norm(hidden)
         hidden = hidden.contiguous()
         output = torch.empty_like(hidden)
@@ -34,7 +35,8 @@ def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], 
 
 def rotary(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """x cos + (-x2, x1) sin for the halves x1 and x2 of x, which is `hidden` `[1, H, T, D]`; the others broadcast."""
-    if not is_turned_by_kernels(hidden, cosine, sine):
+    kernels = kernels_for(hidden.dtype)
+    if kernels is None or not is_turned_by_kernels(hidden, cosine, sine):
         return plain.rotary(hidden, cosine, sine)
     _, num_heads, num_tokens, head_dim = hidden.shape
     output = hidden.new_empty((1, num_tokens, num_heads, head_dim))
@@ -54,25 +56,27 @@ def rotary(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> to
 
 
 def is_for_kernels(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return kernels_for(tensor.dtype) is not None and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def is_turned_by_kernels(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
     """Whether `rotary` of these is a kernel's work."""
     return (
-        hidden.dtype == torch.bfloat16
+        kernels_for(hidden.dtype) is not None
         and hidden.device.type == "cpu"
         and hidden.stride(-1) == 1
         and hidden.ndim == 4
         and hidden.shape[0] == 1
-        and are_angles_for_kernels(cosine, sine, *hidden.shape[-2:])
+        and are_angles_for_kernels(cosine, sine, hidden.shape[-2], hidden.shape[-1], hidden.dtype)
     )
 
 
-def are_angles_for_kernels(cosine: torch.Tensor, sine: torch.Tensor, num_tokens: int, head_dim: int) -> bool:
-    """Whether the kernels turn `num_tokens` heads by these."""
+def are_angles_for_kernels(
+    cosine: torch.Tensor, sine: torch.Tensor, num_tokens: int, head_dim: int, dtype: torch.dtype
+) -> bool:
+    """Whether the kernels for `dtype` turn `num_tokens` heads by these."""
     return (
-        cosine.dtype == sine.dtype == torch.bfloat16
+        cosine.dtype == sine.dtype == dtype
         and cosine.shape == sine.shape == (1, 1, num_tokens, head_dim)
         and cosine.is_contiguous()
         and sine.is_contiguous()

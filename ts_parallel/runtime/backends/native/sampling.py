@@ -9,7 +9,7 @@ from struct import Struct
 
 import torch
 
-from ts_parallel.native import kernels
+from ts_parallel.native import kernels_for
 from ts_parallel.runtime.backends.native.norms import is_for_kernels
 from ts_parallel.runtime.backends.torch import sampling as plain
 from ts_parallel.step_plan import Chunk, pack
@@ -22,7 +22,8 @@ _BYTES_OF_WORD = 8
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[int]:
     """One token id a row of `[R, V]`, or why there is none (`NoToken`)."""
-    if not is_for_kernels(logits):
+    kernels = kernels_for(logits.dtype)
+    if kernels is None or not is_for_kernels(logits):
         return plain.sample(logits, chunks)
     tokens = array("q", bytes(_BYTES_OF_WORD * len(logits)))
     if all(map(plain.is_plain, chunks)):

@@ -1,11 +1,9 @@
-/* Vectors of bfloat16 and float32 whatever the processor: what follows from instructions/, which are chosen by the
+/* Vectors of 16 bits and of float32 whatever the processor: what follows from instructions/, which are chosen by the
  * build: each file there has the same names. */
-#ifndef TS_PARALLEL_BF16_H
-#define TS_PARALLEL_BF16_H
+#ifndef TS_PARALLEL_FLOATS_H
+#define TS_PARALLEL_FLOATS_H
 
-#include <stdint.h>
-#include <string.h>
-
+#include "numbers/formats.h"
 #include INSTRUCTIONS
 
 INLINE lanes first16(int64_t count)
