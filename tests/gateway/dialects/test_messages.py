@@ -77,7 +77,7 @@ def test_events_come_in_their_order_and_add_up_to_the_message(client: anthropic.
     )
     events = list(client.messages.create(model="demo", max_tokens=9, messages=ASK, tools=[TOOL], stream=True))
     block = ("content_block_start", "content_block_delta", "content_block_stop")
-    assert [own.type for own in events if own.type != "ping"] == [
+    assert [own.type for own in events if str(own.type) != "ping"] == [
         "message_start",
         *(block[0], block[1], block[1], block[2]),
         *block,

@@ -23,6 +23,7 @@ from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
 from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, parse_message_size
 from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
+from ts_parallel.cli.server.beside import GatewayBeside, check_port, gateway_beside
 from ts_parallel.cli.server.startup import LogFollower, Startup, shown_startup, silent_startup
 from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, TorchServe, find_java
 from ts_parallel.config import HandlerConfig
@@ -52,6 +53,10 @@ def serve(
             min=1, max=65535, help="Show Prometheus the metrics on this port of 127.0.0.1; else they are logged."
         ),
     ] = None,
+    gateway_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Run a gateway with bare /v1 on this port of --host, as `gateway` does."),
+    ] = None,
     max_request_size: MaxRequestSize = _MAX_MESSAGE_SIZE,
     max_response_size: MaxResponseSize = _MAX_MESSAGE_SIZE,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
@@ -66,17 +71,26 @@ def serve(
     folder = locate_checkpoint(model)
     settings = handler_config(folder, **keys)
     name = name or default_name(folder)
+    if gateway_port is not None:
+        check_port(host, gateway_port)
     show = partial(shown_startup, is_plain=verbose)
     with (
         stopped_by_signals() as stop,
         running(settings, folder, name, host, port, verbose, stop, metrics_port, show, **sizes) as server,
+        ExitStack() as at_the_end,
     ):
         if stop.is_set():
             return
+        beside: GatewayBeside | None = None
+        if gateway_port is not None:
+            size = sizes["max_request_size"]
+            beside = at_the_end.enter_context(gateway_beside(server, host, gateway_port, size))
         print(f"ready: {server.url}", flush=True)
+        if beside is not None:
+            print(f"gateway: {beside.url}", flush=True)
         if server.key_file is not None:
             print(f"clients need the inference key of {server.key_file}", flush=True)
-        server.wait(stop)
+        server.wait(stop, beside.keep_up if beside is not None else lambda: None)
 
 
 @contextmanager

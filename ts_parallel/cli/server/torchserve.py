@@ -180,8 +180,8 @@ class TorchServe:
             if any("ts_parallel is ready" in line for line in lines) and self._answers():
                 return
 
-    def wait(self, stop: threading.Event) -> None:
-        """Return once `stop` is set.
+    def wait(self, stop: threading.Event, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Return once `stop` is set; `meanwhile` is called again and again, and may raise.
 
         Raises:
             StartupError: TorchServe ended by itself.
@@ -190,6 +190,7 @@ class TorchServe:
         while not stop.wait(_SECONDS_BETWEEN_LOOKS):
             if self._process.poll() is not None:
                 raise StartupError(f"TorchServe ended with status {self._process.returncode}")
+            meanwhile()
 
     def stop(self) -> None:
         """End TorchServe, its workers and their ranks; kill what does not end by itself."""
