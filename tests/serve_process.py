@@ -65,7 +65,8 @@ def served_with_gateway(folder: Path, *options: str) -> Iterator[Served]:
         yield Served(direct, f"http://127.0.0.1:{gateway_port}", process)
     finally:
         left = [process, *process.children(recursive=True)] if process.is_running() else []
-        process.send_signal(signal.SIGTERM)
+        if process.is_running():
+            process.send_signal(signal.SIGTERM)
         process.wait(60)
         process.stdout.close()
         _, alive = psutil.wait_procs(left, timeout=20)

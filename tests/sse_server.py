@@ -45,6 +45,7 @@ class Recorder:
     moments: list[float] = field(default_factory=list)  # of `time.perf_counter()` at which the bodies came
     keys: list[str | None] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
+    reads: Callable[[str, bytes], Any] | None = None  # bodies that need not be JSON, with their content type
     num_running: int = 0
     most_running: int = 0
     has_left: threading.Event = field(default_factory=threading.Event)  # a client went before its answer's end
@@ -167,7 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         recorder = self.recorder
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        if recorder.reads is not None:
+            recorder.reads(self.headers.get("Content-Type", ""), raw)
+        body = json.loads(raw) if recorder.reads is None else {}
         with recorder.lock:
             recorder.bodies.append(body)
             recorder.moments.append(time.perf_counter())

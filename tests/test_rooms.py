@@ -69,9 +69,10 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "text": set(),
     },
     "gateway": {
-        "floor": {"upstream", "dialects", "batch"},
+        "floor": {"upstream", "dialects", "batch", "page"},
         "dialects": {"upstream", "floor"},
         "batch": {"upstream", "floor"},
+        "page": set(),
         "upstream": {"floor"},
     },
     "serving.openai": {"floor": {"fields"}, "fields": set()},

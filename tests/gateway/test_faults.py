@@ -85,7 +85,7 @@ def test_server_that_is_killed_ends_all_that_is_open(served: Served) -> None:
 
             def kill() -> None:
                 for own in served.process.children(recursive=True):
-                    if "gateway" not in " ".join(own.cmdline()):
+                    if "--upstream" not in own.cmdline():
                         own.send_signal(signal.SIGKILL)
 
             assert_ends_with_an_error(cut_in_the_middle(front.url, kill))

@@ -11,10 +11,14 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from ts_parallel.errors import EngineError, RequestError
+from ts_parallel.gateway.batch.kserve import KServe
+from ts_parallel.gateway.batch.speech import Speech
+from ts_parallel.gateway.batch.texts import Texts
 from ts_parallel.gateway.counters import Counters
 from ts_parallel.gateway.dialects.messages import Messages
 from ts_parallel.gateway.dialects.responses import Responses, ResponseStore
 from ts_parallel.gateway.guard import Guard
+from ts_parallel.gateway.page import PATHS, page
 from ts_parallel.gateway.passing import Passing
 from ts_parallel.gateway.refusals import refusal
 from ts_parallel.gateway.settings import GatewaySettings
@@ -47,8 +51,10 @@ def _routes(upstreams: Upstreams, counters: Counters) -> list[BaseRoute]:
     passing = Passing(upstreams, counters)
     responses = Responses(upstreams, ResponseStore())
     messages = Messages(upstreams)
+    texts, speech, kserve = Texts(upstreams), Speech(upstreams), KServe(upstreams)
     return [
         *(Route(path, passing.post, methods=["POST"]) for path in _PASSED),
+        *(Route(path, page) for path in PATHS),
         Route("/v1/models", passing.models),
         Route("/v1/models/{name:path}", passing.model),
         Route("/v1/responses", responses.create, methods=["POST"]),
@@ -56,6 +62,21 @@ def _routes(upstreams: Upstreams, counters: Counters) -> list[BaseRoute]:
         Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/v1/embeddings", texts.embeddings, methods=["POST"]),
+        Route("/v1/classify", texts.classify, methods=["POST"]),
+        Route("/v1/score", texts.score, methods=["POST"]),
+        Route("/v1/rerank", texts.rerank, methods=["POST"]),
+        Route("/v1/audio/transcriptions", speech.transcribe, methods=["POST"]),
+        Route("/v1/audio/translations", speech.translate, methods=["POST"]),
+        Route("/v2", kserve.server),
+        Route("/v2/health/live", kserve.live),
+        Route("/v2/health/ready", kserve.ready),
+        Route("/v2/models/{name}", kserve.model),
+        Route("/v2/models/{name}/ready", kserve.model_ready),
+        Route("/v2/models/{name}/infer", kserve.infer, methods=["POST"]),
+        Route("/v2/models/{name}/versions/{version}", kserve.model),
+        Route("/v2/models/{name}/versions/{version}/ready", kserve.model_ready),
+        Route("/v2/models/{name}/versions/{version}/infer", kserve.infer, methods=["POST"]),
         Route("/live", passing.live),
         Route("/health", passing.ready),
         Route("/ready", passing.ready),

@@ -30,6 +30,7 @@ class Upstream:
     def __init__(self, settings: UpstreamSettings, max_silence: float) -> None:
         self.name = settings.name
         self.served_name = settings.served_name
+        self.version = settings.path.rpartition("/")[2]
         self.since = int(time.time())
         self.is_ready = False
         self.card: dict[str, Any] | None = None
