@@ -15,6 +15,8 @@ TSParallelError
     ├── BusyError     429   too many requests wait already
     ├── EngineError   500   the engine failed while it ran this request, or the model leaves it no token (NaN)
     └── TimedOutError 504   the request took longer than it may
+
+`gateway/refusals.py` draws what a gateway refuses beside these.
 """
 
 from __future__ import annotations

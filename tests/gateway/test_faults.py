@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -19,6 +21,7 @@ from serve_process import Served, chat_folder, served_with_gateway
 
 pytestmark = pytest.mark.torchserve
 
+NUM_STREAMS = 24
 LONG = {"max_tokens": 450, "ignore_eos": True}
 
 
@@ -28,13 +31,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def cut_in_the_middle(url: str, kill: Callable[[], None]) -> list[str]:
-    """The events of a stream that begins, whose server is then killed."""
+def events_of(url: str, on_first: Callable[[], None]) -> list[str]:
+    """All events of a long stream; `on_first` is called once it has begun."""
     text = b""
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, **LONG}, timeout=60) as got:
         for piece in got.iter_raw():
             if not text:
-                kill()
+                on_first()
             text += piece
     return [event for event in text.decode().split("\n\n") if event]
 
@@ -51,7 +54,7 @@ def test_worker_that_dies_ends_its_streams_with_an_error_and_is_back_soon(served
         for worker in served.family("model_service_worker.py"):
             worker.send_signal(signal.SIGKILL)
 
-    assert_ends_with_an_error(cut_in_the_middle(served.gateway, kill))
+    assert_ends_with_an_error(events_of(served.gateway, kill))
     statuses = []
 
     def is_back() -> bool:
@@ -66,10 +69,12 @@ def test_worker_that_dies_ends_its_streams_with_an_error_and_is_back_soon(served
 
 
 def test_server_that_is_killed_ends_all_that_is_open(served: Served) -> None:
-    """By a gateway of its own, for the other ends with its server."""
-    with gateway(served.direct.removesuffix("/1.0")) as front:
+    """By a gateway of its own, for the other ends with its server. So many streams are open that none is at its end."""
+    begun = threading.Barrier(NUM_STREAMS + 1)
+    with gateway(served.direct.removesuffix("/1.0")) as front, ThreadPoolExecutor(NUM_STREAMS) as threads:
         options: Any = {"base_url": f"{front.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60}
         with openai.OpenAI(**options) as client, anthropic.Anthropic(**{**options, "base_url": front.url}) as claude:
+            streams = [threads.submit(events_of, front.url, lambda: begun.wait(60)) for _ in range(NUM_STREAMS)]
             responses: Any = client.responses.create(
                 model="demo", input="a", stream=True, max_output_tokens=450, extra_body={"ignore_eos": True}
             )
@@ -82,13 +87,12 @@ def test_server_that_is_killed_ends_all_that_is_open(served: Served) -> None:
             )
             assert next(responses).type == "response.created"
             assert next(messages).type == "message_start"
-
-            def kill() -> None:
-                for own in served.process.children(recursive=True):
-                    if "--upstream" not in own.cmdline():
-                        own.send_signal(signal.SIGKILL)
-
-            assert_ends_with_an_error(cut_in_the_middle(front.url, kill))
+            begun.wait(60)
+            for own in served.process.children(recursive=True):
+                if "--upstream" not in own.cmdline():
+                    own.send_signal(signal.SIGKILL)
+            for stream in streams:
+                assert_ends_with_an_error(stream.result(60))
             assert list(responses)[-1].type == "response.failed"
             with pytest.raises(anthropic.APIStatusError):
                 list(messages)

@@ -91,8 +91,9 @@ class Shown {
   }
 
   figures(text) {
-    this.figuresLine ??= this.element.appendChild(make("div", "figures", ""));
+    this.figuresLine ??= make("div", "figures", "");
     this.figuresLine.textContent = text;
+    if (this.element.lastChild !== this.figuresLine) this.element.append(this.figuresLine);
   }
 
   fail(text) {
@@ -110,7 +111,9 @@ class Answer {
     this.finishReason = null;
     this.tokens = 0;
     this.begin = performance.now();
-    this.first = null;
+    this.first = null; // when the first piece came
+    this.firstTokens = 0; // that it had
+    this.last = null;
   }
 
   take(chunk) {
@@ -118,6 +121,7 @@ class Answer {
     if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
     const choice = chunk.choices?.[0];
     if (choice) {
+      this.last = performance.now();
       this.finishReason = choice.finish_reason ?? this.finishReason;
       this.takeDelta(choice.delta ?? {});
     }
@@ -126,7 +130,10 @@ class Answer {
 
   takeDelta(delta) {
     const reasoning = delta.reasoning_content ?? delta.reasoning;
-    if (this.first === null && (delta.content || reasoning || delta.tool_calls)) this.first = performance.now();
+    if (this.first === null && (delta.content || reasoning || delta.tool_calls)) {
+      this.first = this.last;
+      this.firstTokens = this.tokens;
+    }
     if (reasoning) {
       this.reasoning += reasoning;
       this.shown.add("reasoning", reasoning, "Reasoning");
@@ -147,9 +154,10 @@ class Answer {
 
   tell() {
     if (this.first === null) return;
-    const parts = [`${this.tokens} tokens`, `first after ${Math.round(this.first - this.begin)} ms`];
-    const seconds = (performance.now() - this.first) / 1000;
-    if (this.tokens > 1 && seconds > 0) parts.push(`${((this.tokens - 1) / seconds).toFixed(1)} tokens/s`);
+    const unit = this.tokens === 1 ? "token" : "tokens";
+    const parts = [`${this.tokens} ${unit}`, `first after ${Math.round(this.first - this.begin)} ms`];
+    const [more, seconds] = [this.tokens - this.firstTokens, (this.last - this.first) / 1000];
+    if (more > 0 && seconds > 0) parts.push(`${(more / seconds).toFixed(1)} tokens/s`);
     if (this.finishReason && this.finishReason !== "stop") parts.push(`ended by ${this.finishReason}`);
     this.shown.figures(parts.join(" · "));
   }
