@@ -231,13 +231,15 @@ class Parallelism(_Section):
 class BatchConfig(ModelConfig):
     """Batch inference."""
 
-    task: Literal["text_embedding", "text_classification", "image_classification", "encoder"]
+    task: Literal["text_embedding", "text_classification", "token_classification", "image_classification", "encoder"]
     """What goes in and comes out; `encoder` answers with the last hidden states."""
     micro_batch_size: Count = Field(default=8, ge=1)
     """Most items that a stage computes at once."""
     virtual_stages: Count = Field(default=1, ge=1)
     """Stages of each rank, looped: stage k lives on pipeline rank k % pipeline_parallel_size."""
     parallelism: Parallelism = Parallelism()
+    max_items: Count = Field(default=2048, ge=1)
+    """Most texts, pairs of texts or documents of one request."""
 
     def _stage_factors(self) -> dict[str, int]:
         return {**super()._stage_factors(), "virtual_stages": self.virtual_stages}

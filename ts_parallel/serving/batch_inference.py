@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ import torch
 
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import BatchConfig, Seq2SeqConfig
-from ts_parallel.errors import ConfigError, EngineError, NotFoundError, RequestError
+from ts_parallel.errors import ConfigError, EngineError, NotFoundError
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
@@ -24,6 +26,7 @@ from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.serving.batch.greedy import GreedyRunner
+from ts_parallel.serving.batch.jobs import Body, Job, Work, as_request_error
 from ts_parallel.serving.batch.micro_batching import MicroBatcher, Runner
 from ts_parallel.serving.batch.seq2seq import is_seq2seq, make_part_runner, make_seq2seq_task
 from ts_parallel.serving.batch.tasks import Task, make_task
@@ -73,6 +76,7 @@ class BatchInferenceHandler:
         self._batcher: MicroBatcher | None = None
         self._streams = Streams()
         self._opened: list[_Item] = []
+        self._models = ""
         self._inference = ThreadPoolExecutor(1, "inference")
         self._transport = PlainBatches(self._streams, self._open, self._begin, max_response_size())
 
@@ -121,7 +125,7 @@ class BatchInferenceHandler:
         ) -> tuple[BatchConfig | Seq2SeqConfig, _Loaded]:
             refuse_continuous_batching(context.model_yaml_config)
             parts = _load_seq2seq if isinstance(config, Seq2SeqConfig) else _load_stages
-            return config, parts(config, folder, topology)  # type: ignore[arg-type]  # each is of its own kind
+            return config, parts(config, folder, topology, context.model_name)  # type: ignore[arg-type]  # of its own kind
 
         topology, watch, (config, loaded) = start_rank(context, kind, load)
         self._runner, self._task = loaded.ranks, loaded.task
@@ -131,28 +135,30 @@ class BatchInferenceHandler:
             return
         self._batcher = MicroBatcher(
             loaded.runner,
-            lambda item: self.preprocess(item.request),
-            self._respond,
+            lambda part: part.prepare(),
+            lambda part, output: part.take(output),
             config.micro_batch_size,
             config.parallelism.preprocess,
             config.parallelism.postprocess,
             loaded.task.collator,
         )
+        entry = {"id": context.model_name, "object": "model", "created": int(time.time()), "owned_by": "ts_parallel"}
+        self._models = json.dumps({"object": "list", "data": [entry]})
         watch.begin(loaded.ranks)
         if topology.world_size > 1:
             signs = threading.Thread(target=give_signs_of_life, args=(loaded.ranks,), name="signs of life", daemon=True)
             signs.start()
         log_ready(topology, context.model_name)
 
-    def _respond(self, item: _Item, output: torch.Tensor) -> None:
-        self.respond(output, item.stream)
-        item.stream.end()
-
     def _open(self, request_id: str, request: RawRequest) -> StreamJob | Reply:
+        assert self._task is not None
         if request.route == "health":
             return Reply.whole('{"status": "ok"}')
-        if request.route:
-            return Reply.refusal(NotFoundError(f"no route {request.route!r}: there is health"))
+        if request.route == "v1/models":
+            return Reply.whole(self._models)
+        if request.route and request.route not in self._task.routes:
+            known = ", ".join((*self._task.routes, "v1/models", "health"))
+            return Reply.refusal(NotFoundError(f"no route {request.route!r}: there are {known}"))
         stream = self._streams.open(request_id)
         self._opened.append(_Item(request, stream))
         return StreamJob(stream)
@@ -164,16 +170,48 @@ class BatchInferenceHandler:
     def _answer(self, items: list[_Item]) -> None:
         """End each item's stream; nothing is raised. Where the ranks are out of step, this process ends."""
         assert self._batcher is not None and self._runner is not None
+        jobs = [(item, job) for item in items if (job := self._job(item)) is not None]
+        parts = [part for _, job in jobs for part in job.parts]
         try:
-            results = self._batcher.run(items)
+            results = iter(self._batcher.run(parts))
         except Exception as error:
             logger.exception("the inference failed")
             if self._runner.is_broken:
                 exit_now()
-            results = [EngineError(f"the inference failed: {error}")] * len(items)
-        for item, result in zip(items, results, strict=True):
-            if isinstance(result, Exception):
-                item.stream.end(error=_as_request_error(result))
+            results = repeat(EngineError(f"the inference failed: {error}"))
+        for item, job in jobs:
+            error_of_job = job.error_of([next(results) for _ in job.parts])
+            if error_of_job is not None:
+                item.stream.end(error=error_of_job)
+
+    def _job(self, item: _Item) -> Job | None:
+        """What a request brings to the model; None where it is refused already."""
+        assert self._task is not None
+        request, stream = item.request, item.stream
+        try:
+            work = None if request.route == "" and self._has_own_bodies() else self._task.open(request)
+        except Exception as error:
+            item.stream.end(error=as_request_error(error))
+            return None
+        if work is None:
+            own = Work([lambda: self.preprocess(request)], lambda done: done[0].output)
+            return Job(own, lambda output: self._respond(stream, output))
+        return Job(work, lambda answer: _send(stream, answer))
+
+    def _has_own_bodies(self) -> bool:
+        """Whether a user's file has changed what goes in and comes out on the model's own URL."""
+        names = ("preprocess", "postprocess", "respond")
+        return any(getattr(type(self), name) is not getattr(BatchInferenceHandler, name) for name in names)
+
+    def _respond(self, stream: ResponseStream, output: torch.Tensor) -> None:
+        self.respond(output, stream)
+        stream.end()
+
+
+def _send(stream: ResponseStream, answer: Any) -> None:
+    body = answer if isinstance(answer, Body) else Body(json.dumps(answer, allow_nan=False))
+    stream.content_type = body.content_type
+    stream.end(body.text)
 
 
 @dataclass(frozen=True)
@@ -219,13 +257,16 @@ def refuse_continuous_batching(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _load_stages(config: BatchConfig, folder: Path, topology: Topology) -> _Loaded:
+def _load_stages(config: BatchConfig, folder: Path, topology: Topology, model: str) -> _Loaded:
     runner = make_batch_runner(config, folder, topology)
-    task = make_task(config.task, folder, own_dtype(config.dtype, config.device)) if topology.rank == 0 else None
-    return _Loaded(runner, f"{config.virtual_stages} of {config.num_stages} stages", runner, task)
+    what = f"{config.virtual_stages} of {config.num_stages} stages"
+    if topology.rank:
+        return _Loaded(runner, what)
+    dtype = own_dtype(config.dtype, config.device)
+    return _Loaded(runner, what, runner, make_task(config.task, folder, dtype, model, config.max_items))
 
 
-def _load_seq2seq(config: Seq2SeqConfig, folder: Path, topology: Topology) -> _Loaded:
+def _load_seq2seq(config: Seq2SeqConfig, folder: Path, topology: Topology, model: str) -> _Loaded:
     ranks = make_part_runner(config, folder, topology)
     what = f"1 of {config.num_stages} stages of encoder and decoder"
     if topology.rank:
@@ -256,10 +297,3 @@ def give_signs_of_life(runner: Ranks) -> None:
         except RuntimeError:
             logger.exception("another rank was lost")
             exit_now()
-
-
-def _as_request_error(error: Exception) -> RequestError:
-    if isinstance(error, RequestError):
-        return error
-    logger.error("a request failed", exc_info=error)
-    return EngineError(f"{type(error).__name__}: {error}")

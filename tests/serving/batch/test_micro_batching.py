@@ -219,3 +219,10 @@ def test_inference_that_fails_is_raised_and_nobody_waits(bench: Bench, position:
 def test_missing_input_is_named(bench: Bench) -> None:
     with pytest.raises(ValueError, match=r"\['mask'\] is missing"):
         bench.run([[1]], lambda item: {"ids": torch.tensor(item)})
+
+
+def test_items_of_one_shape_come_together_where_none_is_padded(bench: Bench) -> None:
+    """However they follow one another; what is left of each shape goes last."""
+    items = [[1, 2], [3], [4, 5], [6], [7, 8], [9, 1], [2]]
+    assert bench.run(items, collator=Collator()) == [sum(item) for item in items]
+    assert bench.stage.shapes == [(4, 2), (3, 1)]

@@ -193,7 +193,7 @@ def test_generation_that_cannot_be_followed_is_refused_at_the_start(models: Mode
         read_generation_config(tmp_path, config)
 
 
-@pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 2, "min_length": 9, "forced_bos_token_id": 7}])
+@pytest.mark.parametrize("settings", [{}, {"no_repeat_ngram_size": 2, "min_length": 4, "forced_bos_token_id": 7}])
 def test_generation_settings_of_config_json_alone_hold(
     models: Models, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

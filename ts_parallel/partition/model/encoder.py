@@ -5,29 +5,32 @@ B items of a micro-batch, S tokens of the longest, C × Y × X an image.
 
 from __future__ import annotations
 
-import json
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from ts_parallel.errors import CheckpointError, ConfigError
+from ts_parallel.errors import ConfigError
 from ts_parallel.partition.graph.trace import InputSpec
+from ts_parallel.partition.model.sentence_modules import SentenceModules, read_sentence_modules
 
 Call = Callable[[PreTrainedModel, Mapping[str, torch.Tensor]], torch.Tensor]
 
-TASKS = ("text_embedding", "text_classification", "image_classification", "encoder")
+TASKS = ("text_embedding", "text_classification", "token_classification", "image_classification", "encoder")
 MOST_ITEMS = 2**16
+POOLED, SEGMENTS = "pooling_mask", "token_type_ids"
+"""Inputs that some models have: which tokens are pooled, and which of a pair of texts a token belongs to."""
 _TEXT = {"input_ids": InputSpec(("B", "S"), torch.int64), "attention_mask": InputSpec(("B", "S"), torch.int64)}
 
 
@@ -47,7 +50,7 @@ def call_of_task(task: str, folder: Path, config: PretrainedConfig, dtype: torch
 
     Raises:
         ConfigError: the task is unknown.
-        CheckpointError: the folder's pooling is none that is known.
+        CheckpointError: the folder of sentence-transformers has what cannot be served.
     """
     if task == "image_classification":
         shape = ("B", getattr(config, "num_channels", 3), *_image_size(config))
@@ -55,9 +58,14 @@ def call_of_task(task: str, folder: Path, config: PretrainedConfig, dtype: torch
         return ModelCall(AutoModelForImageClassification, inputs, {"B": MOST_ITEMS}, _logits)
     limits = {"B": MOST_ITEMS, "S": longest_text(config)}
     if task == "text_classification":
-        return ModelCall(AutoModelForSequenceClassification, _TEXT, limits, _logits)
+        auto_class = AutoModelForSequenceClassification
+        return ModelCall(auto_class, _of_pairs(auto_class, config), limits, _logits)
+    if task == "token_classification":
+        return ModelCall(AutoModelForTokenClassification, _TEXT, limits, _logits)
     if task == "text_embedding":
-        return ModelCall(AutoModel, _TEXT, limits, sentence_embedding(folder))
+        modules = read_sentence_modules(folder)
+        inputs = {**_TEXT, POOLED: _TEXT["attention_mask"]} if modules.leaves_prompt_out else _TEXT
+        return ModelCall(AutoModel, inputs, limits, _sentence_vectors(modules))
     if task == "encoder":
         return ModelCall(AutoModel, _TEXT, limits, _last_hidden_state)
     raise ConfigError(f"task {task!r} is none of {list(TASKS)}")
@@ -68,6 +76,15 @@ def longest_text(config: PretrainedConfig) -> int:
     positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20)
     from_padding = config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl"}
     return positions - (config.pad_token_id or 0) - 1 if from_padding else positions
+
+
+def _of_pairs(auto_class: Any, config: PretrainedConfig) -> Mapping[str, InputSpec]:
+    """The inputs of a model of texts that may come in pairs, whose tokens it may tell apart."""
+    own = auto_class._model_mapping.get(type(config), None)
+    tells_apart = getattr(config, "type_vocab_size", 0) > 1 and own is not None
+    if tells_apart and SEGMENTS in inspect.signature(own.forward).parameters:
+        return {**_TEXT, SEGMENTS: _TEXT["input_ids"]}
+    return _TEXT
 
 
 def _image_size(config: PretrainedConfig) -> tuple[int, int]:
@@ -85,57 +102,11 @@ def _last_hidden_state(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor
     return hidden
 
 
-def sentence_embedding(folder: Path) -> Call:
-    """One vector `[B, hidden]` a text, pooled as the folder's own files say (the layout of sentence-transformers), by
-    the mean over the tokens where there are none.
-
-    Raises:
-        CheckpointError: they name a pooling other than the mean, the first token or the largest value.
-    """
-    pooling, is_normalised = {"pooling_mode_mean_tokens"}, False
-    modules = _read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
-    for module in modules:
-        kind = str(module["type"]).rpartition(".")[2]
-        if kind == "Pooling":
-            settings = _read_json(folder / module["path"] / "config.json")
-            pooling = {name for name, value in settings.items() if name.startswith("pooling_mode") and value is True}
-        elif kind == "Normalize":
-            is_normalised = True
-        elif kind != "Transformer":
-            raise CheckpointError(f"{folder / 'modules.json'} has a module {kind!r}, which cannot be served")
-    if len(pooling) != 1 or not pooling <= _POOLINGS.keys():
-        raise CheckpointError(f"{folder} pools by {sorted(pooling)}; one of {sorted(_POOLINGS)} can be served")
-    pool = _POOLINGS[pooling.pop()]
+def _sentence_vectors(modules: SentenceModules) -> Call:
+    """`[B, numbers]`: pooled as the folder of sentence-transformers says."""
 
     def call(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        vectors = pool(_last_hidden_state(model, inputs), inputs["attention_mask"])
-        return F.normalize(vectors, dim=-1) if is_normalised else vectors
+        model_inputs = {name: tensor for name, tensor in inputs.items() if name != POOLED}
+        return modules.pool(_last_hidden_state(model, model_inputs), inputs.get(POOLED, inputs["attention_mask"]))
 
     return call
-
-
-def _mean_of_tokens(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
-
-
-def _first_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return hidden[:, 0]
-
-
-def _largest(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
-
-
-_POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "pooling_mode_mean_tokens": _mean_of_tokens,
-    "pooling_mode_cls_token": _first_token,
-    "pooling_mode_max_tokens": _largest,
-}
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from None

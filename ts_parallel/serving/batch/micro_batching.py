@@ -28,13 +28,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Collator:
-    """How items become one micro-batch and its output the items' again. Items of unlike shapes need `padding`."""
+    """How items become one micro-batch and its output the items' again."""
 
     padding: Mapping[str, int | float] | None = None
     """Name of each input whose first dim differs from item to item → what the shorter ones are filled up with, behind
-    what they have; None: all items have the same shapes."""
+    what they have; None: only items of one shape come together."""
     trims_by: str | None = None
     """The input whose length an item's part of the output has too; None: outputs have no such dim."""
+
+    def kind(self, inputs: Inputs) -> object:
+        """Items of one kind can be joined."""
+        return tuple(tensor.shape for tensor in inputs.values()) if self.padding is None else None
 
     def join(self, items: Sequence[Inputs]) -> dict[str, torch.Tensor]:
         """`[*shape]` of each item → `[B, *longest]`.
@@ -120,18 +124,20 @@ class MicroBatcher:
         members: deque[list[tuple[int, Inputs]]],
         failures: dict[int, Exception],
     ) -> Iterator[Inputs]:
-        """Joined micro-batches in the order of the items, each once its last item is ready. Which items they are of
-        goes to `members`, what is wrong with an item to `failures`."""
-        waiting: list[tuple[int, Inputs]] = []
+        """Joined micro-batches, of items of one kind in their order, each once its last item is ready. Which items they
+        are of goes to `members`, what is wrong with an item to `failures`."""
+        waiting: dict[object, list[tuple[int, Inputs]]] = {}
         for index, future in enumerate(prepared):
             inputs = _outcome(future)
             if isinstance(inputs, Exception):
                 failures[index] = inputs
-            else:
-                waiting.append((index, inputs))
-            if len(waiting) == self._micro_batch_size or (waiting and index == len(prepared) - 1):
-                yield from self._joined(waiting, members, failures)
-                waiting = []
+                continue
+            kind = self._collator.kind(inputs)
+            waiting.setdefault(kind, []).append((index, inputs))
+            if len(waiting[kind]) == self._micro_batch_size:
+                yield from self._joined(waiting.pop(kind), members, failures)
+        for rest in waiting.values():
+            yield from self._joined(rest, members, failures)
 
     def _joined(
         self,

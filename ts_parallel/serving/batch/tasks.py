@@ -10,19 +10,25 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import AutoImageProcessor
 
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import did_you_mean
 from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.model.encoder import ModelCall, call_of_task
 from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
+from ts_parallel.partition.model.sentence_modules import read_sentence_modules
+from ts_parallel.serving.batch.jobs import MOST_ITEMS, Work, known_fields
 from ts_parallel.serving.batch.micro_batching import Collator
+from ts_parallel.serving.batch.texts import classification, embedding
+from ts_parallel.serving.batch.texts.classification import ClassificationApi, Labels, read_activation
+from ts_parallel.serving.batch.texts.embedding import EmbeddingApi, SentenceHead
+from ts_parallel.serving.batch.texts.entities import EntityApi
+from ts_parallel.serving.batch.texts.reading import SETTINGS, TextReader, read_text_rules
+from ts_parallel.serving.batch.texts.scoring import Api
 from ts_parallel.serving.exchange import RawRequest
-from ts_parallel.serving.text.model_files import read_tokenizer, vocabulary_of
 
 _WHAT: Mapping[Any, str] = {str: "a text", list: "nested lists of numbers"}
-_MOST_LABELS = 5  # as many as transformers' pipeline for images answers with
 
 Preprocess = Callable[[RawRequest], dict[str, torch.Tensor]]
 Postprocess = Callable[[torch.Tensor], Any]
@@ -35,10 +41,18 @@ class Task:
     preprocess: Preprocess
     postprocess: Postprocess
     collator: Collator
+    open: Callable[[RawRequest], Work | None] = lambda item: None
+    """What a body asks for that is of several items, or of an API that others have; None: one item of the two above."""
+    routes: tuple[str, ...] = ()
+    """Below the model's own URL."""
 
 
-def make_task(name: str, folder: Path, dtype: str) -> Task:
+def make_task(name: str, folder: Path, dtype: str, model: str = "", most_items: int = MOST_ITEMS) -> Task:
     """The task `name` for the model in `folder`, which computes in `dtype`.
+
+    Args:
+        model: its served name.
+        most_items: of one request.
 
     Raises:
         CheckpointError: the folder lacks what the task needs: a tokenizer, an image processor.
@@ -47,22 +61,27 @@ def make_task(name: str, folder: Path, dtype: str) -> Task:
     call = call_of_task(name, folder, config, choose_dtype(dtype, config))
     if name == "image_classification":
         return Task(ImageInput(folder, call), Labels(config), Collator())
-    text = TextInput(folder, call, config)
+    folder, api = settings_folder(folder), Api(model, most_items)
+    reader = TextReader(folder, call, config, read_text_rules(folder, name == "text_embedding"))
+    text, collator = TextInput(reader), reader.collator()
     if name == "text_classification":
-        return Task(text, Labels(config), text.collator())
+        labels = Labels(config)
+        classes = ClassificationApi(reader, labels, api, read_activation(folder, config))
+        return Task(text, labels, collator, classes.open, classification.ROUTES)
     if name == "text_embedding":
-        return Task(text, as_lists, text.collator())
-    return Task(text, as_lists, text.collator(trims_by="input_ids"))
+        embeddings = EmbeddingApi(reader, SentenceHead(read_sentence_modules(folder)), api)
+        return Task(text, embeddings.as_list, collator, embeddings.open, embedding.ROUTES)
+    collator = reader.collator(trims_by="input_ids")
+    if name == "token_classification":
+        return Task(text, as_lists, collator, EntityApi(reader, config, most_items).open)
+    return Task(text, as_lists, collator)
 
 
 class TextInput:
-    """A text, raw or as `{"text": …}` → `input_ids` and its like, int64 `[S]` each."""
+    """A text, raw or as `{"text": …}`, which may have a `text_pair` → `input_ids` and its like, int64 `[S]` each."""
 
-    def __init__(self, folder: Path, call: ModelCall, config: PretrainedConfig) -> None:
-        self._tokenizer = read_tokenizer(folder)
-        self._vocabulary = vocabulary_of(config, self._tokenizer)
-        self._names = tuple(call.inputs)
-        self._longest = min(self._tokenizer.model_max_length, call.limits["S"])
+    def __init__(self, reader: TextReader) -> None:
+        self._reader = reader
 
     def __call__(self, item: RawRequest) -> dict[str, torch.Tensor]:
         """
@@ -71,19 +90,15 @@ class TextInput:
                 token that the tokenizer knows and the model has not.
         """
         text = item.text()
-        encoded = self._tokenizer(_field(item, "text", str) if text is None else text)
-        num_tokens = len(encoded["input_ids"])
-        if not num_tokens:
-            raise RequestError("the text is empty", "text")
-        if num_tokens > self._longest:
-            raise RequestError(f"the text has {num_tokens} tokens, the model takes at most {self._longest}", "text")
-        self._vocabulary.known(encoded["input_ids"], "text")
-        return {name: torch.tensor(encoded[name]) for name in self._names}
-
-    def collator(self, trims_by: str | None = None) -> Collator:
-        """Fills shorter texts up on the right, with what the attention mask leaves out."""
-        padding = dict.fromkeys(self._names, 0) | {"input_ids": self._tokenizer.pad_token_id or 0}
-        return Collator(padding, trims_by)
+        if text is not None:
+            return self._reader.read(text)
+        fields = known_fields(item, ("text", "text_pair", *SETTINGS))
+        text, pair = fields.get("text"), fields.get("text_pair")
+        for name, value in (("text", text), ("text_pair", pair)):
+            if not isinstance(value, str) and (name == "text" or value is not None):
+                raise RequestError(f"{name!r} must be a text, got {type(value).__name__}", name)
+        assert isinstance(text, str)
+        return self._reader.read(text, pair, self._reader.asked(fields))
 
 
 class ImageInput:
@@ -122,31 +137,9 @@ class ImageInput:
         return pixels
 
 
-class Labels:
-    """Logits `[num_labels]` → `[{"label", "score"}, …]`, the best first and at most five, scored as transformers'
-    pipelines do: each label by itself where several can hold or there is but one, else against each other."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        self._names: dict[int, str] = config.id2label
-        kind = config.problem_type
-        is_each_alone = kind == "multi_label_classification" or (kind is None and config.num_labels == 1)
-        self._score: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid if is_each_alone else _softmax
-        if kind == "regression":
-            self._score = torch.Tensor.float
-
-    def __call__(self, output: torch.Tensor) -> list[dict[str, Any]]:
-        scores, order = self._score(output.float()).sort(descending=True)
-        best = zip(order[:_MOST_LABELS].tolist(), scores[:_MOST_LABELS].tolist(), strict=True)
-        return [{"label": self._names[index], "score": score} for index, score in best]
-
-
 def as_lists(output: torch.Tensor) -> Any:
     """The numbers of a vector `[H]` as a list, of `[S, H]` as a list for each token."""
     return output.float().tolist()
-
-
-def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    return logits.softmax(-1)
 
 
 def _field(item: RawRequest, name: str, kind: type) -> Any:
