@@ -38,6 +38,7 @@ DEFAULTS = {
     "enable_prefix_caching": True,
     "max_prefill_slowdown": 1.6,
     "stream_interval": 0.03,
+    "served_model_name": None,
     "strict": False,
     "clamp_max_tokens": False,
     "eager": False,
@@ -83,6 +84,7 @@ def test_every_key_reaches_its_field() -> None:
         "enable_prefix_caching": False,
         "max_prefill_slowdown": 2.5,
         "stream_interval": 0.5,
+        "served_model_name": "gpt-4o,demo",
         "strict": True,
         "clamp_max_tokens": True,
     }

@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ts_parallel.errors import ConfigError
 
+API_KEY_VARIABLE = "TS_PARALLEL_API_KEY"
+"""Of the environment: the keys of clients, separated by commas. On a command line others would see them."""
 ARCHIVE_VERSION = "1.0"
 """Of every archive that this package writes, and so a part of its model's URL."""
 _NEAR, _A_SLIP = 0.6, 0.88  # how alike two words are, from 0 to 1, by difflib
@@ -143,6 +145,9 @@ class HandlerConfig(ModelConfig):
     stream_interval: float = Field(default=0.03, ge=0, le=1)
     """Seconds for which tokens that continue answers gather before they are sent; the first token of an answer and its
     end wait for nothing. 0: all leave as soon as TorchServe takes them."""
+    served_model_name: str | None = None
+    """Names by which clients ask for the model, separated by commas; the first stands in answers. Unset: the archive's.
+    """
     strict: bool = False
     """Whether a request's unknown fields are refused; else what would change the answer is, and the rest ignored."""
     clamp_max_tokens: bool = False
@@ -294,6 +299,21 @@ def _refuse_unknown(section: Mapping[Any, Any], kind: type[BaseModel], where: st
         inside = kind.model_fields[key].annotation
         if isinstance(inside, type) and issubclass(inside, BaseModel) and isinstance(value, Mapping):
             _refuse_unknown(value, inside, f"handler.{key}")
+
+
+def parse_api_keys(text: str | None) -> tuple[str, ...]:
+    """
+    Raises:
+        ConfigError: there are no keys in it, or one that no header can have. It does not say which.
+    """
+    if text is None:
+        return ()
+    keys = tuple(key.strip() for key in text.split(",") if key.strip())
+    if not keys or not all(re.fullmatch(r"[!-~]+", key) for key in keys):
+        raise ConfigError(
+            f"{API_KEY_VARIABLE} (--api-key) needs one or more keys of visible ASCII letters, separated by commas"
+        )
+    return keys
 
 
 def did_you_mean(word: object, known: Mapping[str, Any], is_slip: bool = False) -> str:

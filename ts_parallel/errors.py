@@ -21,6 +21,9 @@ TSParallelError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 
 class TSParallelError(Exception):
     """Root of the tree above. Its text is one line, fit for a user's eyes."""
@@ -53,8 +56,8 @@ class RequestError(TSParallelError):
     status = 400
     kind = "invalid_request_error"
     code: str | None = None
-    retry_after: int | None = None
-    """Seconds after which the same request may be worth a try; None: never, or nobody knows."""
+    headers: ClassVar[Mapping[str, str]] = {}
+    """Of the answer, for programs that know what to do about it."""
 
     def __init__(self, message: str, parameter: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -70,6 +73,7 @@ class ContextLengthError(RequestError):
 class UnauthorizedError(RequestError):
     status = 401
     code = "invalid_api_key"
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class NotFoundError(RequestError):
@@ -91,7 +95,7 @@ class BusyError(RequestError):
     status = 429
     kind = "rate_limit_error"
     code = "rate_limit_exceeded"
-    retry_after = 1
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class EngineError(RequestError):

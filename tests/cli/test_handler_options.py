@@ -34,6 +34,9 @@ CASES: dict[str, Case] = {
     "enable_prefix_caching": (["--no-enable-prefix-caching"], False),
     "max_prefill_slowdown": (["--max-prefill-slowdown", "2.5"], 2.5),
     "stream_interval": (["--stream-interval", "0.5"], 0.5),
+    "served_model_name": (["--served-model-name", "gpt-4o,demo"], "gpt-4o,demo"),
+    "strict": (["--strict"], True),
+    "clamp_max_tokens": (["--clamp-max-tokens"], True),
 }
 OTHERS: dict[str, Case] = {  # they do not go together with some of the first
     "device": (["--device", "cuda"], "cuda"),

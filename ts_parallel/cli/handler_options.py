@@ -30,6 +30,7 @@ _HELP = {
     "adapter_path": "Folder of a LoRA adapter to merge into the weights, or the id of one on the hub.",
     "config_path": CONFIG_HELP,
 }
+_METAVARS = {"served_model_name": "NAME,…"}
 _READERS: dict[str, Callable[[str], Any]] = {
     "split_points": parse_split_points,
     "adapter_path": locate_adapter,
@@ -107,16 +108,18 @@ def _annotation(key: str, default: str | None) -> Any:
     option = typer.Option(
         *flags_of_key,
         help=text,
-        metavar="|".join(choices) or _metavar(field),
+        metavar="|".join(choices) or _metavar(key, field),
         show_default=False,
         autocompletion=complete if choices else None,
     )
     return Annotated[str | None, option]
 
 
-def _metavar(field: FieldInfo) -> str:
+def _metavar(key: str, field: FieldInfo) -> str:
     if _is_bytes(field):
         return "BYTES"
+    if key in _METAVARS:
+        return _METAVARS[key]
     names = {int: "N", float: "X", str: "DIR", tuple: "LAYER,…"}
     return names[_kinds(field.annotation)[0]]
 

@@ -32,7 +32,7 @@ from ts_parallel.serving.batch.seq2seq import is_seq2seq, make_part_runner, make
 from ts_parallel.serving.batch.tasks import Task, make_task
 from ts_parallel.serving.exchange import JSON, RawRequest, Reply
 from ts_parallel.serving.torchserve.front_end import exit_now
-from ts_parallel.serving.torchserve.front_end_settings import max_response_size
+from ts_parallel.serving.torchserve.front_end_settings import message_sizes
 from ts_parallel.serving.torchserve.streaming import ResponseStream, StreamJob, Streams
 from ts_parallel.serving.torchserve.transports.plain_batching import PlainBatches
 from ts_parallel.serving.torchserve.worker import follow_in_thread, log_loaded, log_ready, start_rank
@@ -78,7 +78,7 @@ class BatchInferenceHandler:
         self._opened: list[_Item] = []
         self._models = ""
         self._inference = ThreadPoolExecutor(1, "inference")
-        self._transport = PlainBatches(self._streams, self._open, self._begin, max_response_size())
+        self._transport = PlainBatches(self._streams, self._open, self._begin, message_sizes().max_response_size)
 
     def preprocess(self, item: RawRequest) -> dict[str, torch.Tensor]:
         """One request → the model's inputs by name, without the dim of the batch. The default is the task's.

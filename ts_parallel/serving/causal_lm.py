@@ -78,7 +78,7 @@ def load_eager_model(config: HandlerConfig, folder: Path, topology: Topology) ->
 
 
 def describe_computing(runner: Runner, topology: Topology) -> dict[str, Any]:
-    """By what this rank computes, for clients who measure it: the fields of `model_list`'s `computed_by`."""
+    """By what this rank computes, for clients who measure it: the fields of `computed_by` in `v1/models`."""
     machine, choice = this_machine(), describe_choice(topology.device, runner.dtype)
     return {
         "processor": machine.processor,

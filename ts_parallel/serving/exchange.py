@@ -6,15 +6,18 @@ Knows no route and no transport: `torchserve` carries, `openai` and `batch` answ
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ts_parallel.errors import RequestError
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
-EVENTS = "text/event-stream"
+EVENTS = "text/event-stream; charset=utf-8"  # without it some take the bytes for Latin-1
 _LONGEST_ECHO = 60  # characters of a bad value that an error repeats
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at every call
+_LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class RawRequest:
     route: str
     body: Any
     content_type: str
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """By their names in small letters."""
 
     def text(self) -> str | None:
         """The body as raw text; None where it is JSON.
@@ -61,10 +66,17 @@ class RawRequest:
         return value
 
 
+def one_line(body: Any) -> str:
+    """JSON that is one line by anybody's notion of lines: readers of events cut at more than JSON's own."""
+    text = _encode(body)
+    return text if text.isascii() else text.translate(_LINE_ENDS)
+
+
 def error_body(error: RequestError) -> str:
-    """An error in OpenAI's shape, which the native route shares."""
-    body = {"message": str(error), "type": error.kind, "param": error.parameter, "code": error.status}
-    return json.dumps({"error": body})
+    """An error in OpenAI's shape, which the native route shares, with its HTTP status beside: in a stream that has
+    begun it stands nowhere else."""
+    body = {"message": str(error), "type": error.kind, "param": error.parameter, "code": error.code}
+    return json.dumps({"error": {**body, "status": error.status}})
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ class Reply:
     content_type: str = JSON
     is_stream: bool = False
     """Whether its reader takes the answer in pieces, wherever it is cut."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """As `status`."""
 
     @property
     def stream_ends(self) -> bool | None:
@@ -90,7 +104,7 @@ class Reply:
 
     @staticmethod
     def refusal(error: RequestError) -> Reply:
-        return Reply(error_body(error), is_first=True, is_last=True, status=error.status)
+        return Reply(error_body(error), is_first=True, is_last=True, status=error.status, headers=error.headers)
 
 
 News = TypeVar("News", contravariant=True)

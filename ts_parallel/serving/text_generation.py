@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ts_parallel.checkpoint.settings import settings_folder
-from ts_parallel.config import HandlerConfig
+from ts_parallel.config import API_KEY_VARIABLE, HandlerConfig, parse_api_keys
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.router import Delivery
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.causal_lm import describe_computing, make_engine, make_runner
 from ts_parallel.serving.metrics import labels_of
 from ts_parallel.serving.torchserve.front_end import discard
+from ts_parallel.serving.torchserve.front_end_settings import message_sizes
 from ts_parallel.serving.torchserve.keep_open import has_replicas, keep_one_open
 from ts_parallel.serving.torchserve.metrics import MetricsReporter, torchserve_meters
 from ts_parallel.serving.torchserve.streaming import Transport, make_transport
@@ -47,8 +50,15 @@ class TextGenerationService:
 
             engine = EngineThread(make_engine(runner, config), exit_soon, config.stream_interval)
             settings = settings_folder(folder, config.config_folder)
-            computed_by = describe_computing(runner, topology)
-            return runner, GenerationService(settings, context.model_name, engine, config, computed_by)
+            return runner, GenerationService(
+                settings,
+                context.model_name,
+                engine,
+                config,
+                describe_computing(runner, topology),
+                asdict(message_sizes()),
+                parse_api_keys(os.environ.get(API_KEY_VARIABLE)),
+            )
 
         topology, watch, (runner, service) = start_rank(context, HandlerConfig, load)
         log_loaded(topology, runner.weights)

@@ -8,7 +8,7 @@ from http_client import events
 
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.exchange import error_body
-from ts_parallel.serving.openai.answers import Completion, CompletionStream, TextStream, Usage, WholeText, model_list
+from ts_parallel.serving.openai.answers import Completion, CompletionStream, TextStream, Usage, WholeText
 
 
 def test_text_stream_sends_each_piece_as_it_is() -> None:
@@ -67,14 +67,19 @@ def test_usage_comes_in_each_event_when_asked_for() -> None:
 
 
 def test_errors_have_openai_shape() -> None:
-    body = json.loads(error_body(RequestError("no", "prompt")))
-    assert body == {"error": {"message": "no", "type": "invalid_request_error", "param": "prompt", "code": 400}}
+    body = json.loads(error_body(RequestError("no", "prompt")))["error"]
+    shared = {"message": "no", "type": "invalid_request_error", "param": "prompt", "status": 400}
+    assert body == {**shared, "code": None}
+    assert json.loads(error_body(RequestError("no", "prompt", "bad")))["error"] == {**shared, "code": "bad"}
     failed = CompletionStream("7", "m", include_usage=False, has_usage_in_each=False).fail(EngineError("died"))
-    assert events(failed)[0]["error"]["code"] == 500
+    assert events(failed)[0]["error"]["status"] == 500
 
 
-def test_list_of_models_says_by_what_they_are_computed_where_that_is_known() -> None:
-    (plain,) = json.loads(model_list("demo", 7, 512))["data"]
-    assert plain == {"id": "demo", "object": "model", "created": 7, "owned_by": "ts_parallel", "max_model_len": 512}
-    (told,) = json.loads(model_list("demo", 7, 512, {"dtype": "bfloat16"}))["data"]
-    assert told == {**plain, "computed_by": {"dtype": "bfloat16"}}
+def test_no_letter_of_an_event_is_taken_for_the_end_of_a_line() -> None:
+    text = "".join(map(chr, [*range(0x20), 0x7F, 0x85, 0xA0, 0x2028, 0x2029, 0x1F600]))
+    stream = CompletionStream("7", "m", include_usage=False, has_usage_in_each=False)
+    sent = stream.advance(text, Usage(1, 1), "stop") or ""
+    chunk, empty, done, _ = sent.splitlines()
+    assert (empty, done) == ("", "data: [DONE]")
+    assert json.loads(chunk.removeprefix("data: "))["choices"][0]["text"] == text
+    assert "\U0001f600" in sent  # what breaks nothing is not written longer than it is

@@ -184,7 +184,7 @@ def test_failure_of_any_choice_fails_the_answer_with_its_own_status(fault: Any) 
         assert (reply.body.count("data: [DONE]\n\n"), reply.body.endswith("data: [DONE]\n\n")) == (has_begun, has_begun)
         assert reply.status == (200 if has_begun else status)
         body = events(reply.body)[0] if has_begun else json.loads(reply.body)
-        assert body["error"]["code"] == status and body["error"]["message"] == "broken"
+        assert body["error"]["status"] == status and body["error"]["message"] == "broken"
 
 
 def test_text_that_came_with_an_error_goes_out_before_it_whosever_it_is() -> None:

@@ -636,7 +636,7 @@ def test_stream_that_takes_too_long_ends_with_an_error(bench: Bench) -> None:
     status, text = bench.send("v1/completions", fields)
     *chunks, error, done = events(text)
     assert status == 200 and chunks[0]["choices"][0]["text"]
-    assert error["error"]["code"] == 504 and done == "[DONE]"
+    assert error["error"]["status"] == 504 and done == "[DONE]"
     assert bench.is_empty()
 
 
@@ -682,7 +682,7 @@ def test_request_whose_logits_are_nan_is_a_500_that_says_so_and_others_are_answe
     replies = {name: bench.read(name, job) for name, job in jobs.items()}
     status, text = replies[names[0]]
     error = json.loads(text)["error"]
-    assert (status, error["code"], error["type"]) == (500, 500, "server_error")
+    assert (status, error["status"], error["type"]) == (500, 500, "server_error")
     assert "NaN" in error["message"] and "\n" not in error["message"]
     status, text = replies[names[1]]
     assert (status, json.loads(text)["choices"][0]["text"]) == (200, wanted)
@@ -698,7 +698,7 @@ def test_stream_whose_logits_become_nan_ends_with_an_error_event(
     status, text = bench.read("nan-stream", job)
     *chunks, error, done = events(text)
     assert status == 200 and chunks and all("error" not in chunk for chunk in chunks)
-    assert error["error"]["code"] == 500 and "NaN" in error["error"]["message"] and done == "[DONE]"
+    assert error["error"]["status"] == 500 and "NaN" in error["error"]["message"] and done == "[DONE]"
     assert bench.is_empty()
     assert bench.complete(max_tokens=1)["text"]
 

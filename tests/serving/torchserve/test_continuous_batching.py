@@ -391,9 +391,9 @@ def test_failure_after_the_first_piece_ends_the_stream_with_an_error_of_its_kind
     fail(front_end)
     failed = front_end.trips_until("text", "events")
     assert {part.ts_stream_next for part in failed.values()} == {False}
-    assert json.loads(failed["text"].body)["error"]["code"] == 500
+    assert json.loads(failed["text"].body)["error"]["status"] == 500
     error, done = events(failed["events"].body)[-2:]
-    assert error["error"]["code"] == 500 and done == "[DONE]"
+    assert error["error"]["status"] == 500 and done == "[DONE]"
     assert front_end.round_trip() == {}
 
 
@@ -409,8 +409,8 @@ def test_job_that_fails_in_our_own_hands_ends_alone(front_end: FrontEnd, caplog:
             texts[name] += sent.body
             statuses.setdefault(name, sent.status)
     assert texts["short"] == "ab" and statuses["short"] == 200
-    assert statuses["whole"] == json.loads(texts["whole"])["error"]["code"] == 500
-    assert '"code": 500' in texts["stream"]
+    assert statuses["whole"] == json.loads(texts["whole"])["error"]["status"] == 500
+    assert '"status": 500' in texts["stream"]
     assert "a request failed" in caplog.text
     wait_until(lambda: front_end.blocks.num_free == NUM_BLOCKS and not front_end.engine.num_open)
 
@@ -425,7 +425,7 @@ def test_job_that_was_forgotten_ends_with_an_error_when_it_is_asked_for(
     front_end.let_through(1)
     wait_until(lambda: not front_end.engine.router._emptied_at)
     (sent,) = front_end.round_trip().values()
-    assert events(sent.body)[-2]["error"]["code"] == 504 and sent.ts_stream_next is False
+    assert events(sent.body)[-2]["error"]["status"] == 504 and sent.ts_stream_next is False
 
 
 def test_round_trip_that_fails_ends_the_worker_without_an_answer(

@@ -10,8 +10,8 @@ import pytest
 
 from ts_parallel.serving.torchserve import front_end_settings
 from ts_parallel.serving.torchserve.front_end_settings import (
-    DEFAULT_MAX_RESPONSE_SIZE,
-    max_response_size,
+    DEFAULT_MESSAGE_SIZE,
+    message_sizes,
     parse_properties,
     read_settings,
 )
@@ -94,9 +94,9 @@ def test_torchserves_default_is_taken_where_nothing_is_known(
     (folder / "config.properties").write_text("max_response_size=many")
     for found in (lambda: None, lambda: FrontEnd(folder, "-ncs", "-f", "missing")):
         monkeypatch.setattr(front_end_settings, "find_front_end", found)
-        assert max_response_size() == DEFAULT_MAX_RESPONSE_SIZE
+        assert message_sizes().max_response_size == DEFAULT_MESSAGE_SIZE
     assert not caplog.records
     for found in (lambda: FrontEnd(folder, "-ncs"), hidden):
         monkeypatch.setattr(front_end_settings, "find_front_end", found)
-        assert max_response_size() == DEFAULT_MAX_RESPONSE_SIZE
+        assert message_sizes().max_response_size == DEFAULT_MESSAGE_SIZE
     assert caplog.text.count("cannot be read") == 2

@@ -90,7 +90,7 @@ def beside_a_stream(server: TorchServe) -> Iterator[None]:
 
 def refusal(answer: tuple[int, str]) -> str:
     status, text = answer
-    assert status == json.loads(text)["error"]["code"] == 413
+    assert status == json.loads(text)["error"]["status"] == 413
     message: str = json.loads(text)["error"]["message"]
     return message
 
@@ -139,7 +139,7 @@ def test_grpc_answer_that_is_too_large_is_refused_alone(server: TorchServe) -> N
     assert server.grpc_port is not None
     with beside_a_stream(server):
         (whole,) = send(server.grpc_port, predictions_request("demo", {"data": b'{"size": %d}' % (LIMIT + 1)}))
-        assert json.loads(whole)["error"]["code"] == 413
+        assert json.loads(whole)["error"]["status"] == 413
         (fits,) = send(server.grpc_port, predictions_request("demo", {"data": b'{"size": %d}' % LIMIT}))
         assert fits == LIMIT * "x"
         with pytest.raises(grpc.RpcError):
@@ -156,7 +156,7 @@ def test_grpc_stream_is_cut_where_torchserve_can_and_refused_elsewhere(
     if "plain" in request.node.name:
         assert "".join(pieces) == "".join(f"{number}" + LIMIT * "é" for number in range(3))
     else:
-        assert json.loads("".join(pieces))["error"]["code"] == 413
+        assert json.loads("".join(pieces))["error"]["status"] == 413
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_whole_answer_of_the_limit_is_sent_and_a_larger_one_is_413() -> None:
     assert front_end.statuses == {"a": 200, "b": 413}
     assert front_end.texts["a"] == LIMIT * "x"
     error = json.loads(front_end.texts["b"])["error"]
-    assert error["code"] == 413 and str(LIMIT + 1) in error["message"] and str(LIMIT) in error["message"]
+    assert error["status"] == 413 and str(LIMIT + 1) in error["message"] and str(LIMIT) in error["message"]
     assert front_end.door.aborted == ["a", "b"]
 
 
@@ -150,7 +150,7 @@ def test_rest_of_a_stream_is_dropped_with_its_client() -> None:
 def test_grpc_answer_that_grows_too_large_ends_with_413_and_its_job_with_it() -> None:
     front_end = FrontEnd(grpc=pieces(*[BYTES_OF_A_MESSAGE * "x"] * 9))
     trips = front_end.to_the_end()
-    assert json.loads(front_end.texts["grpc"])["error"]["code"] == front_end.statuses["grpc"] == 413
+    assert json.loads(front_end.texts["grpc"])["error"]["status"] == front_end.statuses["grpc"] == 413
     assert trips[:3] == [{}, {}, {}] and len(trips) == 4
     assert (front_end.num_registered, front_end.door.aborted) == (1, ["grpc"])
 

@@ -120,7 +120,7 @@ def test_grpc_is_answered_in_pieces_where_torchserve_can(server: TorchServe, req
     assert "".join(pieces) == lines(4)
     assert (len(pieces) > 1) == ("plain" in request.node.name)
     (refusal,) = send(server.grpc_port, predictions_request("demo", {"data": b'{"from": "x"}'}))
-    assert json.loads(refusal)["error"]["code"] == 400
+    assert json.loads(refusal)["error"]["status"] == 400
     assert is_healthy(server)
     assert "Worker died" not in server.log_text()
 

@@ -270,7 +270,7 @@ def test_bad_grpc_request_is_refused_alone(server: TorchServe, inputs: dict[str,
     """TorchServe would end a worker whose answer did not say that it is the last."""
     assert server.grpc_port is not None
     (text,) = send(server.grpc_port, predictions_request("demo", inputs))
-    assert json.loads(text)["error"]["code"] == 400
+    assert json.loads(text)["error"]["status"] == 400
     assert get(f"{server.url}/1.0/health")[0] == 200
     assert server.log_text().count("ts_parallel is ready") == 1
 

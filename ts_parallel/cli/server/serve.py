@@ -21,12 +21,12 @@ from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
-from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, parse_message_size
+from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, check_origin, parse_message_size
 from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
 from ts_parallel.cli.server.beside import GatewayBeside, check_port, gateway_beside
 from ts_parallel.cli.server.startup import LogFollower, Startup, shown_startup, silent_startup
-from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, TorchServe, find_java
-from ts_parallel.config import HandlerConfig
+from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, Access, TorchServe, find_java
+from ts_parallel.config import API_KEY_VARIABLE, HandlerConfig, parse_api_keys
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace
@@ -44,7 +44,8 @@ def serve(
     model: Model,
     name: Name = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but loopback asks clients for a key.")
+        str,
+        typer.Option(help="Address to listen on; any but loopback asks clients for a key."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
     metrics_port: Annotated[
@@ -57,6 +58,18 @@ def serve(
         int | None,
         typer.Option(min=1, max=65535, help="Run a gateway with bare /v1 on this port of --host, as `gateway` does."),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY,…",
+            envvar=API_KEY_VARIABLE,
+            help="Keys one of which clients need; the variable shows them to no other user of the machine.",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGIN", help="Origin whose pages may ask, such as https://chat.local; * for any."),
+    ] = None,
     max_request_size: MaxRequestSize = _MAX_MESSAGE_SIZE,
     max_response_size: MaxResponseSize = _MAX_MESSAGE_SIZE,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
@@ -68,6 +81,9 @@ def serve(
         "max_request_size": parse_message_size(max_request_size, "--max-request-size"),
         "max_response_size": parse_message_size(max_response_size, "--max-response-size"),
     }
+    parse_api_keys(api_key)
+    check_origin(cors_origin)
+    access = Access(api_key, cors_origin)
     folder = locate_checkpoint(model)
     settings = handler_config(folder, **keys)
     name = name or default_name(folder)
@@ -76,7 +92,7 @@ def serve(
     show = partial(shown_startup, is_plain=verbose)
     with (
         stopped_by_signals() as stop,
-        running(settings, folder, name, host, port, verbose, stop, metrics_port, show, **sizes) as server,
+        running(settings, folder, name, host, port, verbose, stop, metrics_port, show, access, **sizes) as server,
         ExitStack() as at_the_end,
     ):
         if stop.is_set():
@@ -104,6 +120,7 @@ def running(
     stop: threading.Event,
     metrics_port: int | None = None,
     show: Callable[[], AbstractContextManager[Startup]] = silent_startup,
+    access: Access | None = None,
     **sizes: int,
 ) -> Iterator[TorchServe]:
     """A TorchServe that answers for `folder`, ended on leaving; it does not answer if `stop` was set meanwhile.
@@ -123,7 +140,9 @@ def running(
                 java_home = find_java()
                 startup.begin("starting TorchServe")
                 write_archive(config, name, store)
-            server = TorchServe(Path(workspace), store, name, host, port, java_home, verbose, metrics_port, **sizes)
+            server = TorchServe(
+                Path(workspace), store, name, host, port, java_home, verbose, metrics_port, access=access, **sizes
+            )
             at_the_end.callback(server.stop)
             server.start()
             server.wait_until_ready(stop, LogFollower(startup, config.pipeline_parallel_size).follow)

@@ -15,12 +15,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 
 import psutil
 
-from ts_parallel.config import ARCHIVE_VERSION
+from ts_parallel.config import API_KEY_VARIABLE, ARCHIVE_VERSION
 from ts_parallel.errors import ConfigError, StartupError
 from ts_parallel.machine import is_loopback
 from ts_parallel.serving.torchserve.worker import CANNOT_START
@@ -33,6 +34,10 @@ _CORES_A_THREAD = 8  # of those that pass bytes on
 # 1900 years. TorchServe knows no key for ever; it takes dates up to 1,000,000,000 AD, many readers of its key_file.json
 # those with four digits for the year.
 _MINUTES_OF_A_KEY = 10**9
+# Also what OpenAI's own client for pages sends. A star is any, but for the first, which it does not stand for.
+_HEADERS_OF_PAGES = "Authorization, Content-Type, X-Request-Id, X-Stainless-Arch, X-Stainless-Lang, X-Stainless-OS, "
+_HEADERS_OF_PAGES += "X-Stainless-Package-Version, X-Stainless-Retry-Count, X-Stainless-Runtime, "
+_HEADERS_OF_PAGES += "X-Stainless-Runtime-Version, X-Stainless-Timeout, *"
 MAX_MESSAGE_SIZE = 64 << 20
 """Bytes of a body on its way in or out. TorchServe's own, 6553500, is less than the tokens of a text of a million
 words. What bounds it from above are Java's int, Java's heap, which is a quarter of the memory (the process grew by
@@ -57,6 +62,17 @@ def find_java() -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Access:
+    """Who may ask."""
+
+    api_key: str | None = field(default=None, repr=False)
+    """One or more that clients need, separated by commas. The handler asks for them, in place of TorchServe, which
+    takes its own alone and refuses others in a shape of its own."""
+    cors_origin: str | None = None
+    """Whose pages may ask, as browsers name it; `*` for any."""
+
+
 class TorchServe:
     """Owns one TorchServe and everything it starts. `workspace` holds its logs, sockets and unpacked archives."""
 
@@ -72,6 +88,7 @@ class TorchServe:
         metrics_port: int | None = None,
         max_request_size: int = MAX_MESSAGE_SIZE,
         max_response_size: int = MAX_MESSAGE_SIZE,
+        access: Access | None = None,
     ) -> None:
         """
         Args:
@@ -89,10 +106,11 @@ class TorchServe:
         self._metrics_port = metrics_port
         self._max_request_size = max_request_size
         self._max_response_size = max_response_size
+        self._access = access or Access()
         self._log = workspace / "torchserve.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.grpc_port: int | None = None  # once it was started
-        self.key_file = None if is_loopback(host) else workspace / "key_file.json"
+        self.key_file = None if self._access.api_key or is_loopback(host) else workspace / "key_file.json"
 
     @property
     def url(self) -> str:
@@ -238,6 +256,12 @@ class TorchServe:
             # It passes pieces on: to compile that again and better takes a core from the model for minutes.
             "vmargs": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         }
+        if self._access.cors_origin is not None:
+            settings |= {
+                "cors_allowed_origin": self._access.cors_origin,
+                "cors_allowed_methods": "GET, POST, OPTIONS",
+                "cors_allowed_headers": _HEADERS_OF_PAGES,
+            }
         return "".join(f"{key}={value}\n" for key, value in settings.items())
 
     def _environment(self) -> dict[str, str]:
@@ -254,6 +278,9 @@ class TorchServe:
             "METRICS_LOCATION": str(self._workspace / "logs"),
             "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_ports(1)[0]}",
         }
+        environment.pop(API_KEY_VARIABLE, None)
+        if self._access.api_key is not None:
+            environment[API_KEY_VARIABLE] = self._access.api_key
         if self._java_home is not None:
             environment["JAVA_HOME"] = self._java_home
         else:

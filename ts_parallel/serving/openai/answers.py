@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.chat.reader import AnswerReader, Called, Delta, Said
-from ts_parallel.serving.exchange import EVENTS, JSON, TEXT, error_body
+from ts_parallel.serving.exchange import EVENTS, JSON, TEXT, error_body, one_line
 
-_to_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` makes an encoder at every call
 _DONE = "data: [DONE]\n\n"  # the end of every stream of OpenAI's, also of one that failed
 _NEVER = -9999.0  # the log-probability of what cannot be
 
@@ -396,13 +395,6 @@ def completion_head(request_id: str, model: str) -> dict[str, Any]:
     return {"id": f"cmpl-{request_id}", "object": "text_completion", "created": int(time.time()), "model": model}
 
 
-def model_list(model: str, created: int, max_model_len: int, computed_by: Mapping[str, Any] | None = None) -> str:
-    """OpenAI's `GET v1/models`, with vLLM's `max_model_len`; `computed_by` is left out where it is not known."""
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "ts_parallel"}
-    entry |= {"max_model_len": max_model_len, **({"computed_by": dict(computed_by)} if computed_by else {})}
-    return json.dumps({"object": "list", "data": [entry]})
-
-
 def _completion_choice(
     index: int, text: str, finish_reason: str | None, tokens: Sequence[ScoredToken] | None
 ) -> dict[str, Any]:
@@ -410,4 +402,4 @@ def _completion_choice(
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {_to_json(body)}\n\n"
+    return f"data: {one_line(body)}\n\n"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
@@ -27,7 +29,6 @@ from ts_parallel.serving.openai.answers import (
     CompletionStream,
     TextStream,
     WholeText,
-    model_list,
 )
 from ts_parallel.serving.openai.bodies import (
     ChatBody,
@@ -48,6 +49,9 @@ from ts_parallel.serving.openai.fields.conversation import ConversationBody
 from ts_parallel.serving.openai.fields.foreign import ForeignFields
 from ts_parallel.serving.openai.fields.generation import choice_params
 from ts_parallel.serving.openai.fields.messages import plain_messages
+from ts_parallel.serving.openai.keys import APIKeys
+from ts_parallel.serving.openai.limits import limits_body, limits_of
+from ts_parallel.serving.openai.models import ModelCards, ModelNames
 from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.model_files import (
     read_eos_ids,
@@ -60,6 +64,10 @@ from ts_parallel.serving.text.structured_output import GuideMaker
 from ts_parallel.serving.text.token_texts import TokenTexts
 
 logger = logging.getLogger(__name__)
+
+_ONE_MODEL = "v1/models/"
+# What a client may call its own request, so that the answer's id has it.
+_OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 GeneratingBody = NativeBody | CompletionBody | ChatBody
 
@@ -74,20 +82,26 @@ class GenerationService:
         engine: EngineThread,
         config: HandlerConfig,
         computed_by: Mapping[str, Any] | None = None,
+        sizes: Mapping[str, int] | None = None,
+        api_keys: Sequence[str] = (),
     ) -> None:
         """
         Args:
-            computed_by: what `model_list` says of the machine.
+            computed_by: what `v1/models` says of the machine.
+            sizes: what `limits_of` is to know of the front end.
+            api_keys: one of which a client has to have, where there are any.
         """
         model_config = read_model_config(folder)
         self.engine = engine
-        self._name = name
-        self._computed_by = computed_by
+        self._names = ModelNames(name, Path(config.model_path), config.served_model_name)
+        self._name = self._names.own
+        self._keys = APIKeys(api_keys)
         self._max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
         self._most_choices = config.max_num_seqs
         self._most_open = config.max_num_seqs + config.max_num_waiting
         self._max_seconds = config.max_request_seconds
-        self._started_at = int(time.time())
+        self._cards = ModelCards(self._names, int(time.time()), self._max_model_len, computed_by)
+        self._limits = limits_of(config, self._max_model_len, sizes or {})
         self._tokenizer = read_tokenizer(folder)
         self._vocabulary = vocabulary_of(model_config, self._tokenizer)
         self._eos_ids = read_eos_ids(folder, model_config, self._tokenizer)
@@ -97,7 +111,7 @@ class GenerationService:
         self._whole_decoder = TextDecoder(self._tokenizer, skips_special_tokens=False)
         self._special_names = self._texts.special_names(self._vocabulary.size)
         self._guides = GuideMaker(self._tokenizer, self._eos_ids, self._vocabulary.size)
-        self._limits = LimitMaker(self._tokenizer, self._vocabulary, self._eos_ids)
+        self._token_limits = LimitMaker(self._tokenizer, self._vocabulary, self._eos_ids)
         self._chat_template = ChatTemplate(self._tokenizer)
         self._foreign = ForeignFields(config.strict)
         self._clamps_max_tokens = config.clamp_max_tokens
@@ -107,6 +121,7 @@ class GenerationService:
             "health": self._health,
             "metrics": self._metrics,
             "v1/models": self._models,
+            "v1/limits": self._show_limits,
             "v1/completions": self._open_completion,
             "v1/chat/completions": self._open_chat,
             "tokenize": self._tokenize,
@@ -116,15 +131,22 @@ class GenerationService:
     def open_job(self, request_id: str, request: RawRequest) -> GenerationJob | Reply:
         """Route one request. What cannot be served becomes a reply of its own; nothing is raised."""
         try:
-            if request.route not in self._routes:
-                known = ", ".join(route for route in self._routes if route)
-                raise NotFoundError(f"no route {request.route!r}: there are {known}")
-            return self._routes[request.route](request_id, request)
+            if request.route != "health":  # which those who watch over servers ask for without a key
+                self._keys.check(request.headers)
+            return self._route(request.route)(request_id, request)
         except RequestError as error:
             return Reply.refusal(error)
         except Exception as error:  # whatever it was, the other requests must not end by it
             logger.exception("a request failed")
             return Reply.refusal(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _route(self, route: str) -> Callable[[str, RawRequest], GenerationJob | Reply]:
+        if route in self._routes:
+            return self._routes[route]
+        if route.startswith(_ONE_MODEL):
+            return self._model
+        known = ", ".join(own for own in self._routes if own)
+        raise NotFoundError(f"no route {route!r}: there are {known}", code="unknown_url")
 
     def _health(self, request_id: str, request: RawRequest) -> Reply:
         if self.engine.is_alive:
@@ -136,10 +158,17 @@ class GenerationService:
         return Reply.whole(text, PROMETHEUS)
 
     def _models(self, request_id: str, request: RawRequest) -> Reply:
-        return Reply.whole(model_list(self._name, self._started_at, self._max_model_len, self._computed_by))
+        return Reply.whole(self._cards.all())
+
+    def _model(self, request_id: str, request: RawRequest) -> Reply:
+        return Reply.whole(self._cards.one(unquote(request.route.removeprefix(_ONE_MODEL))))
+
+    def _show_limits(self, request_id: str, request: RawRequest) -> Reply:
+        return Reply.whole(limits_body(self._name, self._limits))
 
     def _tokenize(self, request_id: str, request: RawRequest) -> Reply:
         body = parse_tokenize(request, self._foreign)
+        self._names.check(body.model)
         if isinstance(body, TokenizeBody):
             tokens = self._tokens(body.prompt, body.add_special_tokens)
         else:
@@ -152,7 +181,9 @@ class GenerationService:
     def _detokenize(self, request_id: str, request: RawRequest) -> Reply:
         # Also what `tokenize` says that the model has not.
         both = replace(self._vocabulary, size=max(self._vocabulary.size, len(self._tokenizer)))
-        tokens = both.known(parse_plain(DetokenizeBody, request, self._foreign).tokens, "tokens")
+        body = parse_plain(DetokenizeBody, request, self._foreign)
+        self._names.check(body.model)
+        tokens = both.known(body.tokens, "tokens")
         return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(list(tokens))}))
 
     def _open_native(self, request_id: str, request: RawRequest) -> GenerationJob:
@@ -165,10 +196,12 @@ class GenerationService:
 
     def _open_completion(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_completion(request, self._foreign)
+        self._names.check(body.model)
         num_choices = self._num_choices(body, len(body.prompts))
-        answer: Answer = Completion(request_id, self._name, num_choices)
+        name = _name_of(request_id, request)
+        answer: Answer = Completion(name, self._name, num_choices)
         if body.stream:
-            answer = CompletionStream(request_id, self._name, num_choices, **_usage_options(body))
+            answer = CompletionStream(name, self._name, num_choices, **_usage_options(body))
         prompts = [self._prompt_tokens(own, body) for own in body.prompts]
         echoes: list[Echo] | None = None
         if body.echo:
@@ -182,6 +215,7 @@ class GenerationService:
 
     def _open_chat(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_chat(request, self._foreign)
+        self._names.check(body.model)
         num_choices = self._num_choices(body, 1)
         offer = body.offer()
         text = self._chat_text(body, offer.tools if offer is not None else None)
@@ -189,9 +223,10 @@ class GenerationService:
         if turn.form is not None:
             body.refuse_to_go_on_behind(turn.form)
         readers = turn.readers(num_choices)
-        answer: Answer = ChatCompletion(request_id, self._name, num_choices, readers)
+        name = _name_of(request_id, request)
+        answer: Answer = ChatCompletion(name, self._name, num_choices, readers)
         if body.stream:
-            answer = ChatCompletionStream(request_id, self._name, num_choices, readers, **_usage_options(body))
+            answer = ChatCompletionStream(name, self._name, num_choices, readers, **_usage_options(body))
         prompt = body.truncated(self._tokens(text, body.add_special_tokens), self._max_model_len)
         return self._run(request_id, [prompt], body, self._temperature(body), answer, turn=turn)
 
@@ -263,7 +298,7 @@ class GenerationService:
         params = [replace(own, stop_token_ids=(*own.stop_token_ids, *ends)) for own in params] if ends else params
         form = body.form() if turn is None or turn.form is None else turn.form
         forms = [None] * num_choices if form is None else self._guides.make(form, num_choices)
-        guides = self._limits.limited(forms, body.allowed_token_ids, body.bad_words)
+        guides = self._token_limits.limited(forms, body.allowed_token_ids, body.bad_words)
         requests = [
             make_request(
                 f"{request_id}/{number}" if number else request_id,
@@ -297,6 +332,12 @@ class GenerationService:
         limits = [seconds for seconds in (body.timeout, self._max_seconds) if seconds is not None]
         self.engine.submit(*requests, seconds=min(limits, default=None))
         return GenerationJob(answer, choices, num_answers, self.engine)
+
+
+def _name_of(request_id: str, request: RawRequest) -> str:
+    """The client's own for a request, where it has one."""
+    own = request.headers.get("x-request-id", "")
+    return own if _OWN_ID.fullmatch(own) else request_id
 
 
 def _usage_options(body: CompletionBody | ChatBody) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_RESPONSE_SIZE = 6_553_500
+DEFAULT_MESSAGE_SIZE = 6_553_500
 _LINE_THAT_GOES_ON = re.compile(r"(?<!\\)((?:\\\\)*)\\\n[ \t\f]*")
 _PROPERTY = re.compile(r"((?:\\.|[^\\=:\s])+)[ \t\f]*[=:]?[ \t\f]*(.*)")
 _VARIABLE = re.compile(r"\$\$([^$]+)\$\$")
@@ -27,19 +28,28 @@ def find_front_end() -> psutil.Process | None:
     return next((parent for parent in psutil.Process().parents() if "java" in parent.name()), None)
 
 
-def max_response_size() -> int:
-    """Most bytes of a text that the front end takes of its worker; TorchServe's default where that cannot be known."""
+@dataclass(frozen=True)
+class MessageSizes:
+    """Most bytes of a body that the front end takes: of its clients, and of its worker."""
+
+    max_request_size: int = DEFAULT_MESSAGE_SIZE
+    max_response_size: int = DEFAULT_MESSAGE_SIZE
+
+
+def message_sizes() -> MessageSizes:
+    """TorchServe's defaults where they cannot be known."""
     try:
         front_end = find_front_end()
         settings = {} if front_end is None else read_settings(front_end)
-        return int(settings.get("max_response_size", DEFAULT_MAX_RESPONSE_SIZE))
+        sizes = (int(settings.get(key, DEFAULT_MESSAGE_SIZE)) for key in ("max_request_size", "max_response_size"))
+        return MessageSizes(*sizes)
     except (OSError, ValueError, KeyError, psutil.Error) as error:
         logger.warning(
-            "TorchServe's settings cannot be read (%s): max_response_size is taken for %d",
+            "TorchServe's settings cannot be read (%s): max_request_size and max_response_size are taken for %d",
             error,
-            DEFAULT_MAX_RESPONSE_SIZE,
+            DEFAULT_MESSAGE_SIZE,
         )
-        return DEFAULT_MAX_RESPONSE_SIZE
+        return MessageSizes()
 
 
 def read_settings(front_end: psutil.Process) -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from ts_parallel.errors import ConfigError, EngineError, RequestError
 from ts_parallel.serving.exchange import TEXT, Door, OpenJob, RawRequest, Reply, error_body
-from ts_parallel.serving.torchserve.front_end_settings import max_response_size
+from ts_parallel.serving.torchserve.front_end_settings import message_sizes
 from ts_parallel.serving.torchserve.keep_open import has_replicas
 from ts_parallel.serving.torchserve.transports.continuous_batching import ContinuousBatchingDrain
 from ts_parallel.serving.torchserve.transports.plain_batching import PlainBatches
@@ -45,8 +45,8 @@ def make_transport(
     """
     refuse_unsafe_transport(settings)
     if settings.get("continuousBatching"):
-        return ContinuousBatchingDrain(door, open_job, has_replicas(settings), max_response_size())
-    return PlainBatches(door, open_job, most_bytes=max_response_size())
+        return ContinuousBatchingDrain(door, open_job, has_replicas(settings), message_sizes().max_response_size)
+    return PlainBatches(door, open_job, most_bytes=message_sizes().max_response_size)
 
 
 def refuse_unsafe_transport(settings: Mapping[str, Any]) -> None:

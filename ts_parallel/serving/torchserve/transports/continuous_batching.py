@@ -8,6 +8,7 @@ without news is taken out of the reply, which keeps it open and leaves its statu
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from ts_parallel.errors import AnswerTooLargeError, EngineError
 from ts_parallel.serving.exchange import Door, OpenJob, RawRequest, Reply
 from ts_parallel.serving.torchserve.front_end import FrontEnd, exit_now
-from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MAX_RESPONSE_SIZE
+from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MESSAGE_SIZE
 from ts_parallel.serving.torchserve.keep_open import ROUTE as KEEP_OPEN
 from ts_parallel.serving.torchserve.transports.message_room import BYTES_OF_A_MESSAGE, Room, cut, num_bytes
 
@@ -30,6 +31,8 @@ _SECONDS_TO_ASK_AGAIN = 0.004
 # A job that has ended may be named once more in the next call.
 _NUM_ENDED_REMEMBERED = 4096
 
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 D = TypeVar("D")
 
@@ -44,7 +47,7 @@ class OpenJobs(Generic[D]):
         self,
         door: Door[D],
         open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
-        most_bytes: int = DEFAULT_MAX_RESPONSE_SIZE,
+        most_bytes: int = DEFAULT_MESSAGE_SIZE,
     ) -> None:
         """
         Args:
@@ -107,7 +110,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         door: Door[D],
         open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
         has_replicas: bool = False,
-        most_bytes: int = DEFAULT_MAX_RESPONSE_SIZE,
+        most_bytes: int = DEFAULT_MESSAGE_SIZE,
     ) -> None:
         super().__init__(door, open_job, most_bytes)
         self._has_replicas = has_replicas
@@ -221,18 +224,34 @@ class ContinuousBatchingDrain(OpenJobs[D]):
 
 
 def announce(reply: Reply, context: Any, index: int) -> None:
-    """Tell TorchServe's context of a reply's status and type."""
+    """Tell TorchServe's context of a reply's status, type and headers.
+
+    A client's own `X-Request-Id` comes back under another name: TorchServe 0.12 puts one of its own there.
+    """
     context.set_response_status(reply.status, HTTPStatus(reply.status).phrase, index)
     context.set_response_content_type(index, reply.content_type)
+    if not reply.is_first:
+        return
+    for name, value in reply.headers.items():
+        context.set_response_header(index, name, value)
+    if (own := headers_of(context, index).get("x-request-id")) and _REQUEST_ID.fullmatch(own):
+        context.set_response_header(index, "X-Client-Request-Id", own)
 
 
 def raw_request(data: dict[str, Any], context: Any, index: int) -> RawRequest:
-    """One element of TorchServe's `data`, with what its headers say; by gRPC an input `url_path` is the route."""
+    """One element of TorchServe's `data`, with what its headers say; by gRPC an input `url_path` is the route, and
+    `authorization` stands for that header."""
     body = data.get("body", data.get("data"))
     if is_grpc(context, index):
-        return RawRequest(bytes(data.get("url_path", b"")).decode(errors="replace").strip("/"), body, "")
-    headers = {str(name).lower(): str(value) for name, value in context.get_all_request_header(index).items()}
-    return RawRequest(headers.get("url_path", "").strip("/"), body, headers.get("content-type", ""))
+        texts = {name: bytes(data.get(name, b"")).decode(errors="replace") for name in ("url_path", "authorization")}
+        return RawRequest(texts["url_path"].strip("/"), body, "", {"authorization": texts["authorization"]})
+    headers = headers_of(context, index)
+    return RawRequest(headers.get("url_path", "").strip("/"), body, headers.get("content-type", ""), headers)
+
+
+def headers_of(context: Any, index: int) -> dict[str, str]:
+    """A request's, their names in small letters."""
+    return {str(name).lower(): str(value) for name, value in context.get_all_request_header(index).items()}
 
 
 def end_grpc(context: Any, index: int) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ts_parallel.serving.exchange import Door, OpenJob, RawRequest, Reply
-from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MAX_RESPONSE_SIZE
+from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MESSAGE_SIZE
 from ts_parallel.serving.torchserve.transports.continuous_batching import (
     SECONDS_PER_DRAIN,
     OpenJobs,
@@ -34,7 +34,7 @@ class PlainBatches(OpenJobs[D]):
         door: Door[D],
         open_job: Callable[[str, RawRequest], OpenJob[D] | Reply],
         begin: Callable[[], Future[None]] | None = None,
-        most_bytes: int = DEFAULT_MAX_RESPONSE_SIZE,
+        most_bytes: int = DEFAULT_MESSAGE_SIZE,
     ) -> None:
         """
         Args:
