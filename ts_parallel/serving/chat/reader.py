@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
-from ts_parallel.serving.chat.calls.base import Begin, CallReader, Part, Schemas
+from ts_parallel.serving.chat.calls.base import Begin, CallReader, Part, Schemas, overlap
 from ts_parallel.serving.chat.formats import CALLS, REASONING, ChatFormat
 from ts_parallel.serving.chat.regions import Closed, Event, Opened, Regions, Text
 
@@ -73,7 +73,7 @@ class AnswerReader:
         self._before = ("", False)  # what was held then, and whether it was fresh
         self._is_text = False  # the region is none of calls after all, so its last marker is text like all of it
         self._late = ""  # the marker that is to close a region whose arguments have held one like it
-        self._rest = ""  # which may be the beginning of that
+        self._rest = ""  # what may be the beginning of that
         self._num_calls = 0
 
     @property
@@ -102,9 +102,10 @@ class AnswerReader:
         for event in events:
             if isinstance(event, Text):
                 self._read_text(event.text, deltas)
-            elif self._calls is not None and self._calls.is_inside and event.marker:
-                self._late = event.marker if isinstance(event, Closed) else ""
+            elif self._calls is not None and event.marker and self._calls.is_inside:
                 self._read_text(event.marker, deltas)
+                if event.field == CALLS:  # of which the regions see the end, if they have seen it begin
+                    self._late = event.marker if isinstance(event, Closed) else ""
             elif isinstance(event, Opened):
                 self._open(event, deltas)
             else:
@@ -112,28 +113,32 @@ class AnswerReader:
         return _merged(deltas)
 
     def _read_text(self, text: str, deltas: list[Delta]) -> None:
+        text, self._rest = self._rest + text, ""
+        while self._calls is not None and self._late:
+            before, marker, text = text.partition(self._late)
+            if not marker:
+                num_held = overlap(before, self._late)
+                self._rest = before[len(before) - num_held :]
+                self._read_calls(before[: len(before) - num_held], deltas)
+                return
+            self._read_calls(before, deltas)
+            if self._calls is not None and self._calls.is_inside:
+                self._read_calls(marker, deltas)
+            elif self._calls is not None:
+                self._close(Closed(CALLS, marker), deltas)
+            else:
+                self._say(marker, deltas)
         if self._calls is None:
             self._say(text, deltas)
-            return
-        if not self._calls.is_broken:
-            self._take(self._calls.add(text), deltas)
-            text = self._calls.unread
-        if self._calls.is_broken:
-            self._rest += text
-            self._leave_calls(deltas)
-
-    def _leave_calls(self, deltas: list[Delta]) -> None:
-        """The region goes on with text, perhaps with the marker that is late."""
-        rest, late = self._rest.lstrip(), self._late
-        if late and late.startswith(rest) and rest != late:
-            return
-        if late and rest.startswith(late):
-            self._calls, self._late, self._rest = None, "", ""
-            self._after_region()
-            self._say(rest[len(late) :], deltas)
         else:
-            text, self._rest = self._rest, ""
-            self._give_up(text, deltas)
+            self._read_calls(text, deltas)
+
+    def _read_calls(self, text: str, deltas: list[Delta]) -> None:
+        calls = self._calls
+        assert calls is not None
+        self._take(calls.add(text), deltas)
+        if calls.is_broken:
+            self._give_up(calls.unread, deltas)
 
     def _open(self, event: Opened, deltas: list[Delta]) -> None:
         if self._calls is not None:
@@ -163,10 +168,10 @@ class AnswerReader:
         """The region of calls is over, by a marker or with the answer. Whether it was one."""
         calls = self._calls
         assert calls is not None
-        self._take(calls.end(is_cut), deltas)
-        text, self._rest, self._late = (self._rest or calls.unread), "", ""
-        if text or not calls.has_begun:
-            self._give_up(text, deltas)
+        rest, self._rest, self._late = self._rest, "", ""
+        self._take([*calls.add(rest), *calls.end(is_cut)], deltas)
+        if calls.unread or not calls.has_begun:
+            self._give_up(calls.unread, deltas)
         self._calls = None
         is_text, self._is_text = self._is_text, False
         if is_text:

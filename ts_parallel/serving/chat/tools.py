@@ -57,9 +57,7 @@ def offer_of(
         raise RequestError(f"tool_choice is {echo(choice)}, which needs tools", "tool_choice")
     for name in wanted or ():
         if name not in names:
-            raise RequestError(
-                f"tool_choice: no function {name!r} is among the tools: {', '.join(names)}", "tool_choice"
-            )
+            raise RequestError(f"tool_choice: {name!r} is none of the tools: {', '.join(names)}", "tool_choice")
     if mode == "none" or not functions:
         return None
     kept = [at for at, name in enumerate(names) if wanted is None or name in wanted]

@@ -54,3 +54,8 @@ class CallReader(ABC):
         Args:
             is_cut: whether the answer ended there because it became too long.
         """
+
+
+def overlap(text: str, ending: str) -> int:
+    """How many of the last letters of `text` are the first of `ending`, not all of it."""
+    return next((size for size in range(min(len(text), len(ending) - 1), 0, -1) if text.endswith(ending[:size])), 0)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ts_parallel.serving.chat.calls.base import Arguments, Begin, CallReader, Part, Schemas
+from ts_parallel.serving.chat.calls.base import Arguments, Begin, CallReader, Part, Schemas, overlap
 
 _SPACE = " \t\r\n"
 _LONGEST_TAG = 512
@@ -46,6 +46,10 @@ class TaggedCalls(CallReader):
         self._num_values = 0
         self._types: tuple[str, ...] = ()
         self._is_streamed = False  # of the value being read, a part has passed on
+
+    @property
+    def is_inside(self) -> bool:
+        return self._read == self._in_value and not self.is_broken
 
     def add(self, text: str) -> list[Part]:
         self._buffer += text
@@ -178,11 +182,6 @@ class TaggedCalls(CallReader):
         parts.append(Arguments("}" if self._num_values else "{}"))
         self._is_told = False
         self._read = self._between
-
-
-def overlap(text: str, ending: str) -> int:
-    """How many of the last letters of `text` are the first of `ending`, not all of it."""
-    return next((size for size in range(min(len(text), len(ending) - 1), 0, -1) if text.endswith(ending[:size])), 0)
 
 
 def types_of(schema: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils.chat_parsing import parse_response
 
 from ts_parallel.serving.chat.calls.base import Arguments, Begin, CallReader, Part
+from ts_parallel.serving.chat.calls.json_calls import ValueEnd
 
 _BODY = "body"
 _NO_ANCHOR = "\x00"  # there is no prompt to look for a turn in
@@ -27,21 +28,33 @@ class WholeCalls(CallReader):
         super().__init__()
         self._field, self._captures, self._tools = field, captures, tools
 
+    @property
+    def is_inside(self) -> bool:
+        """Where it is JSON, and no call yet."""
+        start = self.unread.find("{")
+        if start < 0 or self._parts_of_all():
+            return False
+        value = ValueEnd("{")
+        value.find(self.unread, start)
+        return value.is_in_string
+
     def add(self, text: str) -> list[Part]:
         self.unread += text
         return []
 
     def end(self, is_cut: bool) -> list[Part]:
-        field = self._field
-        if field.get("content") == "json" and field.get("content_args"):  # JSON itself is read as JSON, not as its kin
-            parts = self._parts({**field, "content_args": {}}) or self._parts(field)
-        else:
-            parts = self._parts(field)
+        parts = self._parts_of_all()
         if parts:
             self.unread, self.has_begun = "", True
         else:
             self.is_broken = True
         return parts
+
+    def _parts_of_all(self) -> list[Part]:
+        field = self._field
+        if field.get("content") == "json" and field.get("content_args"):  # JSON itself is read as JSON, not as its kin
+            return self._parts({**field, "content_args": {}}) or self._parts(field)
+        return self._parts(field)
 
     def _parts(self, field: Mapping[str, Any]) -> list[Part]:
         """None where it is no call, or one of several is none."""
