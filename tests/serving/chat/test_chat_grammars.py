@@ -250,7 +250,7 @@ def test_schema_that_cannot_be_enforced_is_refused_by_name() -> None:
 
 
 def test_model_without_a_format_can_be_made_to_call() -> None:
-    tokenizer = chat_tokenizer(template="{{ messages }}")
+    tokenizer = chat_tokenizer(template="{{ tools }}{{ messages }}")
     turns = Turns(tokenizer, frozenset({tokenizer.eos_token_id}))
     assert turns.open(offer_of(TOOLS, "auto", None), "").readers(1) is None
     turn = turns.open(offer_of(TOOLS, "required", None), "")

@@ -170,10 +170,14 @@ Seen = tuple[str, Collection[str]]
 """A chat template, and the added tokens' texts."""
 
 
-def _seen_texts(tokenizer: Any) -> Seen:
+def template_text(tokenizer: Any) -> str:
+    """Of all its chat templates."""
     template = tokenizer.chat_template or ""
-    text = template if isinstance(template, str) else "\n".join(map(str, template.values()))
-    return text, frozenset(tokenizer.get_added_vocab())
+    return template if isinstance(template, str) else "\n".join(map(str, template.values()))
+
+
+def _seen_texts(tokenizer: Any) -> Seen:
+    return template_text(tokenizer), frozenset(tokenizer.get_added_vocab())
 
 
 def _where(sign: str, seen: Seen) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,12 @@ from ts_parallel.serving.chat.formats import (
     format_for_all,
     nearest_family,
     special_tokens,
+    template_text,
 )
 from ts_parallel.serving.chat.reader import AnswerReader, Called
 from ts_parallel.serving.chat.regions import Regions
 from ts_parallel.serving.chat.tools import Offer
+from ts_parallel.serving.chat.words import in_words
 from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.forms import Form
 
@@ -81,13 +83,28 @@ class Turns:
         own = choose_format(tokenizer, chat_format)
         self._format = own if own is None or own.written is not None else self._with_way_to_write(own)
         self._for_all = format_for_all(tokenizer)
+        template = template_text(tokenizer)
+        self._is_told_in_words = "tools" not in template
+        self._has_system = "system" in template
         self._decoders: dict[frozenset[int], TextDecoder] = {}
         if self._is_off:
             logger.info("chat answers are not parsed: chat_format is none")
         elif self._format is None:
-            logger.info("chat answers are not parsed for tool calls: the tokenizer shows no known format (chat_format)")
+            how = ", tools are told in words" if self._is_told_in_words else ", calls are read where one is required"
+            logger.info("chat answers are of no known format by their tokenizer%s (chat_format)", how)
         else:
             logger.info("chat answers are parsed as %s: %s (chat_format)", self._format.name, self._format.reason)
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], offer: Offer | None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Messages and tools as the chat template gets them, which may know nothing of tools."""
+        tools = None if offer is None else list(offer.tools)
+        if self._is_off or not self._is_told_in_words:
+            return [dict(message) for message in messages], tools
+        own = self._format if self._format is not None and self._has_calls(self._format) else self._for_all
+        assert own.written is not None
+        return in_words(messages, tools or [], own.written, has_system=self._has_system), None
 
     def open(self, offer: Offer | None, prompt: str, continued: str | None = None, form: Form | None = None) -> Turn:
         """How a request with this prompt is answered.
@@ -116,9 +133,16 @@ class Turns:
         if offer is not None and offer.must_call and self._is_off:
             raise RequestError("tool_choice asks for a call, and chat_format is none: set it to auto", "tool_choice")
         own = self._format
-        if offer is not None and offer.must_call and (own is None or own.written is None or CALLS not in own.fields):
-            return self._for_all
-        return own
+        if offer is None or (own is not None and self._has_calls(own)):
+            return own
+        return self._for_all if offer.must_call or (self._is_told_in_words and not self._is_off) else own
+
+    def _has_calls(self, own: ChatFormat) -> bool:
+        """Whether the model can be made to write calls in the format, or told to: one tag for each argument takes more
+        words than there are."""
+        if own.written is None or CALLS not in own.fields:
+            return False
+        return not (self._is_told_in_words and "argument" in own.written)
 
     def _form(
         self, own: ChatFormat, template: ResponseTemplate, offer: Offer, opening: str, form: Form | None

@@ -18,6 +18,7 @@ from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.request import make_request
 from ts_parallel.errors import BusyError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
+from ts_parallel.serving.chat.tools import Offer, offer_of
 from ts_parallel.serving.chat.turns import Turn, Turns
 from ts_parallel.serving.exchange import RawRequest, Reply
 from ts_parallel.serving.metrics import PROMETHEUS, labels_of, prometheus_text
@@ -172,7 +173,7 @@ class GenerationService:
         if isinstance(body, TokenizeBody):
             tokens = self._tokens(body.prompt, body.add_special_tokens)
         else:
-            tokens = self._tokens(self._chat_text(body, body.tools), body.add_special_tokens)
+            tokens = self._tokens(self._chat_text(body, offer_of(body.tools, "auto", None)), body.add_special_tokens)
         answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}
         if body.return_token_strs:
             answer["token_strs"] = self._tokenizer.convert_ids_to_tokens(tokens)
@@ -218,7 +219,7 @@ class GenerationService:
         self._names.check(body.model)
         num_choices = self._num_choices(body, 1)
         offer = body.offer()
-        text = self._chat_text(body, offer.tools if offer is not None else None)
+        text = self._chat_text(body, offer)
         turn = self._turns.open(offer, text, body.continued_text(), body.form())
         if turn.form is not None:
             body.refuse_to_go_on_behind(turn.form)
@@ -260,9 +261,10 @@ class GenerationService:
         known = list(self._vocabulary.known(token_ids, "prompt"))
         return self._decoder.decode(known) if is_all else self._decoder.complete_text(known)
 
-    def _chat_text(self, body: ConversationBody, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def _chat_text(self, body: ConversationBody, offer: Offer | None) -> str:
+        messages, tools = self._turns.conversation(plain_messages(body.messages), offer)
         return self._chat_template.render(
-            plain_messages(body.messages),
+            messages,
             tools,
             body.template_variables(),
             add_generation_prompt=body.begins_an_answer,
