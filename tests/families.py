@@ -81,18 +81,18 @@ _LONG_ROPE = {
 }
 
 
-def _tiny(model_type: str, *without: str, **settings: Any) -> ConfigFactory:
+def tiny(model_type: str, *without: str, **settings: Any) -> ConfigFactory:
     """Settings `without` are left at the family's own default."""
     return _factory(model_type, **{key: value for key, value in {**_TINY, **settings}.items() if key not in without})
 
 
 def _rope(kind: str, **settings: Any) -> ConfigFactory:
-    return _tiny("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **settings})
+    return tiny("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **settings})
 
 
 TINY_FAMILIES: dict[str, ConfigFactory] = {
     **{
-        name: _tiny(name)
+        name: tiny(name)
         for name in (
             *("apertus", "arcee", "bamba", "biogpt", "bitnet", "bloom", "cohere", "ctrl", "diffllama", "ernie4_5"),
             *("falcon_h1", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "granite"),
@@ -102,42 +102,42 @@ TINY_FAMILIES: dict[str, ConfigFactory] = {
         )
     },
     **{
-        name: _tiny(name, **_WINDOW)
+        name: tiny(name, **_WINDOW)
         for name in (
             *("beam", "cwm", "doge", "flint", "gemma2", "granite_swa", "ministral", "ministral3", "mistral", "phi3"),
             *("smollm3", "starcoder2", "vaultgemma"),
         )
     },
-    **{name: _tiny(name, **_WINDOW, **_BOTH_KINDS) for name in ("cohere2", "exaone4", "gemma3_text", "olmo3")},
+    **{name: tiny(name, **_WINDOW, **_BOTH_KINDS) for name in ("cohere2", "exaone4", "gemma3_text", "olmo3")},
     **{
-        name: _tiny(name, **_EXPERTS)
+        name: tiny(name, **_EXPERTS)
         for name in (
             *("ernie4_5_moe", "glm4_moe", "granitemoe", "jamba", "jetmoe", "llama4_text", "minimax", "minimax_m2"),
             *("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"),
         )
     },
     **{
-        name: _tiny(name, **_EXPERTS, **_WINDOW)
+        name: tiny(name, **_EXPERTS, **_WINDOW)
         for name in (
             *("afmoe", "cohere2_moe", "deepseek_v4", "dots1", "gpt_oss", "granitemoe_swa", "mimo_v2_flash"),
             *("mixtral", "phimoe"),
         )
     },
-    **{name: _tiny(name, "head_dim", **_EXPERTS, **_LATENT) for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32")},
-    **{name: _tiny(name, "head_dim", **_LATENT) for name in ("minicpm3", "youtu")},
-    "aria_text": _tiny("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
-    "codegen": _tiny("codegen", rotary_dim=8),
-    "falcon": _tiny("falcon", "head_dim"),
-    "gemma3n_text": _tiny("gemma3n_text", laurel_rank=8, altup_num_inputs=2, **_SHARED_KEYS),
-    "gemma4_text": _tiny("gemma4_text", global_head_dim=16, **_SHARED_KEYS),
-    "gpt_neo": _tiny("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
-    "gptj": _tiny("gptj", rotary_dim=8),
-    "granitemoehybrid": _tiny("granitemoehybrid", **_EXPERTS, layer_types=["full_attention"] * 2),
-    "lfm2": _tiny("lfm2", layer_types=["conv", "full_attention"]),
-    "mamba2": _tiny("mamba2", num_heads=8),
-    "modernbert-decoder": _tiny("modernbert-decoder", pad_token_id=0),
-    "qwen2": _tiny("qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=1),
-    "gemma3_text (rope longrope)": _tiny(
+    **{name: tiny(name, "head_dim", **_EXPERTS, **_LATENT) for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32")},
+    **{name: tiny(name, "head_dim", **_LATENT) for name in ("minicpm3", "youtu")},
+    "aria_text": tiny("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "codegen": tiny("codegen", rotary_dim=8),
+    "falcon": tiny("falcon", "head_dim"),
+    "gemma3n_text": tiny("gemma3n_text", laurel_rank=8, altup_num_inputs=2, **_SHARED_KEYS),
+    "gemma4_text": tiny("gemma4_text", global_head_dim=16, **_SHARED_KEYS),
+    "gpt_neo": tiny("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
+    "gptj": tiny("gptj", rotary_dim=8),
+    "granitemoehybrid": tiny("granitemoehybrid", **_EXPERTS, layer_types=["full_attention"] * 2),
+    "lfm2": tiny("lfm2", layer_types=["conv", "full_attention"]),
+    "mamba2": tiny("mamba2", num_heads=8),
+    "modernbert-decoder": tiny("modernbert-decoder", pad_token_id=0),
+    "qwen2": tiny("qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=1),
+    "gemma3_text (rope longrope)": tiny(
         "gemma3_text",
         **_WINDOW,
         **_BOTH_KINDS,
@@ -146,13 +146,13 @@ TINY_FAMILIES: dict[str, ConfigFactory] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
-    "llama (one key/value head)": _tiny("llama", num_key_value_heads=1),
+    "llama (one key/value head)": tiny("llama", num_key_value_heads=1),
     "llama (rope dynamic)": _rope("dynamic"),
     "llama (rope linear)": _rope("linear"),
     "llama (rope llama3)": _rope(
         "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     ),
-    "llama (rope longrope)": _tiny("llama", rope_parameters=_LONG_ROPE),
+    "llama (rope longrope)": tiny("llama", rope_parameters=_LONG_ROPE),
     "llama (rope yarn)": _rope("yarn", original_max_position_embeddings=64),
 }
 """Families and variants of two layers, one for each row of the table that `family_table.py` writes."""

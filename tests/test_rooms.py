@@ -87,7 +87,13 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "tensor_parallel": {"floor"},
         "graph": {"floor"},
     },
-    "checkpoint": {"floor": {"formats"}, "conversion": {"formats", "floor"}, "formats": {"floor"}},
+    "checkpoint": {
+        "floor": {"formats", "codes"},
+        "conversion": {"formats", "floor"},
+        "formats": {"floor"},
+        "codes": {"floor"},
+    },
+    "checkpoint.codes": {"floor": {"kinds"}, "kinds": {"floor"}},
 }
 
 # Who alone may import what: a question that is asked in one place.

@@ -28,25 +28,25 @@ from ts_parallel.partition.program import ProgramRequest
 from ts_parallel.serving.offline import open_model
 from ts_parallel.topology import TensorParallelGroup
 
-FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
+TORCHAO = {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": "int4_weight_only"}}}
 MODELOPT = {
     "producer": {"name": "modelopt", "version": "0.29.0"},
-    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]},
+    "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]},
 }
 RECIPE = "default_stage:\n  default_modifiers:\n    {}:\n      targets: [Linear]\n      ignore: [lm_head]\n"
 
 # File, what stands in it, what the line that refuses it says after the file's name.
 SAID: list[tuple[str, Any, str]] = [
-    ("config.json", FP8, "says quantization_config: quant_method 'fp8'"),
+    ("config.json", TORCHAO, "says quantization_config: quant_method 'torchao'"),
     (
         "config.json",
-        {"text_config": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}},
-        "says text_config.quantization_config: quant_method 'gptq', bits 4",
+        {"text_config": {"quantization_config": {"quant_method": "hqq", "bits": 4, "group_size": 128}}},
+        "says text_config.quantization_config: quant_method 'hqq', bits 4",
     ),
     (
         "config.json",
-        {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
-        "says quantization_config: quant_method 'compressed-tensors', format 'int-quantized'",
+        {"quantization_config": {"quant_method": "quark", "format": "int-quantized"}},
+        "says quantization_config: quant_method 'quark', format 'int-quantized'",
     ),
     (
         "config.json",
@@ -59,12 +59,11 @@ SAID: list[tuple[str, Any, str]] = [
     ("config.json", {"thinker": [{"quantization": "w8a8"}]}, "says thinker.0.quantization: 'w8a8'"),
     (
         "config.json",
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}},
-        "says quantization_config: quant_method 'bitsandbytes', load_in_4bit True",
+        {"quantization_config": {"quant_method": "spqr", "bits": 3}},
+        "says quantization_config: quant_method 'spqr', bits 3",
     ),
-    ("hf_quant_config.json", MODELOPT, "says quantization: quant_algo 'FP8'"),
-    ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "says bits 4, group_size 128"),
-    ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "says w_bit 4"),
+    ("hf_quant_config.json", MODELOPT, "says quantization: quant_algo 'NVFP4'"),
+    ("quantize_config.json", {"bits": 4, "group_size": 128}, "says bits 4, group_size 128"),
     ("quantization_config.json", {"quant_method": "auto-round"}, "says quant_method 'auto-round'"),
     ("quant_model_description_w8a8.json", {"model.norm.weight": "FLOAT"}, "says {'model.norm.weight': 'FLOAT'}"),
     ("recipe.yaml", RECIPE.format("GPTQModifier"), "says 'GPTQModifier'"),
@@ -112,7 +111,7 @@ def test_file_that_would_say_it_and_cannot_be_read_is_refused(tmp_path: Path) ->
 
 
 def test_configuration_above_a_distributed_checkpoint_and_in_a_named_folder_counts(tmp_path: Path) -> None:
-    write(tmp_path / "job", "config.json", FP8)
+    write(tmp_path / "job", "config.json", TORCHAO)
     write(tmp_path / "job" / "step-10", METADATA, "")
     with pytest.raises(CheckpointError, match=r"job/config\.json says quantization_config"):
         refuse_quantized(tmp_path / "job" / "step-10")
@@ -151,7 +150,7 @@ def test_no_road_passes_over_what_a_file_says(road: str, tmp_path: Path) -> None
     FAMILIES["llama"](num_hidden_layers=1).save_pretrained(tmp_path)
     save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
     write(tmp_path, "hf_quant_config.json", MODELOPT)
-    with pytest.raises(StartupError, match=r"hf_quant_config\.json says quantization: quant_algo 'FP8'"):
+    with pytest.raises(StartupError, match=r"hf_quant_config\.json says quantization: quant_algo 'NVFP4'"):
         ROADS[road](tmp_path)
 
 

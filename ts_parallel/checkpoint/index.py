@@ -13,6 +13,7 @@ from pathlib import Path
 from ts_parallel.checkpoint.formats.dcp import METADATA, read_distributed
 from ts_parallel.checkpoint.formats.safetensors_files import read_distributed_safetensors, read_safetensors
 from ts_parallel.checkpoint.formats.torch_files import read_torch_tensors
+from ts_parallel.checkpoint.quantized import decode_quantized
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
@@ -32,13 +33,22 @@ _BY_PREFERENCE: dict[str, Callable[[Path], Iterable[StoredTensor]]] = {
 }
 
 
-def read_index(folder: Path) -> CheckpointIndex:
-    """The tensors of a model's folder: of safetensors, `pytorch_model.bin`, or a torch.distributed.checkpoint.
+def read_index(folder: Path, settings: Path | None = None) -> CheckpointIndex:
+    """The tensors of a model's folder: of safetensors, `pytorch_model.bin`, or a torch.distributed.checkpoint. Weights
+    that are quantised are there as what is computed of them.
+
+    Args:
+        settings: the folder of the model's configuration, where it is neither `folder` nor the one above.
 
     Raises:
         CheckpointError: no such folder, no checkpoint in it or two of different kinds, a file that is missing, cut off
-            or of another format, tensors of which a part is missing, or a pickle that holds more than tensors.
+            or of another format, tensors of which a part is missing, a pickle that holds more than tensors, or weights
+            that are quantised in a way that is not read here.
     """
+    return decode_quantized(_read_stored(folder), folder, settings)
+
+
+def _read_stored(folder: Path) -> CheckpointIndex:
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder {folder}")
     found = next((name for name in _BY_PREFERENCE if (folder / name).is_file()), None)
@@ -55,14 +65,17 @@ def read_index(folder: Path) -> CheckpointIndex:
     return _by_name(tensor for file in files for tensor in _BY_PREFERENCE[found](file))
 
 
-def read_index_if_whole(folder: Path) -> CheckpointIndex:
+def read_index_if_whole(folder: Path, settings: Path | None = None) -> CheckpointIndex:
     """Empty where the folder's weights are still to be fetched: it can be planned for all the same.
+
+    Args:
+        settings: as of `read_index`.
 
     Raises:
         CheckpointError: they are there, and cannot be read.
     """
     try:
-        return read_index(folder)
+        return read_index(folder, settings)
     except _MissingError:
         return {}
 

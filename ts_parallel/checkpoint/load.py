@@ -3,8 +3,8 @@
 `preadv` straight into the parameter keeps peak memory at what is kept; a mapped file would count every page that a
 column shard touches. The bytes pass through one small staging buffer, which stays in the processor's cache, where dtype
 or device differ, where a stored part is no contiguous piece of the parameter, where whole rows are read for a few of
-their columns, and where somebody else lays the rows down. A thread goes ahead through the files, so that a disk is at
-work all the time.
+their columns, and where somebody else lays the rows down. Numbers that are computed of codes are so a block at a time
+(`codes/blocks.py`). A thread goes ahead through the files, so that a disk is at work all the time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from pathlib import Path
 
 import torch
 
+from ts_parallel.checkpoint.codes.blocks import CodesReader, cut_into_blocks, rows_of_codes
 from ts_parallel.checkpoint.progress import Progress
-from ts_parallel.checkpoint.stored import StoredPart, StoredTensor
+from ts_parallel.checkpoint.stored import Box, Slice, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
+
+__all__ = ["Box", "LoadItem", "RowItem", "Slice", "byte_ranges", "load_tensors", "refuse_nan", "refuse_nan_in"]
 
 STAGING_BYTES = 2 * 2**20
 # What a row has beside its kept columns is read with them up to so many bytes: a call for each row takes as long.
@@ -34,21 +37,6 @@ READ_AHEAD_BYTES = 256 * 2**20
 _SHORTEST_READ_AHEAD = 2**20  # less than so much in all comes as fast without
 _BYTES_A_LOOK = 2**20  # where the first of them are in the page cache, so are the others
 _MOST_BYTES_AT_ONCE = 2**23
-
-Box = tuple[tuple[int, int], ...]
-"""`(start, length)` of each dim."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What a rank keeps of a tensor: along `dim`, the `(start, length)` pieces in this order; all of the other dims."""
-
-    dim: int
-    pieces: tuple[tuple[int, int], ...]
-
-    @property
-    def length(self) -> int:
-        return sum(length for _, length in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class LoadItem:
 
 @dataclass(frozen=True)
 class RowItem:
-    """`kept` of `source` `[O, I]`, which lies in one part, is handed to `put` a few rows at a time."""
+    """`kept` of `source` `[O, I]`, which lies in one part or is computed, is handed to `put` a few rows at a time."""
 
     put: Callable[[int, torch.Tensor], None]
     """Told the number of the first row among those kept, and the rows, which are others after the call."""
@@ -108,19 +96,30 @@ def load_tensors(
     descriptor = -1
     staging = _Staging()
     num_bytes = sum(reading.num_bytes for reading in readings)
-    with ExitStack() as open_file, progress.over(num_bytes), _read_ahead(readings) as note_read:
+    with (
+        ExitStack() as open_file,
+        CodesReader() as codes,
+        progress.over(num_bytes),
+        _read_ahead(readings) as note_read,
+    ):
         for number in range(len(readings)):
             reading = readings.pop()
             item, part = reading.item, reading.part
             try:
-                if part.file != file:
-                    open_file.close()
-                    file = part.file
-                    descriptor = os.open(file, os.O_RDONLY)
-                    open_file.callback(os.close, descriptor)
-                _fill(reading, _Reader(descriptor, part.file, item.source.name, partial(note_read, number)), staging)
+                if item.source.codes is not None:
+                    _decode(reading, codes)
+                    note_read(number, part.offset + part.num_bytes)
+                else:
+                    if part.file != file:
+                        open_file.close()
+                        file = part.file
+                        descriptor = os.open(file, os.O_RDONLY)
+                        open_file.callback(os.close, descriptor)
+                    _fill(
+                        reading, _Reader(descriptor, part.file, item.source.name, partial(note_read, number)), staging
+                    )
             except OSError as error:
-                raise CheckpointError(f"cannot read {item.source.name!r} of {file}: {error.strerror}") from None
+                raise CheckpointError(f"cannot read {item.source.name!r} of {part.file}: {error.strerror}") from None
             progress.advance(reading.num_bytes)
             waiting[id(item)] -= 1
             if waiting[id(item)] == 0 and isinstance(item, LoadItem):
@@ -151,7 +150,7 @@ def _read_ahead(readings: Sequence[_Reading]) -> Iterator[Callable[[int, int], N
 def _span(reading: _Reading) -> tuple[int, int]:
     """`(offset, length)` of the bytes from the first one kept to the last."""
     part, kept = reading.part, reading.kept
-    if kept is None or kept.dim or not kept.pieces:
+    if kept is None or kept.dim or not kept.pieces or reading.item.source.codes is not None:
         return part.offset, part.num_bytes
     row = part.num_bytes // max(1, part.shape[0])
     first = min(start for start, _ in kept.pieces)
@@ -240,6 +239,7 @@ def refuse_nan_in(values: torch.Tensor, source: StoredTensor) -> None:
 
 def byte_ranges(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[int, int]]:
     """The `(offset, length)` byte ranges that hold `kept`: part by part, in each part in the target's own order."""
+    assert source.codes is None, "its numbers lie nowhere"
     for part, kept_of_part, _ in _cut(source, kept):
         yield from _ranges_of_part(part, source.dtype.itemsize, kept_of_part)
 
@@ -247,11 +247,15 @@ def byte_ranges(source: StoredTensor, kept: Slice | None) -> Iterator[tuple[int,
 def _readings(item: LoadItem | RowItem) -> Iterator[_Reading]:
     """At least one, which may be empty."""
     if isinstance(item, RowItem):
-        (part,) = item.source.parts
+        part, *others = item.source.parts
+        assert not others or item.source.codes is not None
         yield _Reading(item, None, part, item.kept, item.num_bytes)
         return
     target = item.target.detach()
     assert target.is_contiguous()
+    if item.source.codes is not None:
+        yield _Reading(item, target, item.source.parts[0], item.kept, target.nbytes)
+        return
     for part, kept, box in _cut(item.source, item.kept):
         view = target
         for dim, (start, length) in enumerate(box):
@@ -334,6 +338,20 @@ class _Reader:
                     )
                 offset, length, done = offset + count, length - count, done + count
                 self.note_read(offset)
+
+
+def _decode(reading: _Reading, codes: CodesReader) -> None:
+    item = reading.item
+    if isinstance(item, RowItem):
+        for first, rows in rows_of_codes(item.source, item.kept, item.rows_at_once, codes.read):
+            item.put(first, rows)
+        return
+    assert reading.view is not None
+    for place, box in cut_into_blocks(item.source, item.kept):
+        view = reading.view
+        for dim, (start, length) in enumerate(place):
+            view = view.narrow(dim, start, length)
+        view.copy_(codes.read(item.source, box))
 
 
 def _fill(reading: _Reading, reader: _Reader, staging: _Staging) -> None:

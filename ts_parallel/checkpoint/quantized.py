@@ -1,8 +1,9 @@
 """What says that the numbers of a checkpoint's weights are codes: files, keys, names of tensors, dtypes.
 
 Codes are small numbers that scales, tables or zero points beside them make weights of; read as they are they give
-another model. No such format is read yet. This is the one place that knows what tells of them, and refuses: a format
-that is understood leaves the tables here. Names alone; it computes nothing and reads no weight.
+another model. This is the one place that knows what tells of them. Whose section is understood (`codes/choose.py`) has
+its weights computed while they are read; everything else is refused. Names alone; it computes nothing and reads no
+weight.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ts_parallel.checkpoint.codes.choose import parse_section, with_weights
+from ts_parallel.checkpoint.codes.kinds.scheme import Scheme
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.stored import CheckpointIndex
 from ts_parallel.errors import CheckpointError
@@ -38,6 +41,8 @@ _FILES = (
 _NAMES_OF_CLASSES = ("label2id", "id2label")  # whose keys are words of whoever trained it
 _INNER = "quantization"  # key that ModelOpt's file has the section under, beside who wrote it
 _RECIPE_FILE, _RECIPE = "recipe.yaml", re.compile(r"\b(Quantization|GPTQ|AWQ|AutoRound)Modifier\b")  # llm-compressor's
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 # What tells most of a section, in this order.
 _TELLING = ("quant_method", "quant_algo", "format", "bits", "w_bit", "load_in_4bit", "load_in_8bit", "group_size")
 _SWITCHES = ("load_in_4bit", "load_in_8bit")  # bitsandbytes writes the rest of its section where both are off, too
@@ -62,6 +67,10 @@ class Statement:
     """The path of a key, empty where the whole file is meant."""
     value: Any
 
+    @property
+    def place(self) -> str:
+        return f"{self.file}{f': {self.key}' * bool(self.key)}"
+
     def __str__(self) -> str:
         return f"{self.file} says {f'{self.key}: ' * bool(self.key)}{_tell(self.value)}"
 
@@ -73,10 +82,57 @@ def refuse_quantized(folder: Path, settings: Path | None = None) -> None:
         settings: the folder of the model's configuration, where it is neither `folder` nor the one above.
 
     Raises:
-        CheckpointError: one of them says that the weights are codes, or would say so and cannot be read; it is named.
+        CheckpointError: one of them says that the weights are codes of a kind that is not read here, or would say so
+            and cannot be read; it is named.
     """
+    find_scheme(folder, settings)
+
+
+def find_scheme(folder: Path, settings: Path | None = None) -> tuple[Scheme, Statement] | None:
+    """How the weights are quantised, and where that is said; None where nothing says that they are.
+
+    Raises:
+        CheckpointError: as `refuse_quantized` does.
+    """
+    found: tuple[Scheme, Statement] | None = None
+    recipe: Statement | None = None
     for statement in find_statements(folder, settings):
-        raise CheckpointError(f"{statement}: {NOT_READ}")
+        if statement.file.name == _RECIPE_FILE:
+            recipe = statement  # of how they were made, which says nothing of its own where there is a section too
+            continue
+        scheme = parse_section(statement.value, statement.place)
+        if scheme is None:
+            raise CheckpointError(f"{statement}: {NOT_READ}")
+        if found is not None and found[0] != scheme:
+            raise CheckpointError(f"{found[1]}, but {statement}: remove the one that is not so")
+        found = found or (scheme, statement)
+    if found is None and recipe is not None:
+        raise CheckpointError(f"{recipe}: {NOT_READ}")
+    return found
+
+
+def decode_quantized(index: CheckpointIndex, folder: Path, settings: Path | None = None) -> CheckpointIndex:
+    """The index of a folder with a weight in place of the tensors that make it up; as it is where none is quantised.
+
+    Raises:
+        CheckpointError: they are quantised in a way that is not read here, or otherwise than is said.
+    """
+    found = find_scheme(folder, settings)
+    if found is None:
+        return index
+    scheme, statement = found
+    return with_weights(index, scheme, str(statement), _dtype_of(settings or _home(folder)))
+
+
+def _dtype_of(settings: Path) -> torch.dtype:
+    """What config.json says that weights are, bfloat16 where it says nothing."""
+    try:
+        content = _read(settings / CONFIG_FILE)
+    except CheckpointError:
+        return torch.bfloat16
+    inner = content.get("text_config") if isinstance(content, dict) else None
+    said = [own.get(key) for own in (content, inner) if isinstance(own, dict) for key in _DTYPE_KEYS]
+    return next((_DTYPES[name] for name in said if isinstance(name, str) and name in _DTYPES), torch.bfloat16)
 
 
 def refuse_quantized_names(index: CheckpointIndex) -> None:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
+
+Box = tuple[tuple[int, int], ...]
+"""`(start, length)` of each dim."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a rank keeps of a tensor: along `dim`, the `(start, length)` pieces in this order; all of the other dims."""
+
+    dim: int
+    pieces: tuple[tuple[int, int], ...]
+
+    @property
+    def length(self) -> int:
+        return sum(length for _, length in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -22,14 +38,33 @@ class StoredPart:
     num_bytes: int
 
 
+class Codes(Protocol):
+    """How a tensor's numbers are computed of others that are stored: small integers, scales, tables. A format's own."""
+
+    @property
+    def cut_order(self) -> tuple[int, ...]:
+        """The dims of the tensor, the one first along which its codes are best read in pieces."""
+
+    def decode(self, box: Box, read: Callable[[StoredTensor, Box], torch.Tensor]) -> torch.Tensor:
+        """The numbers of `box`, of which there are some, in the dtype that the format's own code computes them in.
+
+        Args:
+            read: gives what a stored tensor has in a box.
+        """
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a checkpoint. Its parts, one or several, hold each of its elements exactly once."""
 
     name: str
     dtype: torch.dtype
+    """Of computed numbers, the one that the checkpoint's configuration names for weights."""
     shape: tuple[int, ...]
     parts: tuple[StoredPart, ...]
+    """Where its numbers are computed, those of its codes."""
+    codes: Codes | None = None
+    """What computes its numbers; None where they lie there as they are."""
 
     @property
     def file(self) -> Path:

@@ -41,7 +41,7 @@ def plan(model: Model, keys: HandlerKeys) -> None:
     element = choose_dtype(own_dtype(settings.dtype, settings.device), model_config)
     group = TracedGroup(0, settings.tensor_parallel_size)
     sharded = shard_causal_lm(model_config, element, group, settings.enable_expert_parallel)
-    refuse_strangers(sharded.model, read_index_if_whole(folder))
+    refuse_strangers(sharded.model, read_index_if_whole(folder, settings.config_folder))
     place = PipelinePlace(0, settings.pipeline_parallel_size, split_points=settings.split_points)
     staged = cut_causal_lm(sharded, place)
     console = Console()

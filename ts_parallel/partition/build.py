@@ -358,7 +358,7 @@ def build_eager_model(
         PlanError: the model cannot be split as asked.
     """
     refuse_quantized(folder, settings)
-    config, index = read_model_config(settings or folder), read_index(folder)
+    config, index = read_model_config(settings or folder), read_index(folder, settings)
     sharded = shard_causal_lm(config, choose_dtype(dtype, config), group, expert_parallel)
     refuse_strangers(sharded.model, index)
     program = eager_program(sharded)

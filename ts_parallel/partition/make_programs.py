@@ -24,7 +24,7 @@ def make(request: ProgramRequest) -> dict[tuple[int, int], bytes] | StartupError
 
     gc.freeze()  # what was imported stays: a trace makes millions of objects, and need not look through those each time
     try:
-        programs = make_programs(request, read_index(request.folder))
+        programs = make_programs(request, read_index(request.folder, request.settings))
         return {own: pickle.dumps(program) for own, program in programs.items()}
     except StartupError as refused:
         return refused

@@ -42,7 +42,7 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> tuple
     """The way of a weight from file to device: find the rank's program, and who computes it, then its bytes."""
     group = topology.tensor_parallel
     place = PipelinePlace(topology.stage, topology.num_stages, split_points=config.split_points)
-    index = read_index(folder)
+    index = read_index(folder, config.config_folder)
     program = prepare_program(program_request(config, folder, group.rank, place), index)
     backend = choose_backend(topology.device, program.dtype, topology.num_threads, config.quantization)
     merge = read_adapter(Path(config.adapter_path), index).merge if config.adapter_path else None

@@ -42,7 +42,7 @@ def convert(
             something else, has too little room, or cannot be written; what was written is not what the source holds.
     """
     refuse_quantized(folder, companions)
-    index = read_index(folder)
+    index = read_index(folder, companions)
     if not index:
         raise CheckpointError(f"no tensors in {folder}")
     refuse_quantized_names(index)

@@ -34,7 +34,7 @@ def archive(
     folder = locate_checkpoint(model)
     settings = handler_config(folder, **keys)
     refuse_quantized(folder, settings.config_folder)
-    refuse_quantized_names(read_index_if_whole(folder))
+    refuse_quantized_names(read_index_if_whole(folder, settings.config_folder))
     print(write_archive(settings, name or default_name(folder), export_path))
 
 

@@ -158,7 +158,7 @@ def check(config: HandlerConfig, folder: Path, startup: Startup | None = None) -
     settings = settings_folder(folder, config.config_folder)
     refuse_quantized(folder, settings)
     model_config = read_model_config(settings)
-    index = read_index(folder)
+    index = read_index(folder, config.config_folder)
     max_model_len = config.resolve_max_model_len(max_positions_of(model_config))
     place = PipelinePlace(0, config.pipeline_parallel_size, split_points=config.split_points)
     startup = startup or Startup()
