@@ -41,7 +41,7 @@ class StopStrings:
             may_stop: whether a stop string that ends in it counts.
         """
         text = self._held + text
-        if (name := self._names.get(token_id)) is not None:
+        if token_id is not None and (name := self._names.get(token_id)) is not None:
             self._hidden.append((len(text), len(text) + len(name)))
             text += name
         found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0] if may_stop else []
