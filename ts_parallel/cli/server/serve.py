@@ -93,14 +93,19 @@ def serve(
     with (
         stopped_by_signals() as stop,
         running(settings, folder, name, host, port, verbose, stop, metrics_port, show, access, **sizes) as server,
-        ExitStack() as at_the_end,
     ):
-        if stop.is_set():
-            return
+        if not stop.is_set():
+            _stay(server, stop, host, gateway_port, sizes["max_request_size"])
+
+
+def _stay(
+    server: TorchServe, stop: threading.Event, host: str, gateway_port: int | None, max_request_size: int
+) -> None:
+    """Until `stop` is set, with a gateway where one is wanted."""
+    with ExitStack() as at_the_end:
         beside: GatewayBeside | None = None
         if gateway_port is not None:
-            size = sizes["max_request_size"]
-            beside = at_the_end.enter_context(gateway_beside(server, host, gateway_port, size))
+            beside = at_the_end.enter_context(gateway_beside(server, host, gateway_port, max_request_size))
         print(f"ready: {server.url}", flush=True)
         if beside is not None:
             print(f"gateway: {beside.url}", flush=True)
