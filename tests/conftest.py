@@ -18,6 +18,8 @@ _LONGEST = (
     "partition/test_prepared.py",
     "serving/torchserve/test_deployment.py",
     "cli/test_cli.py",
+    "gateway/test_faults.py",
+    "gateway/test_gateway.py",
     "serving/batch/test_seq2seq.py",
     "serving/batch/test_batch_inference.py",
     "partition/model/test_encoder.py",
@@ -33,6 +35,7 @@ _THOROUGH = (
     *(f"partition/graph/test_{name}.py" for name in ("stages", "trace")),
     *(f"partition/tensor_parallel/test_{name}.py" for name in ("shard", "state")),
     *("runtime/test_runner.py", "runtime/backends/test_sublayers.py"),
+    *("gateway/test_page.py", "gateway/batch/test_batch_routes.py"),
     *("cli/test_startup.py", "examples/test_benchmark.py", "serving/torchserve/test_rank_watch.py"),
 )
 # What it takes in all the same: a model behind a real TorchServe, and one over ranks.

@@ -137,8 +137,10 @@ def test_unknown_route_and_wrong_method_have_their_clients_shape(front: Gateway)
 def test_metrics_count_what_came_by_which_route(front: Gateway) -> None:
     ask(front, {"x-api-key": KEY})
     ask(front, {}, "/made/up")
+    httpx.get(f"{front.url}/v1/models/demo", headers={"x-api-key": KEY})
     text = httpx.get(f"{front.url}/metrics").text
     assert 'ts_parallel_gateway_requests_total{route="/v1/completions",status="200"}' in text
     assert 'ts_parallel_gateway_requests_total{route="other",status="401"}' in text
     assert 'ts_parallel_gateway_first_byte_seconds_bucket{route="/v1/completions",le="+Inf"}' in text
+    assert 'ts_parallel_gateway_requests_total{route="/v1/models/{name:path}",status="200"} 1' in text
     assert "/made/up" not in text

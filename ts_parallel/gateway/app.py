@@ -32,7 +32,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     upstreams = Upstreams(settings.upstreams, settings.max_silence)
     counters = Counters()
     routes = _routes(upstreams, counters)
-    counters.count_by_name(route.path for route in routes if isinstance(route, Route))
+    counters.count_by_name((route.path, route.endpoint) for route in routes if isinstance(route, Route))
     handlers = {RequestError: _refused, HTTPException: _unrouted, Exception: _failed}
     app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app = Guard(app, settings, counters)

@@ -6,11 +6,11 @@ import re
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -36,25 +36,27 @@ class Counters:
     """Owns how many requests came by which route, and how they ended."""
 
     def __init__(self) -> None:
-        self._routes: frozenset[str] = frozenset()
+        self._routes: dict[Any, str] = {}
         self._ended: Counter[tuple[str, str]] = Counter()
         self._num_open = 0
         self._first_bytes: dict[str, _FirstBytes] = {}
 
-    def count_by_name(self, routes: Iterable[str]) -> None:
-        """All other paths are counted together, for clients make them up."""
-        self._routes = frozenset(routes)
+    def count_by_name(self, routes: Iterable[tuple[str, Any]]) -> None:
+        """Paths as they stand in the table of routes, each with its endpoint. All others are counted together, for
+        clients make them up."""
+        for path, endpoint in routes:
+            self._routes |= {endpoint: path} if "{" in path else {path: path}
 
     @contextmanager
-    def open(self, method: str, path: str, answer: Answered) -> Iterator[None]:
-        """Inside, a request is open; on leaving it is counted."""
+    def open(self, scope: Mapping[str, Any], answer: Answered) -> Iterator[None]:
+        """Inside, a request is open; on leaving it is counted. The router writes its endpoint into `scope`."""
         begin = time.monotonic()
         self._num_open += 1
         try:
             yield
         finally:
             self._num_open -= 1
-            route = path if path in self._routes else "other"
+            route = self._routes.get(scope["path"]) or self._routes.get(scope.get("endpoint"), "other")
             self._ended[route, str(answer.status) if answer.is_whole else "left"] += 1
             if answer.first_byte_at is not None:
                 known = self._first_bytes.setdefault(route, _FirstBytes())

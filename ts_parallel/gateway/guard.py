@@ -44,7 +44,7 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         answer = _Answer(send, _request_id(headers))
         scope["request_id"] = answer.request_id
-        with self._counters.open(scope["method"], scope["path"], answer):
+        with self._counters.open(scope, answer):
             try:
                 self._check_key(scope["path"], headers)
                 body = await self._read(headers, receive)

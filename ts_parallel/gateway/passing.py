@@ -75,6 +75,8 @@ class Passing:
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
         name = request.path_params["name"]
+        if not name:  # which is the list, with a slash behind it
+            return await self.models(request)
         upstream = next((own for own in self._upstreams.all if own.name == name), None)
         if upstream is None:
             raise UnknownModelError(f"the model {name!r} does not exist", "model")
