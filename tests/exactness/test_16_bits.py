@@ -67,6 +67,7 @@ def own_logits(folder: Path, topology: Topology, token_ids: list[int], dtype: to
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [*((family, torch.bfloat16) for family in FAMILIES), *((family, torch.float16) for family in IN_FLOAT16)],
+    ids=str,
 )
 def test_logits_in_16_bits_are_as_near_as_transformers_own(
     family: str, dtype: torch.dtype, topology: Topology, tmp_path: Path
