@@ -258,8 +258,11 @@ class Seq2SeqConfig(ModelConfig):
     micro_batch_size: Count = Field(default=8, ge=1)
     """Most items that a stage computes at once."""
     parallelism: Parallelism = Parallelism()
-    max_new_tokens: Count = Field(default=128, ge=1)
-    """Most tokens of an answer; a request may ask for fewer."""
+    max_new_tokens: Count | None = Field(default=None, ge=1)
+    """Most tokens of an answer, of speech in each window; a request may ask for fewer. Unset: 128 to a text, and of
+    speech what the decoder has positions for."""
+    max_audio_seconds: float = Field(default=600, gt=0)
+    """Longest recording that is heard."""
 
 
 C = TypeVar("C", bound=ModelConfig)

@@ -18,9 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import Seq2SeqConfig
 from ts_parallel.runtime.batch.part_runner import PartRunner
-from ts_parallel.serving.batch.greedy import GreedyRunner
 from ts_parallel.serving.batch.micro_batching import MicroBatcher
-from ts_parallel.serving.batch.seq2seq import make_seq2seq_task, run_program
+from ts_parallel.serving.batch.seq2seq import answer_runner, make_seq2seq_task, run_program
 from ts_parallel.serving.exchange import RawRequest
 from ts_parallel.topology import Topology, open_tensor_parallel, open_topology
 
@@ -38,7 +37,7 @@ def answers_of(runner: PartRunner, folder: Path) -> list[Any]:
     task_name, requests = json.loads((folder / "requests.json").read_text())
     task, rules = make_seq2seq_task(Seq2SeqConfig(model_path=str(folder), task=task_name), folder)
     batcher = MicroBatcher(
-        GreedyRunner(runner, rules),
+        answer_runner(runner, rules),
         lambda body: task.preprocess(RawRequest("", body, "application/json")),
         lambda _, output: task.postprocess(output)["token_ids"],
         2,

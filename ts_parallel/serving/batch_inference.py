@@ -25,10 +25,9 @@ from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
 from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
-from ts_parallel.serving.batch.greedy import GreedyRunner
 from ts_parallel.serving.batch.jobs import Body, Job, Work, as_request_error
 from ts_parallel.serving.batch.micro_batching import MicroBatcher, Runner
-from ts_parallel.serving.batch.seq2seq import is_seq2seq, make_part_runner, make_seq2seq_task
+from ts_parallel.serving.batch.seq2seq import answer_runner, is_seq2seq, make_part_runner, make_seq2seq_task
 from ts_parallel.serving.batch.tasks import Task, make_task
 from ts_parallel.serving.exchange import JSON, RawRequest, Reply
 from ts_parallel.serving.torchserve.front_end import exit_now
@@ -272,7 +271,7 @@ def _load_seq2seq(config: Seq2SeqConfig, folder: Path, topology: Topology, model
     if topology.rank:
         return _Loaded(ranks, what)
     task, rules = make_seq2seq_task(config, folder)
-    return _Loaded(ranks, what, GreedyRunner(ranks, rules), task)
+    return _Loaded(ranks, what, answer_runner(ranks, rules), task)
 
 
 def make_batch_runner(config: BatchConfig, folder: Path, topology: Topology) -> BatchRunner:

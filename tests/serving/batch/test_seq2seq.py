@@ -33,7 +33,8 @@ from ts_parallel.partition.model.model_config import read_model_config
 from ts_parallel.partition.model.seq2seq import call_of_seq2seq, trace_parts
 from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.serving.batch.greedy import DETECT, read_generation_config
-from ts_parallel.serving.batch.seq2seq import SpeechPrompts, make_seq2seq_task, run_program
+from ts_parallel.serving.batch.seq2seq import make_seq2seq_task, run_program
+from ts_parallel.serving.batch.speech.prompts import SpeechPrompts
 from ts_parallel.serving.exchange import RawRequest
 from ts_parallel.topology import open_topology
 
@@ -127,7 +128,7 @@ def preprocess(folder: Path, task: str, body: Any, **settings: Any) -> dict[str,
         ("bart", {"input_ids": [5], "num_beams": 4}, "unknown field 'num_beams'"),
         ("whisper", {"audio": "UklGR"}, "'audio' must be nested lists of numbers, got str"),
         ("whisper", {"audio": [0.0]}, "no preprocessor_config.json: send 'input_features'"),
-        ("whisper", {"input_features": [[0.0]]}, "shape [1, 1], the model takes [8, 40]"),
+        ("whisper", {"input_features": [[0.0]]}, "shape [1, 1], the model takes [8, 40] or more frames"),
         (
             "whisper",
             {"input_features": [[0.0] * 40] * 8, "language": "Latin"},
@@ -163,9 +164,7 @@ def test_audio_becomes_the_features_of_the_models_own_extractor(models: Models, 
     for body in ({"audio": samples.tolist()}, sound.getvalue()):
         inputs = preprocess(folder, task_of("whisper"), body)
         torch.testing.assert_close(inputs["input_features"], expected, rtol=0, atol=0)
-    with pytest.raises(RequestError, match="16001 samples, the model takes 1 to 16000"):
-        preprocess(folder, task_of("whisper"), {"audio": [0.0] * 16001})
-    with pytest.raises(RequestError, match="no WAV file"):
+    with pytest.raises(RequestError, match=r"no sound file that can be read \(WAV, FLAC, MP3, OGG"):
         preprocess(folder, task_of("whisper"), sound.getvalue()[:20])
 
 

@@ -29,6 +29,7 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    WhisperTimeStampLogitsProcessor,
 )
 
 from ts_parallel.checkpoint.settings import CONFIG_FILE
@@ -37,8 +38,9 @@ from ts_parallel.partition.model.seq2seq import DECODE, ENCODE, HIDDEN, MASK, PA
 
 logger = logging.getLogger(__name__)
 
-PROMPT, MOST_TOKENS = "prompt", "max_new_tokens"
-"""What an item brings beside the encoder's inputs: the first tokens of the decoder, `[N]`, and a number."""
+PROMPT, MOST_TOKENS, TIMED = "prompt", "max_new_tokens", "is_timed"
+"""What an item brings beside the encoder's inputs: the first tokens of the decoder, `[N]`, and a number. Of speech also
+whether its answer has timestamps."""
 DETECT, NO_TOKEN = -1, -2
 """In a prompt: the most likely language; filled up to the longest of a micro-batch. Answers are filled up likewise."""
 
@@ -55,6 +57,9 @@ _NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
     "penalty_alpha": (None, 0, 0.0),
     "dola_layers": (None,),
     "stop_strings": (None,),
+    # Whisper's own
+    "condition_on_prev_tokens": (None, False),
+    "no_speech_threshold": (None,),
 }
 
 Inputs = Mapping[str, torch.Tensor]
@@ -104,7 +109,7 @@ class Rules:
         """The most likely one, of logits `[V]`."""
         return self._languages[int(logits[self._languages].argmax())]
 
-    def processors(self, prompt_length: int, max_length: int) -> LogitsProcessorList:
+    def processors(self, prompt_length: int, max_length: int, is_timed: bool = False) -> LogitsProcessorList:
         """In the order in which `generate` applies them, for an answer that has `max_length` tokens with its prompt."""
         own, made = self._own, LogitsProcessorList()
         eos = torch.tensor(sorted(self.eos_ids))
@@ -130,17 +135,20 @@ class Rules:
             is_after_forced = prompt_length == 1 and own.forced_bos_token_id is not None
             begin = prompt_length + is_after_forced
             made.append(SuppressTokensAtBeginLogitsProcessor(own.begin_suppress_tokens, begin))
+        if is_timed:
+            made.append(WhisperTimeStampLogitsProcessor(own, prompt_length))
         return made
 
 
-class _Answer:
+class Answer:
     """One item's tokens, the prompt's first."""
 
-    def __init__(self, prompt: Sequence[int], max_new_tokens: int, rules: Rules) -> None:
+    def __init__(self, prompt: Sequence[int], max_new_tokens: int, rules: Rules, is_timed: bool = False) -> None:
         self._prompt = [token for token in prompt if token != NO_TOKEN]
         self._max_length = len(self._prompt) + max_new_tokens
         self._rules = rules
-        self._processors = rules.processors(len(self._prompt), self._max_length)
+        self._processors = rules.processors(len(self._prompt), self._max_length, is_timed)
+        self._logprobs = 0.0
         self.tokens: list[int] = []
         self.is_done = False
 
@@ -160,15 +168,23 @@ class _Answer:
         token = self._choose(logits.float())
         self.tokens.append(token)
         num_new = len(self.tokens) - len(self._prompt)
-        self.is_done = num_new > 0 and (token in self._rules.eos_ids or len(self.tokens) == self._max_length)
+        ends = num_new > 0 and token in self._rules.eos_ids
+        self.is_done = ends or len(self.tokens) >= self._max_length
         return token
 
     def _choose(self, logits: torch.Tensor) -> int:
         if len(self.tokens) < len(self._prompt):
             forced = self._prompt[len(self.tokens)]
             return self._rules.language(logits) if forced == DETECT else forced
-        scores = self._processors(torch.tensor([self.tokens]), logits.unsqueeze(0))
-        return int(scores.argmax())
+        scores = self._processors(torch.tensor([self.tokens]), logits.unsqueeze(0))[0]
+        token = int(scores.argmax())
+        self._logprobs += float(scores[token] - scores.logsumexp(-1))
+        return token
+
+    @property
+    def logprob(self) -> float:
+        """The mean over the new tokens, of those that could have been chosen."""
+        return self._logprobs / max(1, len(self.tokens) - len(self._prompt))
 
     def new_tokens(self) -> torch.Tensor:
         return torch.tensor(self.tokens[len(self._prompt) :], dtype=torch.int64)
@@ -180,7 +196,7 @@ class _MicroBatch:
 
     number: int
     inputs: dict[str, torch.Tensor]
-    answers: list[_Answer]
+    answers: list[Answer]
     num_before: int = 0
     last: list[int] = field(default_factory=list)
 
@@ -227,6 +243,16 @@ class GreedyRunner:
         Raises:
             EngineError: an earlier run was broken off by an error, and other ranks wait for what will not come.
         """
+        for answers in self.answers(batches):
+            rows = [answer.new_tokens() for answer in answers]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
+
+    def answers(self, batches: Iterable[Inputs]) -> list[list[Answer]]:
+        """The same as they are, with their prompts.
+
+        Raises:
+            EngineError: as `run`.
+        """
         begun: list[_MicroBatch] = []
         try:
             hidden = list(self._parts.run(ENCODE, self._encoded(batches, begun)))
@@ -240,16 +266,18 @@ class GreedyRunner:
                     batch.take(logits)
         finally:
             self._parts.forget([batch.number for batch in begun])
-        for batch in begun:
-            rows = [answer.new_tokens() for answer in batch.answers]
-            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
+        return [batch.answers for batch in begun]
 
     def _encoded(self, batches: Iterable[Inputs], begun: list[_MicroBatch]) -> Iterator[tuple[int, Inputs]]:
         """What the encoder is to compute, each as soon as it is there. What becomes of it goes to `begun`."""
         for inputs in batches:
             given = dict(inputs)
             prompts, limits = given.pop(PROMPT).tolist(), given.pop(MOST_TOKENS).tolist()
-            answers = [_Answer(*item, self._rules) for item in zip(prompts, limits, strict=True)]
+            timed = given.pop(TIMED).tolist() if TIMED in given else [False] * len(prompts)
+            answers = [
+                Answer(prompt, limit, self._rules, is_timed)
+                for prompt, limit, is_timed in zip(prompts, limits, timed, strict=True)
+            ]
             shared = {MASK: given[MASK]} if MASK in given else {}
             begun.append(_MicroBatch(next(self._numbers), shared, answers))
             yield begun[-1].number, given

@@ -136,7 +136,15 @@ def known_fields(item: RawRequest, names: Sequence[str]) -> dict[str, Any]:
     Raises:
         RequestError: there is a field of another name.
     """
-    fields = {name: value for name, value in item.fields().items() if value is not None}
+    return known_names({name: value for name, value in item.fields().items() if value is not None}, names)
+
+
+def known_names(fields: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The same fields.
+
+    Raises:
+        RequestError: there is one of another name.
+    """
     for unknown in fields.keys() - set(names):
         raise RequestError(f"unknown field {unknown!r}{did_you_mean(unknown, dict.fromkeys(names))}", str(unknown))
     return fields

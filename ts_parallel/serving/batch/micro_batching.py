@@ -23,7 +23,9 @@ Inputs = Mapping[str, torch.Tensor]
 class Runner(Protocol):
     """What the micro-batcher needs of `runtime.batch.batch_runner.BatchRunner`."""
 
-    def run(self, batches: Iterable[Inputs]) -> Generator[torch.Tensor, None, None]: ...
+    def run(self, batches: Iterable[Inputs]) -> Generator[Any, None, None]:
+        """What each micro-batch comes to, which the collator takes apart: most often a tensor, a row an item."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Collator:
         """
         return {name: torch.stack(self._padded(name, [item[name] for item in items])) for name in items[0]}
 
-    def split(self, output: torch.Tensor, items: Sequence[Inputs]) -> list[torch.Tensor]:
+    def split(self, output: Any, items: Sequence[Inputs]) -> list[Any]:
         """The output's row of each item, without what belongs to the padding."""
         rows = list(output)
         if self.trims_by is None:

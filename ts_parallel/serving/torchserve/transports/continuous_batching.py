@@ -246,7 +246,10 @@ def raw_request(data: dict[str, Any], context: Any, index: int) -> RawRequest:
         texts = {name: bytes(data.get(name, b"")).decode(errors="replace") for name in ("url_path", "authorization")}
         return RawRequest(texts["url_path"].strip("/"), body, "", {"authorization": texts["authorization"]})
     headers = headers_of(context, index)
-    return RawRequest(headers.get("url_path", "").strip("/"), body, headers.get("content-type", ""), headers)
+    content_type = headers.get("content-type", "")
+    if "multipart/form-data" in content_type:  # TorchServe has taken it apart: bytes by the names of its parts
+        body = {name: value for name, value in data.items() if name != "url_path"}
+    return RawRequest(headers.get("url_path", "").strip("/"), body, content_type, headers)
 
 
 def headers_of(context: Any, index: int) -> dict[str, str]:
