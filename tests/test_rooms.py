@@ -88,10 +88,11 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "graph": {"floor"},
     },
     "checkpoint": {
-        "floor": {"formats", "codes"},
+        "floor": {"formats", "codes", "gguf"},
         "conversion": {"formats", "floor"},
         "formats": {"floor"},
         "codes": {"floor"},
+        "gguf": {"codes", "floor"},
     },
     "checkpoint.codes": {"floor": {"kinds"}, "kinds": {"floor"}},
 }

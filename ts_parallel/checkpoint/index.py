@@ -1,7 +1,7 @@
 """A checkpoint folder as an index: name → dtype, shape, files and byte ranges. No weight is read, no pickle executed.
 
 Which format a folder has it says itself: safetensors, transformers' older `pytorch_model.bin`, both whole or in shards,
-or what torch.distributed.checkpoint writes. The formats themselves are known to the modules that are called here.
+what torch.distributed.checkpoint writes, or a GGUF file. The modules that are called here know the formats themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from ts_parallel.checkpoint.formats.dcp import METADATA, read_distributed
 from ts_parallel.checkpoint.formats.safetensors_files import read_distributed_safetensors, read_safetensors
 from ts_parallel.checkpoint.formats.torch_files import read_torch_tensors
+from ts_parallel.checkpoint.gguf.tensors import read_gguf
 from ts_parallel.checkpoint.quantized import decode_quantized
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
@@ -34,8 +35,8 @@ _BY_PREFERENCE: dict[str, Callable[[Path], Iterable[StoredTensor]]] = {
 
 
 def read_index(folder: Path, settings: Path | None = None) -> CheckpointIndex:
-    """The tensors of a model's folder: of safetensors, `pytorch_model.bin`, or a torch.distributed.checkpoint. Weights
-    that are quantised are there as what is computed of them.
+    """The tensors of a model's folder: of safetensors, `pytorch_model.bin`, a torch.distributed.checkpoint, or GGUF.
+    Weights that are quantised are there as what is computed of them.
 
     Args:
         settings: the folder of the model's configuration, where it is neither `folder` nor the one above.
@@ -94,7 +95,13 @@ def _without_an_index(folder: Path) -> Iterable[StoredTensor]:
         return read_distributed_safetensors(shards)
     if any(folder.glob("*.distcp")):
         raise CheckpointError(f"{folder} has *.distcp files but no {METADATA}: it was not saved to the end")
-    others = f"{TORCH_FILE}, {TORCH_INDEX} nor {METADATA}"
+    gguf = sorted(folder.glob("*.gguf"))
+    if len(gguf) > 1:
+        names = ", ".join(file.name for file in gguf)
+        raise CheckpointError(f"{folder} holds {names}: name the one to serve, as {gguf[0]}")
+    if gguf:
+        return read_gguf(gguf[0])
+    others = f"{TORCH_FILE}, {TORCH_INDEX}, {METADATA} nor *.gguf"
     raise _MissingError(f"neither {SINGLE_FILE} nor {SHARD_INDEX}, {others} in {folder}")
 
 

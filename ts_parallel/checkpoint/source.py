@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder, is_gguf
 from ts_parallel.errors import CheckpointError
 
 # No code: nothing that is fetched can run.
@@ -19,12 +20,12 @@ def locate_checkpoint(path_or_hub_id: str) -> Path:
     """The local folder of a checkpoint, absolute.
 
     Raises:
-        CheckpointError: it is no folder here, and no repository that the hub can be asked for.
+        CheckpointError: it is no folder and no GGUF file here, and no repository that the hub can be asked for.
     """
     try:
         folder = Path(path_or_hub_id).expanduser()
-        if folder.is_dir():
-            return folder.resolve()
+        if folder.is_dir() or is_gguf(folder):
+            return checkpoint_folder(folder.resolve())
     except (RuntimeError, OSError):  # no such user, a name too long
         raise CheckpointError(f"no folder {path_or_hub_id}") from None
     try:

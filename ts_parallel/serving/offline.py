@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import SECONDS_BETWEEN_SIGNS_OF_LIFE, Engine
@@ -139,7 +140,7 @@ def open_model(folder: str | Path, **settings: Any) -> Iterator[OfflineModel]:
         patience=patience_beside(config.max_step_seconds),
     )
     try:
-        runner, model = _load(config, Path(folder), topology)
+        runner, model = _load(config, checkpoint_folder(Path(folder)), topology)
         try:
             yield model
         finally:

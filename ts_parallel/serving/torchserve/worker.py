@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
 from ts_parallel.serving.torchserve.rank_watch import RankWatch, kill_stopped_siblings, other_ranks, patience_beside
@@ -48,7 +49,8 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
         _give_up([str(error)], is_told=os.environ.get("RANK", "0") == "0")
     failure, loaded = None, None
     try:
-        loaded = _in_a_thread_that_ends(partial(load, config, Path(config.model_path), topology))
+        folder = checkpoint_folder(Path(config.model_path))
+        loaded = _in_a_thread_that_ends(partial(load, config, folder, topology))
     except StartupError as refused:
         failure = str(refused)
     errors = topology.gather_errors(failure)  # TorchServe looks at one rank's answer only: they must agree
