@@ -92,8 +92,9 @@ def test_limits_that_leave_nothing_are_refused_or_end_the_answer_with_the_reason
         maker.limited(GuideMaker(tokenizer, EOS, len(tokenizer)).make(form, 1), [2000], None)
     assert refusal.value.parameter == "allowed_token_ids"
     form = Form("choice", ["returning"], "guided_choice")
-    made = GuideMaker(tokenizer, EOS, len(tokenizer)).make(form, 1)
-    (guide,) = maker.limited(made, None, ["eturning", "returning", "turning"])
+    (guide,) = maker.limited(
+        GuideMaker(tokenizer, EOS, len(tokenizer)).make(form, 1), None, ["eturning", "returning", "turning"]
+    )
     assert guide is not None
     for _ in range(10):
         if guide.is_finished:

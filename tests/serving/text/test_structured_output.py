@@ -146,3 +146,13 @@ def test_library_is_not_loaded_before_the_first_form() -> None:
     code = f"import json, sys, {module}; print(json.dumps('llguidance' in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) is False
+
+
+def test_as_many_choices_as_there_may_be_can_all_begin_alike() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True)
+    form = Form("choice", [f"choice {at:05}" for at in range(MOST_CHOICES)], "guided_choice")
+    (guide,) = GuideMaker(tokenizer, frozenset({1}), len(tokenizer)).make(form, 1)
+    for token_id in tokenizer("choice 01234", add_special_tokens=False).input_ids:
+        assert int.from_bytes(guide.allowed(), "little") >> token_id & 1
+        guide.accept(token_id)
+        assert guide.error is None

@@ -152,7 +152,8 @@ class GenerationService:
     def _health(self, request_id: str, request: RawRequest) -> Reply:
         if self.engine.is_alive:
             return Reply.whole('{"status": "ok"}')
-        return Reply('{"status": "failed"}', is_first=True, is_last=True, status=503)
+        # This process ends, and TorchServe starts another.
+        return Reply('{"status": "failed"}', is_first=True, is_last=True, status=503, headers={"Retry-After": "5"})
 
     def _metrics(self, request_id: str, request: RawRequest) -> Reply:
         text = prometheus_text(self.engine.figures(), labels_of(self._name))

@@ -23,6 +23,7 @@ _WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 _LONGEST_MESSAGE = 300
 # All streams wait while a form is compiled: up to these limits mostly less than 0.1 s, 0.7 s at the worst found.
 MOST_CHOICES = 4096
+_MOST_ITEMS_IN_A_ROW = 2 * MOST_CHOICES  # which they are while all of them begin alike; its own 2000 ends the answer
 LONGEST_FORM = 65536  # characters, of a schema or of all choices as JSON
 
 
@@ -78,7 +79,7 @@ class GuideMaker:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary(form.parameter)
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=_MOST_ITEMS_IN_A_ROW)
         try:
             grammar = _grammar(form.kind, text)
         except ValueError as error:
