@@ -45,11 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     config = handler_config(
         folder, "cpu", dtype="float32", kv_cache_memory="64MiB", served_model_name="gpt-4o,demo", max_num_waiting=0
     )
-    access = Access(f"other,{KEY}", ORIGIN)
-    stop, port = threading.Event(), free_ports(1)[0]
-    with running(
-        config, folder, "demo", "127.0.0.1", port, False, stop, access=access, max_request_size=1 << 20
-    ) as own:
+    options: Any = {"access": Access(f"other,{KEY}", ORIGIN), "max_request_size": 1 << 20, "max_response_size": 1 << 17}
+    with running(config, folder, "demo", "127.0.0.1", free_ports(1)[0], False, threading.Event(), **options) as own:
         yield own
 
 
@@ -243,6 +240,58 @@ def test_greedy_by_any_name_is_greedy(web: httpx.Client) -> None:
     greedy = complete(web, max_tokens=12)["choices"][0]["text"]
     for fields in ({"top_p": 0}, {"do_sample": False}, {"temperature": 0.0, "max_tokens": 12.0, "n": 1.0}):
         assert complete(web, **{"temperature": 1.3, "max_tokens": 12, **fields})["choices"][0]["text"] == greedy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_prompt_and_answer_are_told_by_their_numbers(web: httpx.Client, stream: bool) -> None:
+    fields = {"prompt": [PROMPT, "x y"], "temperature": 0, "max_tokens": 9, "return_token_ids": True, "stream": stream}
+    response = web.post("v1/completions", json={**fields, "n": 2, "stop": ["qqq"]})
+    said = events(response.text)[:-1] if stream else [response.json()]
+    choices = [choice for own in said for choice in own["choices"]]
+    plain = complete(web, prompt=[PROMPT, "x y"], max_tokens=9)["choices"]
+    for index in range(4):
+        own = [choice for choice in choices if choice["index"] == index]
+        ids = [token_id for choice in own for token_id in choice["token_ids"]]
+        assert len(ids) == 9
+        text = "".join(choice["text"] for choice in own)
+        assert text == plain[index // 2]["text"]
+        prompt = web.post("tokenize", json={"prompt": fields["prompt"][index // 2]}).json()["tokens"]  # type: ignore[index]
+        assert [choice.get("prompt_token_ids") for choice in own] == [prompt] + [None] * (len(own) - 1)
+        assert web.post("detokenize", json={"tokens": prompt + ids}).json()["prompt"].endswith(text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_chat_are_told_where_vllm_has_them(web: httpx.Client, stream: bool) -> None:
+    fields = {"messages": MESSAGES, "max_tokens": 4, "n": 2, "return_token_ids": True, "stream": stream}
+    response = web.post("v1/chat/completions", json={**fields, "ignore_eos": True})
+    first, *others = events(response.text)[:-1] if stream else [response.json()]
+    assert first["prompt_token_ids"] == chat_ids(web)
+    assert not any("prompt_token_ids" in own for own in others)
+    choices = [choice for own in (first, *others) for choice in own["choices"]]
+    assert [sum(len(own["token_ids"]) for own in choices if own["index"] == index) for index in range(2)] == [4, 4]
+
+
+def test_prompt_is_scored_as_an_echo_is(web: httpx.Client) -> None:
+    echoed = complete(web, echo=True, logprobs=3, max_tokens=1)["choices"][0]["logprobs"]
+    own = complete(web, prompt_logprobs=3, max_tokens=1)["choices"][0]
+    ids = web.post("tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    first, *scores = own["prompt_logprobs"]
+    assert own["logprobs"] is None and first is None and len(scores) == len(ids) - 1
+    for at, (token_id, entry) in enumerate(zip(ids[1:], scores, strict=True), start=1):
+        assert entry[str(token_id)]["logprob"] == pytest.approx(echoed["token_logprobs"][at], abs=1e-4)
+        assert entry[str(token_id)]["decoded_token"] == echoed["tokens"][at]
+        assert sorted(score["rank"] for score in entry.values() if score["rank"]) == [1, 2, 3]
+    both = complete(web, prompt_logprobs=5, logprobs=1, max_tokens=2)["choices"][0]
+    assert all(len(best) == 1 for best in both["logprobs"]["top_logprobs"])
+    assert all(len(entry) in (5, 6) for entry in both["prompt_logprobs"][1:])
+
+
+def test_native_answer_has_tokens_too_but_its_stream_of_text_cannot(server: TorchServe, web: httpx.Client) -> None:
+    fields = {"prompt": PROMPT, "max_tokens": 3, "return_token_ids": True, "prompt_logprobs": 0}
+    answer = web.post(server.url, json={**fields, "stream": False}).json()
+    assert len(answer["token_ids"]) == 3 and len(answer["prompt_logprobs"]) == len(answer["prompt_token_ids"])
+    refused = web.post(server.url, json=fields)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "return_token_ids")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ts_parallel.engine.router import Delivery, TokenRouter
 from ts_parallel.errors import EngineError, RequestError, TimedOutError
 from ts_parallel.serving.exchange import Reply
 from ts_parallel.serving.openai.answers import Answer, Likelihood, ScoredToken, Usage
+from ts_parallel.serving.openai.fields.token_details import TokenDetails
 from ts_parallel.serving.text.detokenizer import Detokenizer, PromptEnd, TextDecoder
 from ts_parallel.serving.text.stop_strings import StopStrings
 from ts_parallel.serving.text.token_texts import TokenTexts
@@ -38,8 +39,13 @@ class TokenLog:
     A token that makes no letters yet belongs to the letters that come next.
     """
 
-    def __init__(self, texts: TokenTexts) -> None:
+    def __init__(self, texts: TokenTexts, num_best: int | None = None) -> None:
+        """
+        Args:
+            num_best: of the most likely tokens that are shown in place of each; None: all that are known.
+        """
         self._texts = texts
+        self._num_best = num_best
         self._num_known = 0  # letters that tokens have made
         self._num_out = 0
         self._unfinished: list[ScoredToken] = []
@@ -47,7 +53,7 @@ class TokenLog:
 
     def add(self, token_id: int, logprobs: TokenLogprobs | None, num_letters: int) -> None:
         """The next token has made so many letters certain; only a prompt's first has no log-probabilities."""
-        best = [self._likelihood(*other) for other in logprobs.top] if logprobs else []
+        best = [self._likelihood(*other) for other in logprobs.top[: self._num_best]] if logprobs else []
         own = self._likelihood(token_id, logprobs.logprob if logprobs else None)
         self._unfinished.append(ScoredToken(own, tuple(best), self._num_known))
         if num_letters:
@@ -103,11 +109,13 @@ class Choice:
         texts: TokenTexts | None = None,
         echo: Echo | None = None,
         before: PromptEnd | None = None,
+        num_best: int | None = None,
     ) -> None:
         """
         Args:
             texts: where log-probabilities are wanted.
             before: what the answer's text goes on with; a text begins with the answer where it is left out.
+            num_best: as for `TokenLog`.
         """
         self.request = request
         self.num_tokens = 0
@@ -115,7 +123,7 @@ class Choice:
         self._decoder = decoder
         self._detokenizer = Detokenizer(decoder, before)
         self._stops = stops
-        self._log = TokenLog(texts) if texts is not None else None
+        self._log = TokenLog(texts, num_best) if texts is not None else None
         self._echo = echo
 
     @property
@@ -177,14 +185,23 @@ class Engine(Protocol):
 class GenerationJob:
     """A request that the engine is running as one sequence for each choice. The first bears the request's own name."""
 
-    def __init__(self, answer: Answer, choices: Sequence[Choice], num_choices_a_prompt: int, engine: Engine) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        choices: Sequence[Choice],
+        num_choices_a_prompt: int,
+        engine: Engine,
+        details: TokenDetails | None = None,
+    ) -> None:
         """
         Args:
             choices: those of the first prompt, then those of the next.
+            details: what is put into what the answer says.
         """
         self._answer = answer
         self._choices = choices
         self._engine = engine
+        self._details = details
         self._has_begun = False
         self._prompts = [choice.request for choice in choices[::num_choices_a_prompt]]
 
@@ -192,7 +209,7 @@ class GenerationJob:
         """What to send for new tokens of the first choice, and for those that the others have got meanwhile."""
         others = [self._engine.router.take(choice.request.request_id) for choice in self._choices[1:]]
         deliveries = [delivery, *others]
-        pieces = [choice.read(own) for choice, own in zip(self._choices, deliveries, strict=True)]
+        pieces = [self._read(number, own) for number, own in enumerate(deliveries)]
         usage = self._usage()
         bodies = [
             self._answer.advance(piece.text, usage, piece.finish_reason, index, piece.tokens)
@@ -200,6 +217,7 @@ class GenerationJob:
             if piece is not None
         ]
         body = "".join(filter(None, bodies))
+        body = body if self._details is None else self._details.into(body)
         for choice, own in zip(self._choices, deliveries, strict=True):
             if own.error is not None and choice.finish_reason is None:
                 return self.fail(_ERRORS[own.fault](own.error), body)
@@ -211,6 +229,14 @@ class GenerationJob:
             return None
         is_first, self._has_begun = not self._has_begun, True
         return self._reply(body, is_first, is_last)
+
+    def _read(self, number: int, delivery: Delivery) -> Piece | None:
+        choice = self._choices[number]
+        num_known = choice.num_tokens
+        piece = choice.read(delivery)
+        if self._details is not None:
+            self._details.note(number, delivery.token_ids[: choice.num_tokens - num_known])
+        return piece
 
     def fail(self, error: RequestError, body: str = "") -> Reply:
         """The last reply, after what came before the error."""

@@ -50,6 +50,7 @@ from ts_parallel.serving.openai.fields.conversation import ConversationBody
 from ts_parallel.serving.openai.fields.foreign import ForeignFields
 from ts_parallel.serving.openai.fields.generation import choice_params
 from ts_parallel.serving.openai.fields.messages import plain_messages
+from ts_parallel.serving.openai.fields.token_details import TokenDetails
 from ts_parallel.serving.openai.keys import APIKeys
 from ts_parallel.serving.openai.limits import limits_body, limits_of
 from ts_parallel.serving.openai.models import ModelCards, ModelNames
@@ -192,6 +193,9 @@ class GenerationService:
         body = parse_native(request, self._foreign)
         if body.stream and body.logprobs is not None:
             raise RequestError("a stream of plain text has no place for logprobs: set stream to false", "logprobs")
+        if body.stream and body.details(is_chat=False):
+            name = "return_token_ids" if body.return_token_ids else "prompt_logprobs"
+            raise RequestError(f"a stream of plain text has no place for {name}: set stream to false", name)
         answer = TextStream() if body.stream else WholeText()
         prompt = self._prompt_tokens(body.prompt, body)
         return self._run(request_id, [prompt], body, body.temperature, answer)
@@ -329,12 +333,15 @@ class GenerationService:
                 texts,
                 echoes[number // num_answers] if echoes else None,
                 prompt_ends[number // num_answers],
+                body.num_logprobs,
             )
             for number, own in enumerate(requests)
         ]
         limits = [seconds for seconds in (body.timeout, self._max_seconds) if seconds is not None]
         self.engine.submit(*requests, seconds=min(limits, default=None))
-        return GenerationJob(answer, choices, num_answers, self.engine)
+        wanted = body.details(isinstance(body, ChatBody))
+        details = TokenDetails(wanted, requests, self._texts) if wanted else None
+        return GenerationJob(answer, choices, num_answers, self.engine, details)
 
 
 def _name_of(request_id: str, request: RawRequest) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import RequestError
+from ts_parallel.serving.openai.fields.token_details import Wanted
 from ts_parallel.serving.text.forms import FORM_KINDS, Form, ResponseFormat, StrictModel, StructuredOutputs, forms_of
 from ts_parallel.serving.text.model_files import SamplingDefaults
 from ts_parallel.step_plan import SamplingParams
@@ -125,6 +126,9 @@ class GenerationBody(StrictModel):
     def scores_prompt(self) -> bool:
         """Whether the prompt's own tokens are to have log-probabilities."""
         return self.prompt_logprobs is not None
+
+    def details(self, is_chat: bool) -> Wanted:
+        return Wanted(self.return_token_ids, self.prompt_logprobs, is_chat)
 
     def form(self) -> Form | None:
         """What the answer must be; None where it may be anything.
