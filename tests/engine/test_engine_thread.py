@@ -268,6 +268,18 @@ def test_companions_run_side_by_side_and_are_aborted_together() -> None:
         wait_until(lambda: bench.blocks.num_free == NUM_BLOCKS)
 
 
+def test_request_that_was_aborted_before_it_came_does_not_run() -> None:
+    with started() as bench:
+        bench.thread.reserve("a")
+        bench.thread.reserve("b")
+        assert bench.thread.num_open == 2
+        bench.thread.abort("a")
+        assert not bench.thread.submit(Request("a", (0,), 3), Request("a/1", (0,), 3), is_reserved=True)
+        assert bench.thread.submit(Request("b", (0,), 2), is_reserved=True)
+        assert bench.read_to_the_end("b") == Delivery([1, 2], "length")
+        assert bench.thread.num_open == 1
+
+
 def test_request_that_is_stopped_keeps_its_mailbox() -> None:
     with started() as bench:
         bench.submit("a", 10**6)

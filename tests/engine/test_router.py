@@ -249,3 +249,26 @@ def test_request_without_a_token_to_choose_ends_with_an_error_of_the_engine() ->
     router.deliver([TokenOutput("a", 1, None)])
     router.deliver([TokenOutput("a", None, None, error="NaN", fault="engine")])
     assert router.take("a") == Delivery([1], error="NaN", fault="engine")
+
+
+def test_reserved_mailbox_is_not_forgotten_and_its_time_runs(clock: SimpleNamespace) -> None:
+    router = TokenRouter()
+    router.reserve("a")
+    assert router.num_open == 1 and router.is_open("a") and not router.wait(0)
+    clock.now += 100
+    assert router.forget(60) == [] and router.take("a") == Delivery()
+    router.open("a", 120)
+    router.open("a/1", 120, beside="a")
+    router.open("b", 120)
+    clock.now += 21
+    assert router.expire() == ["a", "a/1"]
+    assert router.forget(20) == ["a", "a/1", "b"]
+
+
+def test_mailbox_whose_request_is_spoken_of_is_looked_at_once() -> None:
+    router = TokenRouter(stream_interval=30)
+    router.reserve("a")
+    router.tell("a")
+    router.tell("gone")
+    assert router.wait(0) and router.take("a") == Delivery(is_told=True)
+    assert not router.wait(0)

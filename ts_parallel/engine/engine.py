@@ -140,6 +140,7 @@ class EngineThread:
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[Request | tuple[str, str]] = queue.SimpleQueue()
         self._companions: dict[str, list[str]] = {}
+        self._handing_over = threading.Lock()  # so that none is aborted between its reservation and its requests
         self._last_sign_of_life = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -163,16 +164,33 @@ class EngineThread:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request, *companions: Request, seconds: float | None = None) -> None:
+    def reserve(self, request_id: str) -> None:
+        """Open the mailbox of a request that is still being prepared, so that it counts as open and can be aborted."""
+        self.router.reserve(request_id)
+
+    def submit(
+        self,
+        request: Request,
+        *companions: Request,
+        seconds: float | None = None,
+        is_reserved: bool = False,
+    ) -> bool:
         """Run requests, each with a mailbox of its own; to abort the first is to abort its companions.
 
         Args:
-            seconds: the longest that each may take, waiting included.
+            seconds: the longest that each may take, waiting included, and what went before since the reservation.
+            is_reserved: whether the first has a mailbox already.
+
+        Returns: whether they run; not where one that was reserved was aborted meanwhile.
         """
-        self._companions[request.request_id] = [companion.request_id for companion in companions]
-        for own in (request, *companions):
-            self.router.open(own.request_id, seconds)
-            self._inbox.put(own)
+        with self._handing_over:
+            if is_reserved and not self.router.is_open(request.request_id):
+                return False
+            self._companions[request.request_id] = [companion.request_id for companion in companions]
+            for own in (request, *companions):
+                self.router.open(own.request_id, seconds, request.request_id)
+                self._inbox.put(own)
+            return True
 
     def stop(self, request_id: str) -> None:
         """Let a request's tokens be enough; its mailbox stays."""
@@ -180,9 +198,10 @@ class EngineThread:
 
     def abort(self, request_id: str) -> None:
         """End a request, finished or not; its mailbox is gone when this returns."""
-        for own in (request_id, *self._companions.pop(request_id, ())):
-            self.router.close(own)
-            self._inbox.put((own, ABORTED))
+        with self._handing_over:
+            for own in (request_id, *self._companions.pop(request_id, ())):
+                self.router.close(own)
+                self._inbox.put((own, ABORTED))
 
     def _run(self) -> None:
         try:

@@ -24,6 +24,8 @@ class Delivery:
     error: str | None = None
     fault: Literal["engine", "time", "form"] = "engine"
     """What the error came of: the engine, a time that is over, or the form that its answer was to have."""
+    is_told: bool = False
+    """Whether whoever prepared the request has something to say of it (`TokenRouter.tell`)."""
 
     @property
     def is_last(self) -> bool:
@@ -48,25 +50,38 @@ class TokenRouter:
         self._begun: set[str] = set()
         self._mailboxes: dict[str, Delivery] = {}
         self._emptied_at: dict[str, float] = {}
+        self._reserved_at: dict[str, float] = {}
         self._limits: dict[str, tuple[float, float]] = {}  # when a request's time is over, and how long it was
 
     @property
     def num_open(self) -> int:
         return len(self._mailboxes)
 
-    def open(self, request_id: str, seconds: float | None = None) -> None:
-        """Where it may only take so many `seconds`, `expire` ends it then."""
+    def reserve(self, request_id: str) -> None:
+        """Open a mailbox whose request is still to come: it counts, its time runs, and it is not forgotten."""
         with self._changed:
             self._mailboxes[request_id] = Delivery()
-            self._emptied_at[request_id] = time.monotonic()
+            self._reserved_at[request_id] = time.monotonic()
+
+    def is_open(self, request_id: str) -> bool:
+        return request_id in self._mailboxes
+
+    def open(self, request_id: str, seconds: float | None = None, beside: str | None = None) -> None:
+        """Where it may only take so many `seconds`, `expire` ends it then. They count from its reservation on, or from
+        that of the request `beside` it."""
+        with self._changed:
+            now = time.monotonic()
+            self._mailboxes[request_id] = Delivery()
+            self._emptied_at[request_id] = now
             if seconds is not None:
-                self._limits[request_id] = (time.monotonic() + seconds, seconds)
+                self._limits[request_id] = (self._reserved_at.get(beside or request_id, now) + seconds, seconds)
 
     def close(self, request_id: str) -> None:
         with self._changed:
             self._mailboxes.pop(request_id, None)
             self._begun.discard(request_id)
             self._emptied_at.pop(request_id, None)
+            self._reserved_at.pop(request_id, None)
             self._limits.pop(request_id, None)
 
     def deliver(self, outputs: list[TokenOutput]) -> None:
@@ -93,6 +108,13 @@ class TokenRouter:
             else:
                 self._changed.notify_all()
 
+    def tell(self, request_id: str) -> None:
+        """Have a mailbox looked at, where it is still open."""
+        with self._changed:
+            if (mailbox := self._mailboxes.get(request_id)) is not None:
+                mailbox.is_told = True
+                self._press()
+
     def expire(self) -> list[str]:
         """Fail the requests whose time is over, each once; which those are."""
         with self._changed:
@@ -118,7 +140,8 @@ class TokenRouter:
         with self._changed:
             mailbox = self._mailboxes[request_id]
             self._mailboxes[request_id] = Delivery()
-            self._emptied_at[request_id] = time.monotonic()
+            if request_id in self._emptied_at:
+                self._emptied_at[request_id] = time.monotonic()
             return mailbox
 
     def wait(self, seconds: float) -> bool:
@@ -165,4 +188,4 @@ class TokenRouter:
         self._changed.notify_all()
 
     def _has_mail(self) -> bool:
-        return any(mailbox.token_ids or mailbox.is_last for mailbox in self._mailboxes.values())
+        return any(own.token_ids or own.is_last or own.is_told for own in self._mailboxes.values())

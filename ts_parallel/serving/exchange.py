@@ -5,6 +5,7 @@ Knows no route and no transport: `torchserve` carries, `openai` and `batch` answ
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,12 +59,24 @@ class RawRequest:
         value = self.body
         if isinstance(value, (bytes, bytearray, str)):
             try:
-                value = json.loads(value)
+                value = _parse(value)
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"the body is not JSON: {error}") from None
         if not isinstance(value, dict):
             raise RequestError(f"the body must be a JSON object, got {echo(value)}")
         return value
+
+
+def _parse(text: bytes | bytearray | str) -> Any:
+    """Without the collector of garbage, which goes through all that was made again and again, and no thread meanwhile:
+    6 MB of small objects took 3.6 s with it and 0.3 s without."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def one_line(body: Any) -> str:

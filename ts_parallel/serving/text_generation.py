@@ -25,6 +25,9 @@ from ts_parallel.topology import Topology
 if TYPE_CHECKING:
     from ts_parallel.serving.openai.generation_service import GenerationService
 
+# TorchServe's switch. Bodies are parsed where it holds up no stream, and small ones as fast as by TorchServe.
+_PARSES_BODIES = "TS_DECODE_INPUT_REQUEST"
+
 
 class TextGenerationService:
     """One worker process: rank 0 answers requests, the other ranks follow its steps."""
@@ -48,6 +51,7 @@ class TextGenerationService:
                 return runner, None  # and without transformers, which the service needs for its tokenizer
             from ts_parallel.serving.openai.generation_service import GenerationService
 
+            os.environ[_PARSES_BODIES] = "false"
             engine = EngineThread(make_engine(runner, config), exit_soon, config.stream_interval)
             settings = settings_folder(folder, config.config_folder)
             return runner, GenerationService(

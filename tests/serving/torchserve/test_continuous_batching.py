@@ -23,6 +23,7 @@ from ts_parallel.errors import NotFoundError, RequestError
 from ts_parallel.serving.exchange import EVENTS, JSON, TEXT, RawRequest, Reply
 from ts_parallel.serving.openai.answers import Answer, CompletionStream, TextStream, WholeText
 from ts_parallel.serving.openai.choices import Choice, GenerationJob
+from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.stop_strings import StopStrings
 from ts_parallel.serving.torchserve.transports import continuous_batching
 from ts_parallel.serving.torchserve.transports.continuous_batching import ContinuousBatchingDrain, raw_request
@@ -103,6 +104,7 @@ class FrontEnd:
         scheduler = Scheduler(self.blocks, max_num_seqs=8, max_num_batched_tokens=64)
         self.engine = EngineThread(Engine(self.runner, scheduler), on_failure=lambda: None)
         self.tokenizer = Letters()
+        self.decoder = TextDecoder(self.tokenizer)
         self.num_opened = 0
         self.jobs: dict[str, Any] = {}
         self._drain = ContinuousBatchingDrain(self.engine, self._open_job)
@@ -122,7 +124,7 @@ class FrontEnd:
             answer = CompletionStream(request_id, "m", include_usage=False, has_usage_in_each=False)
         own = Request(request_id, (0,), max_tokens)
         self.engine.submit(own)
-        return GenerationJob(answer, [Choice(own, self.tokenizer, StopStrings(()))], 1, self.engine)
+        return GenerationJob(answer, [Choice(own, self.decoder, StopStrings(()))], 1, self.engine)
 
     def round_trip(self, **routes: str) -> dict[str, Sent]:
         """What each job that is not left out is sent. A job that has ended is named no more."""

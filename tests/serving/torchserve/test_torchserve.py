@@ -107,6 +107,25 @@ def test_request_that_arrives_while_another_runs_answers_before_the_other_ends(s
     assert moments[-1] < ends["long"]
 
 
+def test_stream_goes_on_while_a_large_text_is_tokenized(server: TorchServe) -> None:
+    body = {"prompt": "The", "max_tokens": LONGEST - 8, "ignore_eos": True, "temperature": 0, "stream": True}
+    answered: list[tuple[float, int]] = []
+
+    def tokenize() -> None:
+        status, _ = post(f"{server.url}/1.0/tokenize", {"prompt": "Return a new list, " * 100000})
+        answered.append((time.perf_counter(), status))
+
+    thread, moments = threading.Thread(target=tokenize), list[float]()
+    for moment, _ in stream(completions(server), body):
+        if not moments:
+            thread.start()
+        moments.append(moment)
+    thread.join()
+    ((end, status),) = answered
+    assert status == 200
+    assert len([moment for moment in moments[1:] if moment < end]) >= 3
+
+
 def test_completion_over_openais_route(server: TorchServe, plain: tuple[Any, Any]) -> None:
     body = {"model": "demo", "prompt": "Return a list of", "max_tokens": 20, "temperature": 0}
     status, text = post(completions(server), body)

@@ -24,6 +24,12 @@ from ts_parallel.step_plan import TokenLogprobs
 _ERRORS: dict[str, type[RequestError]] = {"engine": EngineError, "time": TimedOutError, "form": RequestError}
 
 
+def error_of(delivery: Delivery) -> RequestError:
+    """What a mailbox's error is to a client."""
+    assert delivery.error is not None
+    return _ERRORS[delivery.fault](delivery.error)
+
+
 @dataclass(frozen=True)
 class Piece:
     """What is new of a choice. `tokens` are those whose text is out; None where they are not wanted."""
@@ -220,7 +226,7 @@ class GenerationJob:
         body = body if self._details is None else self._details.into(body)
         for choice, own in zip(self._choices, deliveries, strict=True):
             if own.error is not None and choice.finish_reason is None:
-                return self.fail(_ERRORS[own.fault](own.error), body)
+                return self.fail(error_of(own), body)
         is_last = all(choice.finish_reason for choice in self._choices)
         for choice, piece in zip(self._choices, pieces, strict=True):
             if piece is not None and choice.has_stopped_early:

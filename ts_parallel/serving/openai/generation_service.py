@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.request import make_request
-from ts_parallel.errors import BusyError, EngineError, NotFoundError, RequestError
+from ts_parallel.errors import BusyError, ContextLengthError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.serving.chat.tools import Offer, offer_of
 from ts_parallel.serving.chat.turns import Turn, Turns
@@ -54,6 +55,7 @@ from ts_parallel.serving.openai.fields.token_details import TokenDetails
 from ts_parallel.serving.openai.keys import APIKeys
 from ts_parallel.serving.openai.limits import limits_body, limits_of
 from ts_parallel.serving.openai.models import ModelCards, ModelNames
+from ts_parallel.serving.openai.preparation import Preparations, PreparedJob
 from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.model_files import (
     read_eos_ids,
@@ -63,6 +65,7 @@ from ts_parallel.serving.text.model_files import (
 )
 from ts_parallel.serving.text.stop_strings import StopStrings
 from ts_parallel.serving.text.structured_output import GuideMaker
+from ts_parallel.serving.text.text_encoder import TextEncoder
 from ts_parallel.serving.text.token_texts import TokenTexts
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,8 @@ logger = logging.getLogger(__name__)
 _ONE_MODEL = "v1/models/"
 # What a client may call its own request, so that the answer's id has it.
 _OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TOKENS_AT_ONCE = 10_000
+_READY_ROUTES = ("health", "metrics", "v1/models", "v1/limits")  # what they say is there, whatever the body
 
 GeneratingBody = NativeBody | CompletionBody | ChatBody
 
@@ -118,6 +123,9 @@ class GenerationService:
         self._foreign = ForeignFields(config.strict)
         self._clamps_max_tokens = config.clamp_max_tokens
         self._turns = Turns(self._tokenizer, self._eos_ids, config.chat_format, split_reasoning=config.split_reasoning)
+        self._encoder = TextEncoder(self._tokenizer)
+        self._preparations = Preparations(engine, self._open)
+        self._admission = threading.Lock()
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
             "health": self._health,
@@ -130,8 +138,13 @@ class GenerationService:
             "detokenize": self._detokenize,
         }
 
-    def open_job(self, request_id: str, request: RawRequest) -> GenerationJob | Reply:
-        """Route one request. What cannot be served becomes a reply of its own; nothing is raised."""
+    def open_job(self, request_id: str, request: RawRequest) -> GenerationJob | PreparedJob | Reply:
+        """Route one request. What cannot be served becomes a reply of its own, now or later; nothing is raised."""
+        if request.route in _READY_ROUTES or request.route not in self._routes:
+            return self._open(request_id, request)
+        return self._preparations.open(request_id, request)
+
+    def _open(self, request_id: str, request: RawRequest) -> GenerationJob | Reply:
         try:
             if request.route != "health":  # which those who watch over servers ask for without a key
                 self._keys.check(request.headers)
@@ -173,13 +186,14 @@ class GenerationService:
         body = parse_tokenize(request, self._foreign)
         self._names.check(body.model)
         if isinstance(body, TokenizeBody):
-            tokens = self._tokens(body.prompt, body.add_special_tokens)
+            text = body.prompt
         else:
-            tokens = self._tokens(self._chat_text(body, offer_of(body.tools, "auto", None)), body.add_special_tokens)
-        answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": self._max_model_len}
+            text = self._chat_text(body, offer_of(body.tools, "auto", None))
+        tokens = self._encoder.encode(text, body.add_special_tokens)
+        others = f'"count": {len(tokens)}, "max_model_len": {self._max_model_len}'
         if body.return_token_strs:
-            answer["token_strs"] = self._tokenizer.convert_ids_to_tokens(tokens)
-        return Reply.whole(json.dumps(answer))
+            others += f', "token_strs": {json.dumps(self._tokenizer.convert_ids_to_tokens(tokens))}'
+        return Reply.whole(f'{{"tokens": [{_joined(tokens)}], {others}}}')
 
     def _detokenize(self, request_id: str, request: RawRequest) -> Reply:
         # Also what `tokenize` says that the model has not.
@@ -233,7 +247,7 @@ class GenerationService:
         answer: Answer = ChatCompletion(name, self._name, num_choices, readers)
         if body.stream:
             answer = ChatCompletionStream(name, self._name, num_choices, readers, **_usage_options(body))
-        prompt = body.truncated(self._tokens(text, body.add_special_tokens), self._max_model_len)
+        prompt = body.truncated(self._tokens(text, body, "messages"), self._max_model_len)
         return self._run(request_id, [prompt], body, self._temperature(body), answer, turn=turn)
 
     def _num_choices(self, body: CompletionBody | ChatBody, num_prompts: int) -> int:
@@ -251,15 +265,31 @@ class GenerationService:
                 f"{self._most_open} (max_num_seqs and max_num_waiting)",
                 "prompt",
             )
+        self._refuse_where_full(num_choices)  # now too, before there is any work
         return num_choices
 
     def _prompt_tokens(self, prompt: str | list[int], body: NativeBody | CompletionBody) -> list[int]:
         if isinstance(prompt, str):  # an empty one has no tokens, though a tokenizer may begin each with one of its own
-            prompt = self._tokens(prompt, body.add_special_tokens) if prompt else []
+            prompt = self._tokens(prompt, body, "prompt") if prompt else []
         return body.truncated(prompt, self._max_model_len)
 
-    def _tokens(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    def _tokens(self, text: str, body: GeneratingBody, parameter: str) -> list[int]:
+        if body.truncate_prompt_tokens is None:
+            self._refuse_too_long(text, parameter)
+        return self._encoder.encode(text, body.add_special_tokens)
+
+    def _refuse_too_long(self, text: str, parameter: str) -> None:
+        """
+        Raises:
+            RequestError: a text cannot have so few tokens that it fits. To find out how many costs seconds.
+        """
+        fewest = self._encoder.fewest_tokens(text)
+        if fewest > self._max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._max_model_len} tokens (max_model_len), but the prompt "
+                f"has at least {fewest} tokens: shorten it",
+                parameter,
+            )
 
     def _text(self, token_ids: list[int], is_all: bool) -> str:
         """A prompt's; the beginning of a character at its end is the answer's, unless none comes."""
@@ -292,11 +322,6 @@ class GenerationService:
         """Hand the choices of all prompts to the engine. Nothing is handed over where anything is refused."""
         num_answers = 1 if isinstance(body, NativeBody) else body.num_choices
         num_choices = num_answers * len(prompts)
-        if self.engine.num_open + num_choices > self._most_open:
-            raise BusyError(
-                f"{self.engine.num_open} of {self._most_open} requests (max_num_seqs and max_num_waiting) are open "
-                f"already, {num_choices} more do not fit: try again later"
-            )
         # Where the body has no seed, each prompt gets one of its own: two that are alike are not to be answered alike.
         clamps = self._clamps_max_tokens
         params = [body.generation_params(temperature, random.getrandbits(64), self._defaults, clamps) for _ in prompts]
@@ -338,16 +363,37 @@ class GenerationService:
             for number, own in enumerate(requests)
         ]
         limits = [seconds for seconds in (body.timeout, self._max_seconds) if seconds is not None]
-        self.engine.submit(*requests, seconds=min(limits, default=None))
+        with self._admission:
+            self._refuse_where_full(num_choices)
+            if not self.engine.submit(*requests, seconds=min(limits, default=None), is_reserved=True):
+                raise RequestError("its client has left")  # which nobody reads
         wanted = body.details(isinstance(body, ChatBody))
         details = TokenDetails(wanted, requests, self._texts) if wanted else None
         return GenerationJob(answer, choices, num_answers, self.engine, details)
+
+    def _refuse_where_full(self, num_choices: int) -> None:
+        """
+        Raises:
+            BusyError: so many are open beside this request, which is one of those that are, that it does not fit.
+        """
+        num_others = self.engine.num_open - 1
+        if num_others + num_choices > self._most_open:
+            raise BusyError(
+                f"{num_others} of {self._most_open} requests (max_num_seqs and max_num_waiting) are open "
+                f"already, {num_choices} more do not fit: try again later"
+            )
 
 
 def _name_of(request_id: str, request: RawRequest) -> str:
     """The client's own for a request, where it has one."""
     own = request.headers.get("x-request-id", "")
     return own if _OWN_ID.fullmatch(own) else request_id
+
+
+def _joined(token_ids: Sequence[int]) -> str:
+    """As JSON has them. A part at a time, for between two other threads go on."""
+    parts = range(0, len(token_ids), _TOKENS_AT_ONCE)
+    return ", ".join(", ".join(map(str, token_ids[at : at + _TOKENS_AT_ONCE])) for at in parts)
 
 
 def _usage_options(body: CompletionBody | ChatBody) -> dict[str, Any]:

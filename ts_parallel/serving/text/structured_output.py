@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # One space, or a new line that is indented: a greedy model that may put more there is known to go on with it for ever.
 _WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 _LONGEST_MESSAGE = 300
-# All streams wait while a form is compiled: up to these limits mostly less than 0.1 s, 0.7 s at the worst found.
+# A form is compiled beside the streams: up to these limits mostly in less than 0.1 s, 0.7 s at the worst found.
 MOST_CHOICES = 4096
 _MOST_ITEMS_IN_A_ROW = 2 * MOST_CHOICES  # which they are while all of them begin alike; its own 2000 ends the answer
 LONGEST_FORM = 65536  # characters, of a schema or of all choices as JSON
