@@ -31,7 +31,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def events_of(url: str, on_first: Callable[[], None]) -> list[str]:
+def events_of(url: str, on_first: Callable[[], object]) -> list[str]:
     """All events of a long stream; `on_first` is called once it has begun."""
     text = b""
     with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, **LONG}, timeout=60) as got:

@@ -230,7 +230,7 @@ def test_refusal_and_broken_tools_are_shown_in_words(page: Page, recorder: Recor
 def test_page_is_dark_where_the_system_is(page: Page) -> None:
     colors = {}
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         colors[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colors == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 29)"}
 

@@ -54,7 +54,7 @@ def at_once(message: dict[str, Any], finish_reason: str = "stop") -> Answer:
     return whole({"choices": [choice], "usage": USAGE})
 
 
-def test_whole_answer_has_its_text_and_its_counts(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_whole_answer_has_its_text_and_its_counts(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "12"})
     message: Any = client.messages.create(model="demo", max_tokens=9, messages=ASK, system="Be brief.")
     assert (message.content[0].text, message.stop_reason, message.stop_sequence) == ("12", "end_turn", None)
@@ -64,7 +64,7 @@ def test_whole_answer_has_its_text_and_its_counts(client: anthropic.Anthropic, r
     assert sent["max_tokens"] == 9 and sent.keys() == {"model", "messages", "max_tokens", "stream"}
 
 
-def test_events_come_in_their_order_and_add_up_to_the_message(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_events_come_in_their_order_and_add_up_to_the_message(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = streamed(
         {"role": "assistant", "reasoning_content": "Let me "},
         {"reasoning_content": "see."},
@@ -97,7 +97,7 @@ def test_events_come_in_their_order_and_add_up_to_the_message(client: anthropic.
     assert final.stop_reason == "tool_use" and final.usage.output_tokens == 3
 
 
-def test_conversation_with_tools_reaches_the_model_as_chat(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_conversation_with_tools_reaches_the_model_as_chat(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "12"})
     conversation: Any = [
         *ASK,
@@ -144,7 +144,7 @@ def test_conversation_with_tools_reaches_the_model_as_chat(client: anthropic.Ant
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_stop_sequence_is_named_and_not_shown(client: anthropic.Anthropic, recorder: Recorder, is_stream: bool) -> None:
+def test_stop_sequence_is_named_and_not_shown(client: Any, recorder: Recorder, is_stream: bool) -> None:
     answer = streamed({"content": "one EN"}, {"content": "DS two E"}, {"content": "ND"})
     recorder.answers["chat"] = answer if is_stream else at_once({"content": "one ENDS two END"})
     with client.messages.stream(model="demo", max_tokens=9, messages=ASK, stop_sequences=["END", "xx"]) as stream:
@@ -169,18 +169,18 @@ def test_stop_text_of_any_cut_is_that_of_the_whole(text: str, is_stopped: bool) 
             assert own.found == found
 
 
-def test_answer_that_was_cut_short_is_told_as_such(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_answer_that_was_cut_short_is_told_as_such(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "1"}, "length")
     assert client.messages.create(model="demo", max_tokens=1, messages=ASK).stop_reason == "max_tokens"
 
 
-def test_tokens_are_counted_by_the_model(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_tokens_are_counted_by_the_model(client: Any, recorder: Recorder) -> None:
     assert client.messages.count_tokens(model="demo", messages=ASK, system="S", tools=[TOOL]).input_tokens == 11
     sent = recorder.bodies[-1]
     assert [own["role"] for own in sent["messages"]] == ["system", "user"] and len(sent["tools"]) == 1
 
 
-def test_refusals_have_anthropics_shape(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_refusals_have_anthropics_shape(client: Any, recorder: Recorder) -> None:
     with pytest.raises(anthropic.NotFoundError, match="'claude'"):
         client.messages.create(model="claude", max_tokens=1, messages=ASK)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
@@ -197,7 +197,7 @@ def test_refusals_have_anthropics_shape(client: anthropic.Anthropic, recorder: R
     assert body["error"]["type"] == "rate_limit_error"
 
 
-def test_stream_that_is_cut_ends_with_an_error_event(client: anthropic.Anthropic, recorder: Recorder) -> None:
+def test_stream_that_is_cut_ends_with_an_error_event(client: Any, recorder: Recorder) -> None:
     def cut(_: dict[str, Any]) -> Iterator[bytes]:
         yield event({"choices": [{"index": 0, "delta": {"content": "Par"}, "finish_reason": None}]})
         raise Cut

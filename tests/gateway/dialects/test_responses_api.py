@@ -17,7 +17,19 @@ from ts_parallel.gateway.dialects.responses import ResponseStore, UnknownRespons
 from ts_parallel.gateway.dialects.responses_input import messages_of, parse_turn
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
-FUNCTION = {"type": "function", "name": "mul", "description": "a × b", "parameters": {"type": "object"}, "strict": True}
+FUNCTION: Any = {
+    "type": "function",
+    "name": "mul",
+    "description": "a × b",
+    "parameters": {"type": "object"},
+    "strict": True,
+}
+    "type": "function",
+    "name": "mul",
+    "description": "a × b",
+    "parameters": {"type": "object"},
+    "strict": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +86,7 @@ THOUGHT_AND_CALLS = streamed(
 )
 
 
-def test_whole_answer_has_its_text_and_its_counts(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_whole_answer_has_its_text_and_its_counts(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "Paris"})
     response = client.responses.create(model="demo", input="Capital?", instructions="Be brief.", max_output_tokens=5)
     assert (response.status, response.output_text, response.model) == ("completed", "Paris", "demo")
@@ -90,10 +102,10 @@ def test_whole_answer_has_its_text_and_its_counts(client: openai.OpenAI, recorde
     assert sent.keys() == {"model", "messages", "max_completion_tokens", "stream"}  # nothing that nobody asked for
 
 
-def test_events_come_in_their_order_and_add_up_to_the_response(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_events_come_in_their_order_and_add_up_to_the_response(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = THOUGHT_AND_CALLS
-    events = list(client.responses.create(model="demo", input="3 × 4?", tools=[FUNCTION], stream=True))  # type: ignore[list-item]
-    assert [own.sequence_number for own in events] == list(range(len(events)))  # type: ignore[union-attr]
+    events = list(client.responses.create(model="demo", input="3 × 4?", tools=[FUNCTION], stream=True))
+    assert [own.sequence_number for own in events] == list(range(len(events)))
     assert [own.type.removeprefix("response.") for own in events] == [
         "created",
         "in_progress",
@@ -120,9 +132,9 @@ def test_events_come_in_their_order_and_add_up_to_the_response(client: openai.Op
     assert added[2].item.arguments == ""  # as it was then
 
 
-def test_clients_own_stream_helper_reads_it(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_clients_own_stream_helper_reads_it(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = THOUGHT_AND_CALLS
-    with client.responses.stream(model="demo", input="3 × 4?", tools=[FUNCTION]) as stream:  # type: ignore[list-item]
+    with client.responses.stream(model="demo", input="3 × 4?", tools=[FUNCTION]) as stream:
         for _ in stream:
             pass
         final = stream.get_final_response()
@@ -130,7 +142,7 @@ def test_clients_own_stream_helper_reads_it(client: openai.OpenAI, recorder: Rec
     assert [own.name for own in final.output if own.type == "function_call"] == ["mul", "add"]
 
 
-def test_answer_of_calls_alone_goes_on_from_their_results(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_answer_of_calls_alone_goes_on_from_their_results(client: Any, recorder: Recorder) -> None:
     calls = [
         {"id": "call_1", "type": "function", "function": {"name": "mul", "arguments": '{"a": 3}'}},
         {"id": "call_2", "type": "function", "function": {"name": "mul", "arguments": '{"a": 4}'}},
@@ -139,7 +151,7 @@ def test_answer_of_calls_alone_goes_on_from_their_results(client: openai.OpenAI,
     first = client.responses.create(
         model="demo",
         input="3 and 4?",
-        tools=[FUNCTION],  # type: ignore[list-item]
+        tools=[FUNCTION],
         tool_choice={"type": "function", "name": "mul"},
         parallel_tool_calls=True,
     )
@@ -164,7 +176,7 @@ def test_answer_of_calls_alone_goes_on_from_their_results(client: openai.OpenAI,
     ]
 
 
-def test_instructions_are_of_one_turn_only(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_instructions_are_of_one_turn_only(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "one"})
     first = client.responses.create(model="demo", input="a", instructions="old")
     client.responses.create(model="demo", input="b", instructions="new", previous_response_id=first.id)
@@ -172,7 +184,7 @@ def test_instructions_are_of_one_turn_only(client: openai.OpenAI, recorder: Reco
     assert texts == ["new", "a", "one", "b"]
 
 
-def test_response_is_remembered_unless_it_is_not_to_be(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_response_is_remembered_unless_it_is_not_to_be(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "one"})
     kept = client.responses.create(model="demo", input="a")
     assert client.responses.retrieve(kept.id).output_text == "one"
@@ -186,7 +198,7 @@ def test_response_is_remembered_unless_it_is_not_to_be(client: openai.OpenAI, re
             client.responses.retrieve(response_id)
 
 
-def test_answer_that_was_cut_short_is_incomplete(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_answer_that_was_cut_short_is_incomplete(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = streamed({"content": "Par"}, finish_reason="length")
     events = list(client.responses.create(model="demo", input="a", stream=True))
     last: Any = events[-1]
@@ -195,7 +207,7 @@ def test_answer_that_was_cut_short_is_incomplete(client: openai.OpenAI, recorder
     assert last.response.output[0].status == "incomplete"
 
 
-def test_empty_answer_is_an_empty_message(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_empty_answer_is_an_empty_message(client: Any, recorder: Recorder) -> None:
     for answer, is_stream in ((at_once({"content": ""}), False), (streamed({"role": "assistant"}), True)):
         recorder.answers["chat"] = answer
         made: Any = client.responses.create(model="demo", input="a", stream=is_stream)
@@ -203,7 +215,7 @@ def test_empty_answer_is_an_empty_message(client: openai.OpenAI, recorder: Recor
         assert response.status == "completed" and response.output_text == "" and len(response.output) == 1
 
 
-def test_stream_that_fails_says_so_in_its_last_event(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_stream_that_fails_says_so_in_its_last_event(client: Any, recorder: Recorder) -> None:
     def cut(_: dict[str, Any]) -> Iterator[bytes]:
         yield event({"choices": [{"index": 0, "delta": {"content": "Par"}, "finish_reason": None}]})
         raise Cut
@@ -220,7 +232,7 @@ def test_stream_that_fails_says_so_in_its_last_event(client: openai.OpenAI, reco
             client.responses.retrieve(last.response.id)
 
 
-def test_logprobs_come_where_they_are_asked_for(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_logprobs_come_where_they_are_asked_for(client: Any, recorder: Recorder) -> None:
     token = {"token": "Par", "logprob": -0.5, "bytes": [80], "top_logprobs": []}
     recorder.answers["chat"] = at_once({"content": "Par"}, logprobs={"content": [token]})
     response: Any = client.responses.create(
@@ -230,7 +242,7 @@ def test_logprobs_come_where_they_are_asked_for(client: openai.OpenAI, recorder:
     assert response.output[0].content[0].logprobs[0].logprob == -0.5
 
 
-def test_form_and_effort_have_their_chat_names(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_form_and_effort_have_their_chat_names(client: Any, recorder: Recorder) -> None:
     recorder.answers["chat"] = at_once({"content": "{}"})
     form: Any = {"type": "json_schema", "name": "answer", "schema": {"type": "object"}, "strict": True}
     client.responses.create(
@@ -242,7 +254,7 @@ def test_form_and_effort_have_their_chat_names(client: openai.OpenAI, recorder: 
     assert sent["reasoning_effort"] == "low" and sent["top_k"] == 3
 
 
-def test_tool_that_takes_a_text_is_a_function_to_the_model(client: openai.OpenAI, recorder: Recorder) -> None:
+def test_tool_that_takes_a_text_is_a_function_to_the_model(client: Any, recorder: Recorder) -> None:
     patch: Any = {"type": "custom", "name": "apply_patch", "description": "a patch"}
     search: Any = {"type": "web_search"}
     text = "*** Begin\n+é"
@@ -287,7 +299,7 @@ def test_items_of_one_turn_are_one_message() -> None:
 
 def test_allowed_tools_are_those_that_are_offered() -> None:
     choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]}
-    tools = [{"type": "function", "name": name, "parameters": {}} for name in ("f", "g")]
+    tools: Any = [{"type": "function", "name": name, "parameters": {}} for name in ("f", "g")]
     fields = parse_turn({"input": "a", "tools": tools, "tool_choice": choice}).fields
     assert [tool["function"]["name"] for tool in fields["tools"]] == ["g"]
     assert fields["tool_choice"] == "required"
