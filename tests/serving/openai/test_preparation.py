@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from small_service import SmallService, checkpoint_with, small_service
@@ -16,7 +17,7 @@ from ts_parallel.serving.openai.preparation import PreparedJob, takes_long
 
 LONG_TEXT = "return a new list containing the answer; " * 25000  # 1 MB
 SMALL = {"prompt": "the", "max_tokens": 3, "temperature": 0}
-FORM = {**SMALL, "max_tokens": 20, "guided_choice": [f"choice {number}" for number in range(600)]}
+FORM: dict[str, Any] = {**SMALL, "max_tokens": 20, "guided_choice": [f"choice {number}" for number in range(600)]}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_short_request_is_answered_while_a_long_text_is_tokenized(served: SmallS
     ],
 )
 def test_prompt_that_cannot_fit_is_refused_without_being_tokenized(
-    served: SmallService, route: str, body: dict[str, object], parameter: str, monkeypatch: pytest.MonkeyPatch
+    served: SmallService, route: str, body: dict[str, Any], parameter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served.service._encoder, "encode", lambda *_: pytest.fail("it is tokenized"))
     name, job = served.open(route, large(body))

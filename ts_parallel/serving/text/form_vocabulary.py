@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from ts_parallel.serving.text.token_texts import TokenTexts
 
@@ -44,10 +44,15 @@ class FormVocabulary:
         self.tokens: Sequence[bytes] = [names.get(token_id, own) for token_id, own in enumerate(self._bytes)]
         self._id_of = {own: token_id for token_id, own in enumerate(self._bytes) if own}
         self._longest = max(map(len, self._id_of), default=0)
-        settings = _plain(json.loads(tokenizer.backend_tokenizer.to_str()))
-        self._plain = Tokenizer.from_str(json.dumps(settings))
+        backend = tokenizer.backend_tokenizer
+        shown = {
+            token_id: own
+            for token_id, own in backend.get_added_tokens_decoder().items()
+            if not (own.special or own.lstrip or own.rstrip)
+        }
+        self._plain = _plain(backend, list(shown.values()))
         # It numbers added tokens anew, where some are left out.
-        self._own_id = {self._plain.token_to_id(own["content"]): own["id"] for own in settings["added_tokens"]}
+        self._own_id = {self._plain.token_to_id(own.content): token_id for token_id, own in shown.items()}
 
     def __call__(self, text: str) -> list[int]:
         """Tokens whose bytes are those of the text, if there are such."""
@@ -69,18 +74,19 @@ class FormVocabulary:
         return ids
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json that adds nothing to a text, and finds no special token in it."""
-    added = [own for own in settings["added_tokens"] if not own["special"] and not (own["lstrip"] or own["rstrip"])]
-    return {
-        **settings,
-        "added_tokens": added,
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-        "normalizer": _without_first_space(settings["normalizer"]),
-        "pre_tokenizer": _without_first_space(settings["pre_tokenizer"]),
-    }
+def _plain(backend: Tokenizer, added: list[AddedToken]) -> Tokenizer:
+    """One that adds nothing to a text, and finds these added tokens in it. It shares the vocabulary: to write that out
+    and read it again takes seconds, in which no other thread goes on."""
+    steps = Tokenizer(models.BPE())
+    steps.normalizer, steps.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    settings = json.loads(steps.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        settings[name] = _without_first_space(settings[name])
+    steps = Tokenizer.from_str(json.dumps(settings))
+    own = Tokenizer(backend.model)
+    own.normalizer, own.pre_tokenizer = steps.normalizer, steps.pre_tokenizer
+    own.add_tokens(added)
+    return own
 
 
 def _without_first_space(step: Mapping[str, Any] | None) -> dict[str, Any] | None:
