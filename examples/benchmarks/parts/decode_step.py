@@ -1,7 +1,7 @@
 """One decode step of the traced stage beside transformers' own forward pass, in one process, turn by turn.
 
-The model is that of `benchmarks/benchmark.py`: 125M parameters, bfloat16, random weights. Each sequence has 128 tokens
-in its cache and adds one. Prints medians in milliseconds, their ratio, and how far the logits differ.
+The model is that of `benchmarks/benchmark.py`: 125M parameters, random weights, in bfloat16 or `--dtype`. Each sequence
+has 128 tokens in its cache and adds one. Prints medians in milliseconds, their ratio, and how far the logits differ.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ts_parallel.config import parse_config
+from ts_parallel.runtime.backends.choose import describe_choice
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.serving.causal_lm import load_model
 from ts_parallel.step_plan import Chunk, StepPlan
@@ -37,13 +38,16 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     topology = open_topology(1, "cpu", num_threads=arguments.threads)
     with TemporaryDirectory(prefix="ts-parallel-benchmark-") as folder:
         make_model(Path(folder))
-        runner = make_runner(Path(folder), topology)
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    print(f"{date.today()}, {platform.machine()}, {arguments.threads} thread(s), {arguments.steps} steps, medians\n")
+        runner = make_runner(Path(folder), topology, arguments.dtype)
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).eval()
+    choice = describe_choice(torch.device("cpu"), getattr(torch, arguments.dtype))
+    print(f"{date.today()}, {platform.machine()}, {arguments.threads} thread(s), {arguments.steps} steps, medians")
+    print(f"{arguments.dtype} by the {choice.backend} backend, {choice.instruction_set}\n")
     print("| sequences | traced stage, ms | transformers, ms | ratio | largest difference of logits | their scale |")
     print("|---|---|---|---|---|---|")
     for count in arguments.sequences:
@@ -56,8 +60,9 @@ def main() -> None:
     topology.close()
 
 
-def make_runner(folder: Path, topology: Topology) -> Runner:
-    part, backend = load_model(parse_config({"model_path": str(folder), "device": "cpu"}), folder, topology)
+def make_runner(folder: Path, topology: Topology, dtype: str = "auto") -> Runner:
+    config = parse_config({"model_path": str(folder), "device": "cpu", "dtype": dtype})
+    part, backend = load_model(config, folder, topology)
     return Runner(part, topology, backend, block_size=BLOCK_SIZE, kv_cache_bytes=2**28, max_model_len=MOST_TOKENS)
 
 
