@@ -24,12 +24,6 @@ FUNCTION: Any = {
     "parameters": {"type": "object"},
     "strict": True,
 }
-    "type": "function",
-    "name": "mul",
-    "description": "a × b",
-    "parameters": {"type": "object"},
-    "strict": True,
-}
 
 
 @pytest.fixture(scope="module")
