@@ -44,6 +44,7 @@ class Recorder:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     moments: list[float] = field(default_factory=list)  # of `time.perf_counter()` at which the bodies came
     keys: list[str | None] = field(default_factory=list)
+    keys_of_gets: list[str | None] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
     reads: Callable[[str, bytes], Any] | None = None  # bodies that need not be JSON, with their content type
     num_running: int = 0
@@ -159,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.path.removeprefix("/predictions/demo/1.0")
 
     def do_GET(self) -> None:
+        self.recorder.keys_of_gets.append(self.headers.get("Authorization"))
         if self.route == "/health":
             self._send(200, '{"status": "ok"}')
         elif self.route == "/v1/models" and self.recorder.models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -37,6 +38,27 @@ def ask(front: Gateway, headers: dict[str, str], path: str = "/v1/completions") 
 @pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {KEY}"}, {"x-api-key": KEY}, {"x-api-key": "other"}])
 def test_any_key_opens_in_either_header(front: Gateway, headers: dict[str, str]) -> None:
     assert ask(front, headers).status_code == 200
+
+
+def test_key_of_a_client_goes_on_to_a_model_that_has_no_other(front: Gateway, recorder: Recorder) -> None:
+    """And the gateway asks for its own sake with its first: the model may be one that asks for the same."""
+    assert ask(front, {"x-api-key": KEY}).status_code == 200
+    assert recorder.keys[-1] == f"Bearer {KEY}"
+    assert httpx.get(f"{front.url}/health").status_code == 200
+    assert set(recorder.keys_of_gets) == {"Bearer other"}
+
+
+def test_key_of_a_model_is_sent_in_place_of_the_clients(recorder: Recorder, tmp_path: Path) -> None:
+    file = tmp_path / "key_file.json"
+    file.write_text('{"inference": {"key": "theirs"}}')
+    upstream = f"{recorder.url.removesuffix('/v1')}/predictions/demo"
+    with gateway(upstream, options=("--upstream-key-file", str(file))) as front:
+        assert ask(front, {"x-api-key": "mine"}).status_code == 200
+        assert recorder.keys[-1] == recorder.keys_of_gets[-1] == "Bearer theirs"
+        file.unlink()
+        got = ask(front, {})
+        assert got.status_code == 503 and "--upstream-key-file" in got.json()["error"]["message"]
+    recorder.keys_of_gets.clear()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ _PASSED = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
     """The gateway that `settings` tell of."""
-    upstreams = Upstreams(settings.upstreams, settings.max_silence)
+    upstreams = Upstreams(settings.upstreams, settings.max_silence, next(iter(settings.api_keys), None))
     counters = Counters()
     routes = _routes(upstreams, counters)
     counters.count_by_name((route.path, route.endpoint) for route in routes if isinstance(route, Route))

@@ -27,7 +27,11 @@ _WORKER_ENDED = (500, 507)  # TorchServe's own, while it starts the worker again
 class Upstream:
     """One model. Owns what is known of it: whether it has answered since it last failed, and of which kind it is."""
 
-    def __init__(self, settings: UpstreamSettings, max_silence: float) -> None:
+    def __init__(self, settings: UpstreamSettings, max_silence: float, own_key: str | None) -> None:
+        """
+        Args:
+            own_key: with which the gateway asks for its own sake, where the settings name no other.
+        """
         self.name = settings.name
         self.served_name = settings.served_name
         self.version = settings.path.rpartition("/")[2]
@@ -37,6 +41,7 @@ class Upstream:
         """Its entry of `v1/models`; None where it generates no text."""
         self._settings = settings
         self._max_silence = max_silence
+        self._own_key = own_key
         self._who = f"the model {settings.name!r}"
         self._probe: asyncio.Task[None] | None = None
 
@@ -155,6 +160,8 @@ class Upstream:
             raise UnavailableError(f"{self._who} has no key to ask with (--upstream-key-file): {error}") from None
         if key is not None:
             fields["Authorization"] = f"Bearer {key}"
+        elif self._own_key is not None:
+            fields.setdefault("Authorization", f"Bearer {self._own_key}")
         exchange = Exchange(self._who, max_silence)
         target = f"{own.path}/{route}" if route else own.path
         request = request_bytes(method, target, own.authority, fields, body)
@@ -165,8 +172,8 @@ class Upstream:
 class Upstreams:
     """All of them, by name."""
 
-    def __init__(self, settings: Sequence[UpstreamSettings], max_silence: float) -> None:
-        self.all = tuple(Upstream(own, max_silence) for own in settings)
+    def __init__(self, settings: Sequence[UpstreamSettings], max_silence: float, own_key: str | None = None) -> None:
+        self.all = tuple(Upstream(own, max_silence, own_key) for own in settings)
         self._by_name = {own.name: own for own in self.all}
 
     def named(self, model: Any) -> Upstream:
