@@ -21,8 +21,9 @@ from families import FAMILIES
 from http_client import JSON, get, post
 from places import DEMO_MODEL
 from programs import keep_for_ranks
+from typer.testing import CliRunner
 
-from ts_parallel.cli.main import main
+from ts_parallel.cli.main import app, main
 from ts_parallel.cli.plan import plan
 from ts_parallel.cli.server.serve import serve
 from ts_parallel.cli.server.torchserve import find_java, free_ports
@@ -314,3 +315,20 @@ def test_missing_java_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StartupError, match="JAVA_HOME"):
         find_java()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--api-key", "a b"], "--api-key"),
+        (["--api-key", ","], "--api-key"),
+        (["--cors-origin", "chat.example"], "--cors-origin 'chat.example'"),
+        (["--cors-origin", "https://a.example,https://b.example"], "--cors-origin"),
+        (["--cors-origin", "https://a.example/path"], "--cors-origin"),
+    ],
+)
+def test_key_and_origin_that_no_client_can_have_end_the_command(options: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["serve", str(DEMO_MODEL), *options])
+    assert result.exit_code != 0
+    assert isinstance(result.exception, ConfigError) and says in str(result.exception)
+    assert "a b" not in str(result.exception)
