@@ -1,4 +1,4 @@
-"""TorchServe entry file for embedding, classification, vision and encoder models: pipeline stages, micro-batches.
+"""TorchServe entry file for embeddings, classifiers, rerankers, vision, encoders and speech: stages, micro-batches.
 
 torch-model-archiver --handler handlers/batch_inference.py --config-file model-configs/embedding-pp2-cpu.yaml …
 

@@ -49,6 +49,7 @@ BATCH_DEFAULTS = {
     "micro_batch_size": 8,
     "virtual_stages": 1,
     "parallelism": {"preprocess": 1, "postprocess": 1},
+    "max_items": 2048,
 }
 MODEL_SECTION = {
     "model_path": "/models/m",
@@ -102,6 +103,7 @@ def test_every_key_of_batch_inference_reaches_its_field() -> None:
         "micro_batch_size": 5,
         "virtual_stages": 2,
         "parallelism": {"preprocess": 2, "postprocess": 3},
+        "max_items": 7,
     }
     assert section.keys() == BATCH_DEFAULTS.keys()
     config = parse_config(section, BatchConfig)
@@ -207,9 +209,10 @@ def test_value_that_does_not_fit_is_shown_with_its_key(key: str, value: Any, say
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("task", "translation", "'text_embedding', 'text_classification', 'image_classification' or 'encoder'"),
+        ("task", "translation", "'text_embedding', 'text_classification', 'token_classification', .* or 'encoder'"),
         ("micro_batch_size", 0, "greater than or equal to 1"),
         ("virtual_stages", 0, "greater than or equal to 1"),
+        ("max_items", 0, "greater than or equal to 1"),
         ("parallelism", 2, "valid dictionary"),
         ("parallelism.preprocess", 0, "greater than or equal to 1"),
         ("parallelism.postprocess", 1.5, "valid integer"),

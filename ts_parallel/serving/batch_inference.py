@@ -45,7 +45,8 @@ SECONDS_BETWEEN_SIGNS_OF_LIFE = 20.0
 class BatchInferenceHandler:
     """One worker process: rank 0 answers TorchServe's batches, the other ranks follow its micro-batches.
 
-    For pre- or postprocessing of your own, override either method; both run in several threads at once, beside the
+    For pre- or postprocessing of your own, override either method, which then is given every body of the model's own
+    URL, and leaves the routes below it as they are; both run in several threads at once, beside the
     inference, and what they raise is the answer to their item alone: a `RequestError` with its status, anything else
     with 500. The file that is archived then reads:
 
@@ -92,7 +93,7 @@ class BatchInferenceHandler:
         """One request's part of the model's output, on the CPU → what `json.dumps` takes. The default is the task's.
 
         `[num_labels]` logits of a classifier, `[hidden]` of an embedding, `[S, hidden]` of an encoder, the token ids
-        `[N]` of a generated answer.
+        `[N]` of a generated answer, a `Transcript` of speech.
         """
         assert self._task is not None
         return self._task.postprocess(output)

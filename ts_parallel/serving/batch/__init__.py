@@ -1,1 +1,1 @@
-"""Batch inference: tasks, micro-batches, greedy answers of encoder-decoders. Knows items and tensors; no transport."""
+"""Batch inference: tasks, jobs, micro-batches, texts, speech, answers of encoder-decoders. Knows no transport."""

@@ -14,14 +14,8 @@ from whisper_models import file_of, sound
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.batch.speech.audio import read_audio
 
-PCM = [
-    ("WAV", "PCM_16"),
-    ("WAV", "PCM_24"),
-    ("WAV", "FLOAT"),
-    ("WAV", "PCM_U8"),
-    ("FLAC", "PCM_16"),
-    ("AIFF", "PCM_16"),
-]
+PCM = [*(("WAV", name) for name in ("PCM_16", "PCM_24", "FLOAT", "PCM_U8")), ("FLAC", "PCM_16"), ("AIFF", "PCM_16")]
+LOSSY = [("OGG", "VORBIS", 44100), ("OGG", "OPUS", 48000), ("MP3", None, 44100)]
 
 
 @pytest.mark.parametrize(("form", "subtype"), PCM)
@@ -31,12 +25,8 @@ def test_samples_of_16_khz_are_those_of_the_file(form: str, subtype: str) -> Non
     np.testing.assert_array_equal(read_audio(file, 10), expected)
 
 
-@pytest.mark.parametrize(
-    ("form", "subtype", "rate"), [("OGG", "VORBIS", 44100), ("OGG", "OPUS", 48000), ("MP3", None, 44100)]
-)
-def test_files_that_lose_something_are_near_to_what_they_were_made_of(
-    form: str, subtype: str | None, rate: int
-) -> None:
+@pytest.mark.parametrize(("form", "subtype", "rate"), LOSSY)
+def test_files_that_lose_something_are_near_to_their_sound(form: str, subtype: str | None, rate: int) -> None:
     samples = sound(1.5, rate=rate)
     heard = read_audio(file_of(samples, rate, form, subtype), 10)
     expected = soxr.resample(samples, rate, 16000)
