@@ -169,6 +169,24 @@ def find_statements(folder: Path, settings: Path | None = None) -> Iterator[Stat
             yield Statement(recipe, "", said[0])
 
 
+def says_quantised(file: Path) -> bool:
+    """Whether a file of this name is there for nothing else."""
+    return file.name == _RECIPE_FILE or any(file.match(pattern) for pattern in _FILES)
+
+
+def without_sections(content: Any) -> Any:
+    """A configuration that says nothing of quantisation any more."""
+    if isinstance(content, list):
+        return [without_sections(entry) for entry in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: value if key in _NAMES_OF_CLASSES else without_sections(value)
+        for key, value in content.items()
+        if key in _NAMES_OF_CLASSES or not _KEY.fullmatch(key)
+    }
+
+
 def _home(folder: Path) -> Path:
     try:
         return settings_folder(folder)

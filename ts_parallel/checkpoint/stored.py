@@ -65,6 +65,8 @@ class StoredTensor:
     """Where its numbers are computed, those of its codes."""
     codes: Codes | None = None
     """What computes its numbers; None where they lie there as they are."""
+    form: str = ""
+    """What its codes are, for people."""
 
     @property
     def file(self) -> Path:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ts_parallel.checkpoint.conversion.companions import companion_files, weight_files
+from ts_parallel.checkpoint.gguf.prepared import is_gguf_folder
 from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
@@ -25,9 +27,19 @@ from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
 from ts_parallel.cli.options import ConfigFolder, Model, check_config_folder
 from ts_parallel.cli.server.archive import handler_config
+from ts_parallel.cli.verify_ranks import GGUF, method_of
 from ts_parallel.config import HandlerConfig
 from ts_parallel.errors import CheckpointError, ConfigError, StartupError
 from ts_parallel.partition.model.model_config import read_model_config
+
+# Method of quantisation → what transformers needs to compute weights of it on a CPU.
+_NEEDED_TO_DEQUANTISE = {
+    "bitsandbytes": ("accelerate", "bitsandbytes"),
+    "compressed-tensors": ("accelerate", "compressed_tensors"),
+    "fp8": ("accelerate",),
+    "mxfp4": ("accelerate",),
+    GGUF: ("accelerate",),
+}
 
 
 @takes_handler_keys(
@@ -104,16 +116,36 @@ def check_reference(folder: Path, reference: Path | None) -> Path:
     except CheckpointError:
         raise ConfigError(f"no {CONFIG_FILE} in {folder}: name the folder that has it with --config") from None
     if reference is None:
-        if not any((folder / name).is_file() for name in (SINGLE_FILE, SHARD_INDEX, TORCH_FILE, TORCH_INDEX)):
+        files = (SINGLE_FILE, SHARD_INDEX, TORCH_FILE, TORCH_INDEX)
+        if not any((folder / name).is_file() for name in files) and not is_gguf_folder(folder):
             raise ConfigError(
                 f"transformers cannot read the weights of {folder}: name a Hugging Face folder of the same ones with "
                 "--reference"
             )
+        check_transformers_reads(folder)
         return folder
     sizes = [read_model_config(each).get_text_config().vocab_size for each in (folder, reference)]
     if sizes[0] != sizes[1]:
         raise ConfigError(f"--reference {reference} has a vocabulary of {sizes[1]} tokens, {folder} one of {sizes[0]}")
     return reference.resolve()
+
+
+def check_transformers_reads(folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: its weights are quantised in a way that transformers cannot compute them of here.
+    """
+    method = method_of(folder)
+    if not method:
+        return
+    needed = _NEEDED_TO_DEQUANTISE.get(method)
+    missing = [name for name in needed or () if find_spec(name) is None]
+    if needed is None or missing:
+        reason = f"without {' and '.join(missing)}" if missing else "on their own"
+        raise ConfigError(
+            f"transformers cannot compute the weights in {folder}, {method}, {reason}: name a folder with plain "
+            "ones by --reference"
+        )
 
 
 def run_verification(config: HandlerConfig, max_tokens: int, reference: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ts_parallel.checkpoint.gguf.prepared import is_gguf_folder
+from ts_parallel.checkpoint.quantized import find_scheme
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.request import Request
 from ts_parallel.errors import StartupError
@@ -21,6 +23,13 @@ from ts_parallel.topology import open_topology
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+GGUF = "gguf"
+# Method of quantisation → transformers' class that makes weights of its codes.
+_DEQUANTISING = {
+    "compressed-tensors": "CompressedTensorsConfig",
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+}
 NUM_PROMPTS = 8
 _LONGEST_PROMPT = 96
 _PATIENCE = timedelta(hours=6)  # rank 0 runs the plain model meanwhile
@@ -61,14 +70,12 @@ def main(settings: Path, report: Path) -> None:
 def compare(runner: Runner, config: HandlerConfig, reference: Path, max_tokens: int) -> list[dict[str, Any]]:
     """Greedy tokens of all prompts at once, and the logits after each prompt, beside the plain model's."""
     # Not above: the ranks that follow need no transformers.
-    from transformers import AutoModelForCausalLM
-
     from ts_parallel.partition.model.model_config import read_model_config
 
     prompts = make_prompts(read_model_config(reference), max_tokens)
     requests = [Request(str(index), tuple(prompt), max_tokens) for index, prompt in enumerate(prompts)]
     outputs = make_engine(runner, config).generate(requests)
-    plain = AutoModelForCausalLM.from_pretrained(reference, trust_remote_code=False, dtype=config.dtype).eval()
+    plain = read_plain(reference, config.dtype)
     rows = []
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = generate_plainly(plain, prompt, max_tokens)
@@ -86,6 +93,32 @@ def compare(runner: Runner, config: HandlerConfig, reference: Path, max_tokens: 
             }
         )
     return rows
+
+
+def method_of(folder: Path) -> str:
+    """What a checkpoint's weights are quantised by, as its section says it; empty where they are not."""
+    if is_gguf_folder(folder):
+        return GGUF
+    found = find_scheme(folder)
+    return "" if found is None else str(found[1].value.get("quant_method"))
+
+
+def read_plain(folder: Path, dtype: str) -> PreTrainedModel:
+    """transformers' own model; of a quantised checkpoint, with the weights that it computes of the codes itself."""
+    import transformers
+
+    options: dict[str, Any] = {}
+    method = method_of(folder)
+    if method in _DEQUANTISING:
+        options["quantization_config"] = getattr(transformers, _DEQUANTISING[method])(dequantize=True)
+    if method == GGUF:
+        options["gguf_file"] = next(folder.glob("*.gguf")).name
+    auto = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder, trust_remote_code=False, dtype=dtype, **options)
+    if method == "bitsandbytes":
+        model = model.dequantize()
+    plain: PreTrainedModel = model.to(getattr(torch, dtype)).eval()
+    return plain
 
 
 def make_prompts(config: PretrainedConfig, max_tokens: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ in full precision, where its numbers become small integers on the way.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ts_parallel.checkpoint.index import CheckpointIndex
+from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
 from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.huge_pages import make_tensor
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 1.0  # of a load
 
@@ -100,6 +103,8 @@ def load_program(
     local = {
         name: _memory(entry.local_shape(group.rank), entry.dtype, device) for name, entry in plan.parameters.items()
     }
+    if group.rank == 0:
+        _tell_of_codes([index[source.stored.name] for own in program.sources.values() for source in own], quantization)
     packed = {} if layout is None else _packed(local, program, layout, quantization)
     sources = {
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
@@ -129,6 +134,17 @@ def load_program(
     tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
     tensors |= {name: buffer.to(device) for name, buffer in program.buffers.items()}
     return RankModel(program, tensors, time.perf_counter() - started)
+
+
+def _tell_of_codes(stored: Sequence[StoredTensor], quantization: str | None) -> None:
+    """Say once what becomes of a quantised checkpoint: its weights are computed, and nothing else is quantised."""
+    forms = sorted({source.form for source in stored if source.form})
+    if not forms:
+        return
+    again = f" and made {quantization} anew, which rounds them a second time" if quantization else ""
+    logger.info(
+        "weights stored as %s are computed as they are read%s; activations keep theirs", ", ".join(forms), again
+    )
 
 
 def load_progress(group: TensorParallelGroup, stage: int = 0) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def with_weights(index: CheckpointIndex, scheme: Scheme, said: str, dtype: torch
     for made in scheme.make(index, dtype):
         found |= dict.fromkeys(made.uses)
         if made.weight is not None:
-            found[made.uses[0]] = made.weight  # stands where the largest of them did
+            found[made.uses[0]] = replace(made.weight, form=str(scheme))  # stands where the largest of them did
     if index and not any(found.values()):
         raise CheckpointError(f"{said}, and none of the tensors beside it is: remove that section if it is not so")
     weights = [found.get(name, stored) for name, stored in index.items()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.checkpoint.quantized import says_quantised, without_sections
+from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.errors import CheckpointError
 
 _WEIGHTS = {
@@ -33,8 +35,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if path.is_file() and _is_weights(path)]
 
 
-def copy_companions(folder: Path, destination: Path) -> None:
+def copy_companions(folder: Path, destination: Path, *, is_decoded: bool = False) -> None:
     """Copy what belongs to the weights in `folder`, from the folder above where a trainer left the configuration there.
+
+    Args:
+        is_decoded: whether the weights were quantised and are not any more: what says so stays behind.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -46,10 +51,15 @@ def copy_companions(folder: Path, destination: Path) -> None:
     for name in companion_files(home, besides=destination):
         if home != folder and len(name.parts) > 1:
             continue  # folders beside the checkpoint are a trainer's
+        if is_decoded and says_quantised(name):
+            continue
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
-        shutil.copyfile(home / name, part)
+        if is_decoded and name == Path(CONFIG_FILE):
+            part.write_text(json.dumps(without_sections(json.loads((home / name).read_text())), indent=2))
+        else:
+            shutil.copyfile(home / name, part)
         os.replace(part, target)
 
 

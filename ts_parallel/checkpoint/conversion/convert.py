@@ -53,7 +53,8 @@ def convert(
         destination.mkdir(parents=True, exist_ok=True)
         with only_writer(destination):
             journal.save()
-            copy_companions(companions or folder, destination)
+            is_decoded = any(tensor.codes for tensor in index.values())
+            copy_companions(companions or folder, destination, is_decoded=is_decoded)
             _write_files(destination, files, target, journal)
     except OSError as error:
         raise _stopped(error, destination, _remaining(destination, files, journal)) from None

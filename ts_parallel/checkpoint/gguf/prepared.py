@@ -44,6 +44,12 @@ def checkpoint_folder(path: Path) -> Path:
     return path
 
 
+def is_gguf_folder(folder: Path) -> bool:
+    """Whether its weights are those of a GGUF file."""
+    others = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return not others and any(folder.glob("*.gguf"))
+
+
 def is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False

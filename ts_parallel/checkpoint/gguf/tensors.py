@@ -76,7 +76,7 @@ def _stored(header: GgufHeader, tensor: GgufTensor, name: str) -> StoredTensor:
     own = BLOCKS[tensor.kind]
     shape = (*tensor.shape[:-1], tensor.shape[-1] // own.size * own.num_bytes)
     octets = stored_whole(name, header.file, torch.uint8, shape, tensor.offset)
-    return StoredTensor(name, NOMINAL, tensor.shape, octets.parts, GgmlBlocks(octets, tensor.kind))
+    return StoredTensor(name, NOMINAL, tensor.shape, octets.parts, GgmlBlocks(octets, tensor.kind), f"GGUF {own.name}")
 
 
 def _changed(stored: StoredTensor, change: Change, header: GgufHeader) -> StoredTensor:
@@ -93,7 +93,7 @@ def _changed(stored: StoredTensor, change: Change, header: GgufHeader) -> Stored
         if type(heads) is not int or heads < 1 or stored.shape[0] % (2 * heads):
             raise CheckpointError(f"{header.file} says {key} {heads!r}, and {stored.name!r} has shape {list(shape)}")
         codes = _PairedRows(stored, stored.shape[0] // heads)
-    return StoredTensor(stored.name, stored.dtype, shape, stored.parts, codes)
+    return StoredTensor(stored.name, stored.dtype, shape, stored.parts, codes, stored.form)
 
 
 @dataclass(frozen=True)

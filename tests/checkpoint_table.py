@@ -1,0 +1,200 @@
+"""Which quantised checkpoints answer as the plain ones that they stand for, at tensor and pipeline parallel size 2.
+
+    python tests/checkpoint_table.py [--json FILE] [KIND…]
+
+For each kind: a tiny checkpoint with random weights, quantised, transformers' greedy tokens of the weights that its
+codes stand for, and those of two ranks that read the codes. Prints a Markdown table: equal, refused with the line, or
+wrong. A kind is a row in `quantised_checkpoints.py`, `gguf_files.py`, or here, where it is to be refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from exact_answers import Answers, keep_programs, parallel_answers, plain_answers, write_prompts
+from families import random_model, tiny
+from gguf import GGMLQuantizationType
+from gguf_files import GGUF_KINDS, GgufKind, write_gguf
+from quantised_checkpoints import GROUP, KINDS, write
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from ts_parallel.checkpoint.gguf.header import read_header
+from ts_parallel.checkpoint.gguf.settings import config_of
+from ts_parallel.errors import StartupError
+
+SHAPES = {"tp 2": (2, 1), "pp 2": (1, 2)}
+LENGTHS = (3, 11, 22)
+MAX_TOKENS = 16
+EQUAL, WRONG = "equal", "WRONG"
+
+Writer = Callable[[Path, Path], None]
+"""Writes a quantised checkpoint into the first folder, and the plain one into the second."""
+
+
+def _write_gguf(kind: GgufKind, folder: Path, plain: Path) -> None:
+    write_gguf(folder, plain, kind)
+    config, _ = config_of(read_header(folder / "model.gguf"))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_with_section(section: Mapping[str, Any], folder: Path, plain: Path, file: str = "config.json") -> None:
+    """Plain weights, of which something says that they are not."""
+    random_model(tiny("llama")()).save_pretrained(plain)
+    shutil.copytree(plain, folder)
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**content, **section}))
+
+
+def _write_without(kind: str, end: str, folder: Path, plain: Path) -> None:
+    """A quantised checkpoint that lacks each tensor with a name that ends so."""
+    write(folder, plain, KINDS[kind])
+    file = folder / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(end)}, file)
+
+
+def _section(method: str, **settings: Any) -> Writer:
+    return partial(_write_with_section, {"quantization_config": {"quant_method": method, **settings}})
+
+
+_GROUPED = KINDS["int4, groups (compressed-tensors)"].section
+
+WRITERS: dict[str, Writer] = {
+    **{name: partial(write, kind=kind) for name, kind in KINDS.items()},
+    **{name: partial(_write_gguf, kind) for name, kind in GGUF_KINDS.items()},
+}
+REFUSED: dict[str, tuple[Writer, str]] = {
+    "GGUF IQ4_NL": (partial(_write_gguf, GgufKind(GGMLQuantizationType.IQ4_NL)), "of ggml's type IQ4_NL"),
+    "AWQ, gemv": (_section("awq", version="gemv", bits=4, group_size=GROUP), "has version 'gemv', which is not read"),
+    "AutoRound": (_section("auto-round", bits=4), "quant_method 'auto-round', bits 4: this package does not read"),
+    "BitNet": (_section("bitnet"), "quant_method 'bitnet': this package does not read"),
+    "compressed-tensors, 2:4 sparse": (
+        _section(**{**_GROUPED, "sparsity_config": {"format": "sparse-24-bitmask"}}, method="compressed-tensors"),
+        "has 'sparsity_config', and what that does to weights is not known",
+    ),
+    "compressed-tensors, rotated": (
+        _section(**{**_GROUPED, "transform_config": {"config_groups": {}}}, method="compressed-tensors"),
+        "has 'transform_config', and what that does to weights is not known",
+    ),
+    "compressed-tensors, NVFP4": (
+        _section(**{**_GROUPED, "format": "nvfp4-pack-quantized"}, method="compressed-tensors"),
+        "has format 'nvfp4-pack-quantized', which is not read",
+    ),
+    "FP8 by its section alone": (_section("fp8"), "none of the tensors beside it is"),
+    "FP8 without scales": (partial(_write_without, "FP8, blocks", "_scale_inv"), "made of codes, but no"),
+    "GPTQ, 3 bits": (_section("gptq", bits=3), "has bits 3; integers of"),
+    "GPTQ without zero points": (partial(_write_without, "AWQ", ".qzeros"), "made of codes, but no"),
+    "HQQ": (_section("hqq"), "quant_method 'hqq': this package does not read"),
+    "MLX": (
+        partial(_write_with_section, {"quantization": {"group_size": 64, "bits": 4}}),
+        "bits 4, group_size 64: this package does not read",
+    ),
+    "NVFP4 (ModelOpt)": (
+        partial(_write_with_section, {"quantization": {"quant_algo": "NVFP4"}}, file="hf_quant_config.json"),
+        "quant_algo 'NVFP4': this package does not read",
+    ),
+    "torchao": (_section("torchao"), "quant_method 'torchao': this package does not read"),
+}
+"""With what the line says."""
+
+Outcomes = Mapping[str, Mapping[str, str]]
+"""Kind → name of a shape → `EQUAL`, `WRONG`, or the line that refuses it."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    folder: Path
+    plain: Answers
+    refused: Mapping[str, str]
+
+
+def _prepare(kind: str, root: Path) -> _Prepared:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder, plain = root / "quantised", root / "plain"
+    root.mkdir()
+    writer = WRITERS.get(kind) or REFUSED[kind][0]
+    writer(folder, plain)
+    vocabulary = json.loads((plain / "config.json").read_text())["vocab_size"]
+    for each in (folder, plain):
+        write_prompts(each, vocabulary, LENGTHS, MAX_TOKENS)
+    refused = {}
+    for shape, sizes in SHAPES.items():
+        try:
+            keep_programs(folder, *sizes)
+        except StartupError as error:
+            refused[shape] = str(error)
+    own = folder.rename(root.with_name(f"{root.name}-own"))  # reports are by the folder's name
+    for shape in refused:
+        refused[shape] = refused[shape].replace(str(folder), "MODEL")
+    if (programs := root / "quantised-programs").is_dir():
+        programs.rename(own.with_name(f"{own.name}-programs"))
+    return _Prepared(own, plain_answers(plain) if len(refused) < len(SHAPES) else [], refused)
+
+
+def find_out(kinds: Sequence[str]) -> Outcomes:
+    """What has come of each kind."""
+    with TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        roots = [root / str(number) for number in range(len(kinds))]
+        gc.freeze()
+        # Forked, so that what they need is imported once: nothing has been computed here yet, so there are no threads.
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
+            prepared = dict(zip(kinds, pool.map(_prepare, kinds, roots), strict=True))
+        runnable = [own.folder for own in prepared.values() if own.plain]
+        found = parallel_answers(runnable, list(SHAPES.values()), root / "report.json") if runnable else {}
+    return {
+        kind: {
+            shape: own.refused.get(shape) or _judge(found[sizes][own.folder.name], own.plain)
+            for shape, sizes in SHAPES.items()
+        }
+        for kind, own in prepared.items()
+    }
+
+
+def _judge(answers: Answers | str, plain: Answers) -> str:
+    if isinstance(answers, str):
+        return answers
+    if len(set(map(tuple, plain))) < len(plain):
+        return "transformers answers several prompts alike: a weak test"
+    return EQUAL if answers == plain else WRONG
+
+
+def markdown(outcomes: Outcomes) -> str:
+    lines = ["| kind | " + " | ".join(SHAPES) + " |", "|---" * (1 + len(SHAPES)) + "|"]
+    for kind, own in outcomes.items():
+        told = [own[shape] for shape in SHAPES]
+        cells = [told[0], *("the same" if told[0] == cell != EQUAL else cell for cell in told[1:])]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", default=[*WRITERS, *REFUSED])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write kind → shape → outcome there, print nothing")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    outcomes = find_out(arguments.kinds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(outcomes))
+    else:
+        print(markdown(outcomes))
+
+
+if __name__ == "__main__":
+    main()
