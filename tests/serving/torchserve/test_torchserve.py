@@ -184,7 +184,7 @@ BAD_BODIES = [
     ({"prompt": "x", "max_tokens": "many"}, "max_tokens"),
     ({"prompt": "x", "max_tokenz": 5}, "max_tokens"),
     ({"prompt": ""}, "empty"),
-    ({"prompt": "word " * 2 * LONGEST}, f"max_model_len) is {LONGEST}"),
+    ({"prompt": "word " * 2 * LONGEST}, f"maximum context length is {LONGEST} tokens"),
     ({"prompt": "x", "max_tokens": LONGEST}, f"room for {LONGEST - 2}"),
     (b'{"prompt": "x", ', "not JSON"),
     (b"\xff\xff{", "body"),
