@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.config import BatchConfig, HandlerConfig, parse_config
+from ts_parallel.config import BatchConfig, HandlerConfig, Seq2SeqConfig, parse_config
 from ts_parallel.errors import StartupError
 from ts_parallel.partition import prepared
 from ts_parallel.partition.make_programs import make
 from ts_parallel.partition.prepared import Pickles, prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
+from ts_parallel.serving.batch.seq2seq import is_seq2seq
 
 OWN_PROCESS = prepared._make
 
@@ -35,7 +36,8 @@ def keep_for_ranks(folder: Path, handler: Mapping[str, Any], settings: Path | No
         StartupError: the section, the checkpoint or the model is refused.
     """
     section = {**handler, "model_path": str(folder)}
-    config: Any = parse_config(section, BatchConfig if "task" in handler else HandlerConfig)
+    kind = Seq2SeqConfig if is_seq2seq(section) else BatchConfig if "task" in handler else HandlerConfig
+    config: Any = parse_config(section, kind)
     virtual_stages = getattr(config, "virtual_stages", 1)
     place = PipelinePlace(0, config.pipeline_parallel_size, virtual_stages, config.split_points)
     request = ProgramRequest(
