@@ -83,11 +83,11 @@ REFUSED: dict[str, tuple[Writer, str]] = {
     "BitNet": (_section("bitnet"), "quant_method 'bitnet': this package does not read"),
     "compressed-tensors, 2:4 sparse": (
         _section(**{**_GROUPED, "sparsity_config": {"format": "sparse-24-bitmask"}}, method="compressed-tensors"),
-        "has 'sparsity_config', and what that does to weights is not known",
+        "has 'sparsity_config', and what it does to the weights is not known",
     ),
     "compressed-tensors, rotated": (
         _section(**{**_GROUPED, "transform_config": {"config_groups": {}}}, method="compressed-tensors"),
-        "has 'transform_config', and what that does to weights is not known",
+        "has 'transform_config', and what it does to the weights is not known",
     ),
     "compressed-tensors, NVFP4": (
         _section(**{**_GROUPED, "format": "nvfp4-pack-quantized"}, method="compressed-tensors"),

@@ -128,6 +128,7 @@ def _as_stored(name: str, tensor: torch.Tensor, config: Any, architecture: str) 
 _HALVES: dict[
     Type, tuple[int, ...]
 ] = {  # where in a block float16 numbers stand, of types that the package cannot write
+    Type.IQ4_NL: (0,),
     **{Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)},
 }
 
