@@ -23,7 +23,15 @@ logger = logging.getLogger(__name__)
 _NUM_THREADS = 2
 _MOST_BYTES_AT_ONCE = 16384  # which are tokens in about 5 ms
 # Fields whose value may be long to compile.
-_FORMS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_FORMS = (
+    "response_format",
+    "structured_outputs",
+    "tools",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 
 Opened = GenerationJob | Reply
 
