@@ -37,6 +37,8 @@ class Turn:
 
     decoder: TextDecoder | None = None
     """Where their text is another than usual: some special tokens show in it."""
+    shown_ids: frozenset[int] = frozenset()
+    """Those tokens."""
     form: Form | None = None
     """What they must be, beside or instead of what the request says."""
     make_reader: Callable[[], AnswerReader] | None = None
@@ -122,8 +124,10 @@ class Turns:
             return Turn()
         opening = own.opening_of(prompt, continued)
         tools = list(offer.tools) if offer is not None else []
+        markers = own.marker_ids(self._special) - self._eos_ids
         return Turn(
-            self._decoder(own),
+            self._decoder(markers) if markers else None,
+            markers,
             None if offer is None else self._form(own, template, offer, opening, form),
             lambda: AnswerReader(own, template, opening, tools),
         )
@@ -170,11 +174,7 @@ class Turns:
         grammar = calls_grammar(own, offer, special, ends=ends, thinks=thinks, otherwise=otherwise)
         return Form("grammar", grammar, "tool_choice" if offer.must_call else "tools")
 
-    def _decoder(self, own: ChatFormat) -> TextDecoder | None:
-        """None where its markers show anyway."""
-        markers = own.marker_ids(self._special) - self._eos_ids
-        if not markers:
-            return None
+    def _decoder(self, markers: frozenset[int]) -> TextDecoder:
         if markers not in self._decoders:
             hidden = frozenset(self._special)
             self._decoders[markers] = TextDecoder(MarkedTokenizer(self._tokenizer, markers, hidden))

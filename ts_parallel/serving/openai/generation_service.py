@@ -346,9 +346,10 @@ class GenerationService:
         ]
         texts = self._texts if body.num_logprobs is not None else None
         decoder = self._decoder if body.skip_special_tokens else self._whole_decoder
+        names = self._special_names if body.skip_special_tokens else {}
         if turn is not None and turn.decoder is not None and body.skip_special_tokens:
             decoder = turn.decoder
-        names = self._special_names if decoder is self._decoder else None  # else they are in the text
+            names = {token_id: name for token_id, name in names.items() if token_id not in turn.shown_ids}
         prompt_ends = [decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
         choices = [
             Choice(
