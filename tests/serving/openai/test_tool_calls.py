@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% for tool in tools or [] %}tool {{ tool.function.name }}\n{% endfor %}"
     "{% for message in messages %}{{ message.role }}: {{ message.content or '' }}"
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
-    "\n{% endfor %}"
+    "|{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% if thinks %}<think>\n{% endif %}{% endif %}"
 )
 WEATHER: Any = {
@@ -82,8 +82,8 @@ class Asker:
 
     def __init__(self, client: openai.OpenAI, tokenizer: Any) -> None:
         self._client = client
-        # An answer ends as soon as it may.
-        self._short = {str(tokenizer.convert_tokens_to_ids(EOS)): 100}
+        # An answer ends as soon as it may, and begins without a thought, which could go on for ever.
+        self._short = {str(tokenizer.convert_tokens_to_ids(own)): bias for own, bias in ((EOS, 100), ("<think>", -100))}
 
     def ask(self, *, says: str | None = None, **fields: Any) -> Any:
         """The choices of a whole answer.
@@ -194,7 +194,7 @@ def test_model_is_told_of_no_tools_where_none_may_be_called(client: openai.OpenA
 
 def test_one_call_is_all_where_no_more_are_wanted(asker: Asker, tokenizer: Any) -> None:
     """Though the model would rather go on: its end is forbidden wherever anything else may come."""
-    never = {str(tokenizer.convert_tokens_to_ids(EOS)): -100}
+    never = {str(tokenizer.convert_tokens_to_ids(own)): -100 for own in (EOS, "<think>")}
     for choice in (NAMED, "required"):
         (only,) = asker.ask(tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, logit_bias=never)
         assert (len(calls_of(only)), only.finish_reason) == (1, "tool_calls")
@@ -250,7 +250,7 @@ def test_conversation_goes_on_with_what_a_tool_has_said(client: openai.OpenAI, a
     prompt = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS, max_tokens=1).usage
     shorter = client.chat.completions.create(model="demo", messages=messages[:-1], tools=TOOLS, max_tokens=1).usage
     assert prompt is not None and shorter is not None
-    assert prompt.prompt_tokens == shorter.prompt_tokens + len("tool: sunny 1\n")
+    assert prompt.prompt_tokens == shorter.prompt_tokens + len("tool: sunny 1|")
 
 
 def test_sdks_own_stream_collects_calls(client: openai.OpenAI) -> None:
