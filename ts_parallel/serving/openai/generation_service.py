@@ -309,6 +309,15 @@ class GenerationService:
     def _temperature(self, body: CompletionBody | ChatBody) -> float:
         return self._defaults.temperature if body.temperature is None else body.temperature
 
+    def _ways_to_text(self, skip_special_tokens: bool, turn: Turn | None) -> tuple[TextDecoder, dict[int, str]]:
+        """How an answer's tokens become text, and the names of those that show in none."""
+        if not skip_special_tokens:
+            return self._whole_decoder, {}
+        if turn is None or turn.decoder is None:
+            return self._decoder, self._special_names
+        hidden = self._special_names.keys() - turn.shown_ids
+        return turn.decoder, {token_id: self._special_names[token_id] for token_id in hidden}
+
     def _run(
         self,
         request_id: str,
@@ -345,11 +354,7 @@ class GenerationService:
             for number, guide in enumerate(guides)
         ]
         texts = self._texts if body.num_logprobs is not None else None
-        decoder = self._decoder if body.skip_special_tokens else self._whole_decoder
-        names = self._special_names if body.skip_special_tokens else {}
-        if turn is not None and turn.decoder is not None and body.skip_special_tokens:
-            decoder = turn.decoder
-            names = {token_id: name for token_id, name in names.items() if token_id not in turn.shown_ids}
+        decoder, names = self._ways_to_text(body.skip_special_tokens, turn)
         prompt_ends = [decoder.end_of(own.prompt_ids, form is not None) for own in requests[::num_answers]]
         choices = [
             Choice(
