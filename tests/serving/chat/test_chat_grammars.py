@@ -40,11 +40,11 @@ KINDS = ("as they are", "special", "added", "text")
 class Model:
     """A tokenizer whose markers are tokens of some kind, and what holds its answers to their form."""
 
-    def __init__(self, family: str, kind: str = "as they are", template: str = "x") -> None:
+    def __init__(self, family: str, kind: str = "as they are", template: str = "") -> None:
         special, added = MARKERS[family]
         every = (*special, *added)
         kinds = {"as they are": (special, added), "special": (every, ()), "added": ((), every), "text": ((), ())}
-        self.tokenizer = chat_tokenizer(*kinds[kind], template)
+        self.tokenizer = chat_tokenizer(*kinds[kind], f"tools {template}")
         self.eos = self.tokenizer.eos_token_id
         self.turns = Turns(self.tokenizer, frozenset({self.eos}), family)
         self.maker = GuideMaker(self.tokenizer, frozenset({self.eos}), len(self.tokenizer))

@@ -19,7 +19,7 @@ from ts_parallel.serving.chat.turns import Turns
 from ts_parallel.serving.text.detokenizer import Detokenizer, TextDecoder
 
 TOKENIZERS: dict[str, Any] = {
-    name: chat_tokenizer(own.special, own.added, own.template) for name, own in FAMILIES.items()
+    name: chat_tokenizer(own.special, own.added, f"tools {own.template}") for name, own in FAMILIES.items()
 }
 ANSWERS = [(name, own) for name, family in FAMILIES.items() for own in family.answers]
 OFFER = offer_of(TOOLS, "auto", None)

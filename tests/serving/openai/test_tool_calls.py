@@ -204,7 +204,7 @@ def test_one_call_is_all_where_no_more_are_wanted(asker: Asker, tokenizer: Any) 
 
 
 def test_call_that_is_cut_off_says_so(asker: Asker) -> None:
-    (choice,) = asker.ask(tools=TOOLS, tool_choice=NAMED, max_tokens=72)
+    (choice,) = asker.ask(tools=TOOLS, tool_choice=NAMED, max_tokens=50)
     (call,) = choice.message.tool_calls
     assert choice.finish_reason == "length" and call.function.arguments.startswith("{")
     with pytest.raises(ValueError):
