@@ -27,7 +27,7 @@ def test_kernels_of_another_instruction_set_pass_the_same_tests(name: str) -> No
         [*command, *map(str, OF_KERNELS)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**environment, ISA_VARIABLE: name, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout[-3000:]
