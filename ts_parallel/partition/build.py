@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
 from ts_parallel.checkpoint.load import load_tensors
 from ts_parallel.checkpoint.quantized import refuse_quantized
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.graph.stage_code import write_stage
 from ts_parallel.partition.graph.stages import (
@@ -150,7 +151,8 @@ def stage_model(request: ProgramRequest, rank: int, index: CheckpointIndex | Non
         sharded = shard_seq2seq(config, seq2seq, dtype, group)
         refuse_strangers(sharded.model, index or {})
         return cut_seq2seq(sharded, trace_parts(sharded.model, seq2seq), request.place)
-    call = call_of_task(request.task, request.folder, config, dtype)
+    home = request.settings or settings_folder(request.folder)
+    call = call_of_task(request.task, home, config, dtype)
     sharded = shard_dense(config, call, dtype, group)
     refuse_strangers(sharded.model, index or {})
     return cut_dense(sharded, call, request.place)

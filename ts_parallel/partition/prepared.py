@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "TS_PARALLEL_CACHE"
 _MOST_FILES = 200
 _LIBRARIES = ("torch", "transformers")
-_SETTINGS = ("config*.json", "modules.json")
+_SETTINGS = ("config*.json", "modules.json", "[0-9]_*/config.json")
 
 Pickles = Mapping[tuple[int, int], bytes]
 """Tensor-parallel rank and pipeline rank → its pickled program."""

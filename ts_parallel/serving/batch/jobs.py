@@ -7,6 +7,7 @@ one of them is the answer to the whole request, and says which. Knows no task an
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from ts_parallel.config import did_you_mean
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.serving.exchange import JSON, RawRequest, echo
+
+logger = logging.getLogger(__name__)
 
 Inputs = Mapping[str, torch.Tensor]
 MOST_ITEMS = 2048
@@ -127,7 +130,10 @@ class Part:
 
 def as_request_error(error: Exception) -> RequestError:
     """What the client is told of an exception."""
-    return error if isinstance(error, RequestError) else EngineError(f"{type(error).__name__}: {error}")
+    if isinstance(error, RequestError):
+        return error
+    logger.error("a request failed", exc_info=error)
+    return EngineError(f"{type(error).__name__}: {error}")
 
 
 def known_fields(item: RawRequest, names: Sequence[str]) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def make_task(name: str, folder: Path, dtype: str, model: str = "", most_items: 
     Raises:
         CheckpointError: the folder lacks what the task needs: a tokenizer, an image processor.
     """
-    config = read_model_config(folder)
+    config, folder = read_model_config(folder), settings_folder(folder)
     call = call_of_task(name, folder, config, choose_dtype(dtype, config))
     if name == "image_classification":
         return Task(ImageInput(folder, call), Labels(config), Collator())
-    folder, api = settings_folder(folder), Api(model, most_items)
+    api = Api(model, most_items)
     reader = TextReader(folder, call, config, read_text_rules(folder, name == "text_embedding"))
     text, collator = TextInput(reader), reader.collator()
     if name == "text_classification":

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from batch_worker import MINILM, Worker, lone_rank
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -267,3 +268,14 @@ def test_folder_with_what_is_not_understood_is_refused_by_name(
     with pytest.raises(CheckpointError, match=says):
         read_sentence_modules(tmp_path)
         read_text_rules(tmp_path, is_cut=True)
+
+
+def test_settings_above_a_distributed_checkpoint_hold(prompted: Any, worker: Worker, tmp_path: Path) -> None:
+    """Where the weights lie in a folder of their own, what sentence-transformers says stands beside config.json."""
+    home = tmp_path / "home"
+    shutil.copytree(prompted[0], home)
+    (home / "model.safetensors").unlink()
+    model = BertModel.from_pretrained(prompted[0])
+    dcp.save(dict(model.state_dict()), checkpoint_id=home / "step-1")
+    ours, theirs = Worker("text_embedding", home / "step-1").ask({"input": TEXTS}), worker.ask({"input": TEXTS})
+    torch.testing.assert_close(vectors_of(ours[0][1]), vectors_of(theirs[0][1]), rtol=1e-4, atol=1e-5)
