@@ -90,8 +90,7 @@ def load_program(
         layout: how weights that linears alone read are to lie; None: as the checkpoint has them.
         merge: told of each item once it was read; may change what was read, as an adapter does. With it a weight that
             is packed is in memory as it was read too, one at a time.
-        quantization: `int8` or `int4`, in which the weights that are laid out so are kept; None: as the program has
-            them.
+        quantization: `int8` or `int4`, in which the weights that are laid out so are kept; None: the program's dtype.
         stage: of the model, as log lines name it.
 
     Raises:

@@ -23,7 +23,7 @@ from ts_parallel.errors import CheckpointError
 
 LINK = "model.gguf"
 _CACHE_VARIABLE = "TS_PARALLEL_CACHE"
-_TOKENIZER_MAKER = "ts_parallel.partition.model.gguf_tokenizer"
+_TOKENIZER_MAKER = "ts_parallel.partition.gguf_tokenizer"
 
 
 def checkpoint_folder(path: Path) -> Path:
