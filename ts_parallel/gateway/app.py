@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 from ts_parallel.errors import EngineError, RequestError
 from ts_parallel.gateway.batch.kserve import KServe
 from ts_parallel.gateway.batch.speech import Speech
-from ts_parallel.gateway.batch.texts import Texts
 from ts_parallel.gateway.counters import Counters
 from ts_parallel.gateway.dialects.messages import Messages
 from ts_parallel.gateway.dialects.responses import Responses, ResponseStore
@@ -24,7 +23,9 @@ from ts_parallel.gateway.refusals import refusal
 from ts_parallel.gateway.settings import GatewaySettings
 from ts_parallel.gateway.upstream.models import Upstreams
 
-_PASSED = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+_OF_TEXT_MODELS = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+_OF_BATCH_MODELS = ("/v1/embeddings", "/v1/classify", "/v1/score", "/v1/rerank")
+_OF_SPEECH = ("/v1/audio/transcriptions", "/v1/audio/translations")
 
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
@@ -51,9 +52,11 @@ def _routes(upstreams: Upstreams, counters: Counters) -> list[BaseRoute]:
     passing = Passing(upstreams, counters)
     responses = Responses(upstreams, ResponseStore())
     messages = Messages(upstreams)
-    texts, speech, kserve = Texts(upstreams), Speech(upstreams), KServe(upstreams)
+    speech, kserve = Speech(passing), KServe(upstreams)
     return [
-        *(Route(path, passing.post, methods=["POST"]) for path in _PASSED),
+        *(Route(path, passing.ask_for_text, methods=["POST"]) for path in _OF_TEXT_MODELS),
+        *(Route(path, passing.ask_batch, methods=["POST"]) for path in _OF_BATCH_MODELS),
+        *(Route(path, speech.hear, methods=["POST"]) for path in _OF_SPEECH),
         *(Route(path, page) for path in PATHS),
         Route("/v1/models", passing.models),
         Route("/v1/models/{name:path}", passing.model),
@@ -62,12 +65,6 @@ def _routes(upstreams: Upstreams, counters: Counters) -> list[BaseRoute]:
         Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
         Route("/v1/messages", messages.create, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
-        Route("/v1/embeddings", texts.embeddings, methods=["POST"]),
-        Route("/v1/classify", texts.classify, methods=["POST"]),
-        Route("/v1/score", texts.score, methods=["POST"]),
-        Route("/v1/rerank", texts.rerank, methods=["POST"]),
-        Route("/v1/audio/transcriptions", speech.transcribe, methods=["POST"]),
-        Route("/v1/audio/translations", speech.translate, methods=["POST"]),
         Route("/v2", kserve.server),
         Route("/v2/health/live", kserve.live),
         Route("/v2/health/ready", kserve.ready),

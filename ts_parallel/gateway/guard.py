@@ -118,9 +118,9 @@ class _Answer:
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:
-    """As OpenAI's clients send it, or as Anthropic's do."""
+    """As OpenAI's clients send it, or as Anthropic's or Azure's do."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key") or headers.get("api-key")
 
 
 def _request_id(headers: Mapping[str, str]) -> str:

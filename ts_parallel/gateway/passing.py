@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ts_parallel.errors import NotFoundError, RequestError
+from ts_parallel.errors import RequestError
 from ts_parallel.gateway.counters import PROMETHEUS, Counters, joined
 from ts_parallel.gateway.guard import given_key
 from ts_parallel.gateway.refusals import (
@@ -36,15 +36,43 @@ class Passing:
         self._upstreams = upstreams
         self._counters = counters
 
-    async def post(self, request: Request) -> Response:
-        """`POST /v1/completions` and its like: the model's own route of that name."""
+    async def ask_for_text(self, request: Request) -> Response:
+        """`POST /v1/completions` and its like: the own route of that name of a model that generates text."""
+        return await self._post(request, generates_text=True)
+
+    async def ask_batch(self, request: Request) -> Response:
+        """`POST /v1/embeddings` and its like: that of a model of batch inference."""
+        return await self._post(request, generates_text=False)
+
+    async def _post(self, request: Request, generates_text: bool) -> Response:
         body = await request.body()
         fields = read_fields(body)
         upstream = self._upstreams.named(fields.get("model"))
         if fields.get("model") and upstream.served_name != upstream.name:
             body = json.dumps({**fields, "model": upstream.served_name}).encode()
+        return await self.pass_on(request, upstream.name, body, generates_text=generates_text)
+
+    async def pass_on(
+        self,
+        request: Request,
+        model: str | None,
+        body: bytes,
+        content_type: str = "application/json",
+        *,
+        generates_text: bool,
+    ) -> Response:
+        """The answer of the model's own route of that name.
+
+        Args:
+            generates_text: which kind of model has that route.
+
+        Raises:
+            RequestError: there is no such model, or it is of the other kind, or it does not answer.
+        """
+        upstream = self._upstreams.named(model)
+        await upstream.check_kind(generates_text)
         route = request.url.path.removeprefix("/")
-        exchange = await upstream.ask("POST", route, body, headers_to_pass(request))
+        exchange = await upstream.ask("POST", route, body, headers_to_pass(request, content_type))
         if is_stream(exchange) and exchange.status < 400:
             return EventStream(_passed(exchange, upstream))
         try:
@@ -153,13 +181,3 @@ async def _metrics(upstream: Upstream) -> str:
             return text if exchange.status == 200 else ""
     except RequestError:
         return ""
-
-
-def only_text_models(upstream: Upstream) -> Upstream:
-    """
-    Raises:
-        NotFoundError: the model generates no text.
-    """
-    if upstream.is_ready and upstream.card is None:
-        raise NotFoundError(f"the model {upstream.name!r} generates no text", "model")
-    return upstream

@@ -143,6 +143,7 @@ class BatchInferenceHandler:
             loaded.task.collator,
         )
         entry = {"id": context.model_name, "object": "model", "created": int(time.time()), "owned_by": "ts_parallel"}
+        entry["task"] = config.task  # by which those who ask know that it generates no text
         self._models = json.dumps({"object": "list", "data": [entry]})
         watch.begin(loaded.ranks)
         if topology.world_size > 1:

@@ -1,1 +1,1 @@
-"""Routes of models that generate no text: embeddings, ranking, labels, speech. The mapping is ours, not the models'."""
+"""KServe's protocol by models of batch inference, and forms for them."""

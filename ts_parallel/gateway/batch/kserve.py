@@ -61,7 +61,7 @@ class KServe:
         upstream = self._named(request)
         await upstream.look()
         inputs, outputs = [], []
-        if upstream.card is not None:
+        if upstream.generates_text:
             inputs = [{"name": _TEXT_IN, "datatype": _BYTES, "shape": [-1]}]
             outputs = [{"name": name, "datatype": _BYTES, "shape": [-1]} for name in (_TEXT_OUT, "finish_reason")]
         made = {"name": upstream.name, "versions": [upstream.version], "platform": "torchserve"}
@@ -81,7 +81,7 @@ class KServe:
         if not upstream.is_ready:
             await upstream.look()
         headers = headers_to_pass(request)
-        if upstream.card is not None:
+        if upstream.generates_text:
             outputs = await _completed(upstream, tensors, parameters, headers)
         else:
             counts = {name: len(rows) for name, rows in tensors.items()}
@@ -89,7 +89,7 @@ class KServe:
                 raise RequestError(f"the inputs have different first dims: {counts}", "inputs")
             columns = list(zip(*tensors.values(), strict=True))
             bodies = [{**parameters, **dict(zip(tensors, column, strict=True))} for column in columns]
-            outputs = _tensors(await ask_each(upstream, bodies, headers, "inputs"))
+            outputs = _tensors(await ask_each(upstream, bodies, headers))
         made = {"model_name": upstream.name, "model_version": upstream.version, "outputs": _wanted(outputs, body)}
         return json_answer({**made, **({"id": body["id"]} if "id" in body else {})})
 

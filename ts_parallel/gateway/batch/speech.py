@@ -1,127 +1,74 @@
-"""`v1/audio/transcriptions` and `v1/audio/translations` by models of batch inference that hear."""
+"""`v1/audio/transcriptions` and `v1/audio/translations`: forms with a file, which go on as they came.
+
+Who is to hear one stands in a field of it. That is found without taking the form apart: its file is large.
+"""
 
 from __future__ import annotations
 
-import io
-import json
-import sys
-import wave
-from array import array
-from collections.abc import Mapping
-from typing import Any
+from email import message_from_bytes
+from email.message import Message
 
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
-from ts_parallel.errors import NotFoundError, RequestError
-from ts_parallel.gateway.batch.items import ask_one, refuse_text_models
-from ts_parallel.gateway.passing import headers_to_pass
-from ts_parallel.gateway.refusals import json_answer
-from ts_parallel.gateway.upstream.models import Upstreams
+from ts_parallel.errors import RequestError
+from ts_parallel.gateway.passing import Passing
 
-_KNOWN = frozenset({"file", "language", "max_new_tokens", "model", "response_format", "stream", "temperature"})
-_FORMATS = ("json", "text")
-_WAV = b"RIFF"
+_FORM = "multipart/form-data"
+_MOST_BYTES_OF_A_HEAD = 8192
+_MOST_BYTES_OF_A_NAME = 1024
 
 
 class Speech:
-    """Routes that take a file of speech. The models are lent."""
+    """Routes that take a file of speech. What passes it on is lent."""
 
-    def __init__(self, upstreams: Upstreams) -> None:
-        self._upstreams = upstreams
+    def __init__(self, passing: Passing) -> None:
+        self._passing = passing
 
-    async def transcribe(self, request: Request) -> Response:
-        """`POST /v1/audio/transcriptions`: what is said, in the language it is said in."""
-        return await self._hear(request, {})
-
-    async def translate(self, request: Request) -> Response:
-        """`POST /v1/audio/translations`: the same in English."""
-        return await self._hear(request, {"task": "translate"})
-
-    async def _hear(self, request: Request, options: Mapping[str, Any]) -> Response:
-        form, file = await _form(request)
-        how = form.get("response_format") or "json"
-        if how not in _FORMATS:
-            raise RequestError(f"response_format must be one of {', '.join(_FORMATS)}, got {how!r}", "response_format")
-        upstream = self._upstreams.named(form.get("model"))
-        await refuse_text_models(upstream)
-        own = {**options, **({"language": form["language"]} if form.get("language") else {})}
-        if form.get("max_new_tokens"):
-            own["max_new_tokens"] = _whole(form["max_new_tokens"])
-        body, kind = _asked(file, own)
-        answer = await ask_one(upstream, body, headers_to_pass(request, kind))
-        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
-            raise NotFoundError(
-                f"the model {upstream.name!r} does not answer with a text: its task is another", "model"
-            )
-        return PlainTextResponse(f"{answer['text']}\n") if how == "text" else json_answer({"text": answer["text"]})
+    async def hear(self, request: Request) -> Response:
+        """`POST /v1/audio/transcriptions` and its like: the own route of that name of a model of batch inference."""
+        body, content_type = await request.body(), request.headers.get("content-type", "")
+        model = text_of_form(body, content_type, "model")
+        return await self._passing.pass_on(request, model, body, content_type, generates_text=False)
 
 
-async def _form(request: Request) -> tuple[dict[str, str], bytes]:
-    """
-    Raises:
-        RequestError: the body is no form with a file, or has a field that cannot be honoured.
-    """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise RequestError("the body must be multipart/form-data with a 'file'")
-    try:
-        async with request.form() as form:
-            file = form.get("file")
-            if not isinstance(file, UploadFile):
-                raise RequestError("'file' is missing", "file")
-            fields = {name: value for name, value in form.items() if isinstance(value, str)}
-            content = await file.read()
-    except MultiPartException as error:
-        raise RequestError(f"the body is no form that can be read: {error.message}") from None
-    for name, value in fields.items():
-        if name not in _KNOWN and value:
-            raise RequestError(f"{name!r} is not supported", name)
-    if fields.get("stream", "false").lower() not in ("false", "0", ""):
-        raise RequestError("'stream' is not supported: the answer comes whole", "stream")
-    if _number(fields.get("temperature") or "0") != 0:
-        raise RequestError("'temperature' must be 0: answers are greedy", "temperature")
-    return fields, content
-
-
-def _asked(file: bytes, options: Mapping[str, Any]) -> tuple[bytes, str]:
-    """The model's body: the file as it is, or its samples where something is to be said beside them.
+def text_of_form(body: bytes, content_type: str, name: str) -> str | None:
+    """A field's text; None where the form has no such field.
 
     Raises:
-        RequestError: the file is none that the gateway can take apart.
+        RequestError: the body is no form, or does not come to its end, or the field is no short text.
     """
-    if not options:
-        return file, "application/octet-stream"
-    if not file.startswith(_WAV):
-        raise RequestError("'language' and translations need a WAV file of 16 kHz, mono, 16 bits", "file")
-    try:
-        with wave.open(io.BytesIO(file)) as sound:
-            shape = (sound.getnchannels(), sound.getsampwidth(), sound.getframerate())
-            frames = sound.readframes(sound.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise RequestError(f"'file' is no WAV file that can be read: {error}", "file") from None
-    if shape != (1, 2, 16000):
-        raise RequestError(
-            f"the WAV file has {shape[0]} channels of {8 * shape[1]} bits at {shape[2]} Hz; it must have 1 of 16 bits "
-            "at 16000 Hz",
-            "file",
-        )
-    samples = array("h", frames)
-    if sys.byteorder == "big":
-        samples.byteswap()
-    return json.dumps({"audio": [sample / 32768 for sample in samples], **options}).encode(), "application/json"
+    whole, mark = b"\r\n" + body, b"\r\n--" + _boundary(content_type)
+    found, at = None, whole.find(mark)
+    while at >= 0:
+        begin = at + len(mark)
+        if whole.startswith(b"--", begin):
+            return found
+        head, at = whole.find(b"\r\n\r\n", begin, begin + _MOST_BYTES_OF_A_HEAD), whole.find(mark, begin)
+        if head < 0:
+            break
+        if at >= 0 and _name(whole[begin:head]) == name:
+            found = _text(whole[head + 4 : at], name)
+    raise RequestError("the body is no form that can be read: it does not come to the end of its last part")
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise RequestError(f"'temperature' must be a number, got {text!r}", "temperature") from None
+def _boundary(content_type: str) -> bytes:
+    head = Message()
+    head["Content-Type"] = content_type
+    boundary = head.get_boundary()
+    if head.get_content_type() != _FORM or not boundary:
+        raise RequestError(f"the body must be a form with a 'file' ({_FORM}), got {content_type or 'no type'!r}")
+    return boundary.encode("latin-1", "replace")
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise RequestError(f"'max_new_tokens' must be a whole number, got {text!r}", "max_new_tokens") from None
+def _name(head: bytes) -> str | None:
+    """None of a file."""
+    fields = message_from_bytes(head.lstrip())
+    name = fields.get_param("name", header="content-disposition")
+    return name if isinstance(name, str) and fields.get_filename() is None else None
+
+
+def _text(value: bytes, name: str) -> str:
+    if len(value) > _MOST_BYTES_OF_A_NAME:
+        raise RequestError(f"{name!r} has {len(value)} bytes, at most {_MOST_BYTES_OF_A_NAME} are read", name)
+    return value.decode("utf-8", "replace")

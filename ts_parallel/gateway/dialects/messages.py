@@ -12,7 +12,7 @@ from ts_parallel.errors import RequestError
 from ts_parallel.gateway.dialects.chat import ChatAnswer, ask_chat
 from ts_parallel.gateway.dialects.messages_input import chat_fields, prompt_fields, stop_sequences
 from ts_parallel.gateway.dialects.messages_output import Event, MessageWriter
-from ts_parallel.gateway.passing import headers_to_pass, only_text_models, read_fields
+from ts_parallel.gateway.passing import headers_to_pass, read_fields
 from ts_parallel.gateway.refusals import UpstreamError, json_answer
 from ts_parallel.gateway.streams import EventStream, named_event
 from ts_parallel.gateway.upstream.models import Upstreams
@@ -27,7 +27,8 @@ class Messages:
     async def create(self, request: Request) -> Response:
         """`POST /v1/messages`."""
         body = read_fields(await request.body())
-        upstream = only_text_models(self._upstreams.named(body.get("model")))
+        upstream = self._upstreams.named(body.get("model"))
+        await upstream.check_kind(generates_text=True)
         fields = chat_fields(body)
         answer = await ask_chat(upstream, fields, headers_to_pass(request))
         writer = MessageWriter(upstream.name, stop_sequences(body))
@@ -47,7 +48,8 @@ class Messages:
     async def count(self, request: Request) -> Response:
         """`POST /v1/messages/count_tokens`."""
         body = read_fields(await request.body())
-        upstream = only_text_models(self._upstreams.named(body.get("model")))
+        upstream = self._upstreams.named(body.get("model"))
+        await upstream.check_kind(generates_text=True)
         asked = json.dumps({**prompt_fields(body), "add_generation_prompt": True}).encode()
         async with upstream.asked("POST", "tokenize", asked, headers_to_pass(request)) as exchange:
             if exchange.status >= 400:

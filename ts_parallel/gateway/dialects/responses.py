@@ -15,7 +15,7 @@ from ts_parallel.errors import NotFoundError, RequestError
 from ts_parallel.gateway.dialects.chat import ChatAnswer, ask_chat
 from ts_parallel.gateway.dialects.responses_input import messages_of, parse_turn
 from ts_parallel.gateway.dialects.responses_output import Event, ResponseWriter
-from ts_parallel.gateway.passing import headers_to_pass, only_text_models, read_fields
+from ts_parallel.gateway.passing import headers_to_pass, read_fields
 from ts_parallel.gateway.refusals import json_answer
 from ts_parallel.gateway.streams import EventStream, named_event
 from ts_parallel.gateway.upstream.models import Upstreams
@@ -88,7 +88,8 @@ class Responses:
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
         body = read_fields(await request.body())
-        upstream = only_text_models(self._upstreams.named(body.get("model")))
+        upstream = self._upstreams.named(body.get("model"))
+        await upstream.check_kind(generates_text=True)
         turn = parse_turn(body)
         before: list[dict[str, Any]] = []
         if body.get("previous_response_id") is not None:

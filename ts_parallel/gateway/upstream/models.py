@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ts_parallel.errors import RequestError
+from ts_parallel.errors import NotFoundError, RequestError
 from ts_parallel.gateway.refusals import (
     SilentUpstreamError,
     UnavailableError,
@@ -21,6 +21,7 @@ from ts_parallel.gateway.settings import UpstreamSettings
 from ts_parallel.gateway.upstream.exchange import Exchange, request_bytes
 
 _SECONDS_OF_A_PROBE = 5.0
+_NEEDS_A_KEY = (401, 403)
 _WORKER_ENDED = (500, 507)  # TorchServe's own, while it starts the worker again
 
 
@@ -38,7 +39,9 @@ class Upstream:
         self.since = int(time.time())
         self.is_ready = False
         self.card: dict[str, Any] | None = None
-        """Its entry of `v1/models`; None where it generates no text."""
+        """Its entry of `v1/models`; None where it has none, or does not show it to the gateway."""
+        self.generates_text = False
+        """Known once it has answered; models of batch inference do not."""
         self._settings = settings
         self._max_silence = max_silence
         self._own_key = own_key
@@ -87,6 +90,21 @@ class Upstream:
             self._probe = asyncio.ensure_future(self._look())
         await asyncio.shield(self._probe)
 
+    async def check_kind(self, generates_text: bool) -> None:
+        """
+        Raises:
+            NotFoundError: it is of the other kind, so it has no such route.
+            UnavailableError: it does not answer.
+        """
+        if not self.is_ready:
+            await self.look()
+        if self.generates_text and not generates_text:
+            raise NotFoundError(f"{self._who} generates text: this route is for models of batch inference", "model")
+        if generates_text and not self.generates_text:
+            task = (self.card or {}).get("task")
+            what = f"its task is {task}, and this" if task else "this"
+            raise NotFoundError(f"{self._who} generates no text: {what} route is for models that do", "model")
+
     async def refused(self, exchange: Exchange) -> RequestError:
         """What an answer of status 400 or more says.
 
@@ -132,7 +150,7 @@ class Upstream:
                 health.close()
             models = await self._send("GET", "v1/models", b"", {}, _SECONDS_OF_A_PROBE)
             try:
-                self.card = self._card(await models.read_all()) if models.status == 200 else None
+                self._know(models.status, await models.read_all())
             finally:
                 models.close()
         except (SilentUpstreamError, UpstreamError) as error:
@@ -142,6 +160,14 @@ class Upstream:
             self.is_ready = False
             raise
         self.is_ready = True
+
+    def _know(self, status: int, body: bytes) -> None:
+        """Take in what it answers to `v1/models`."""
+        if status >= 400 and status not in (404, *_NEEDS_A_KEY):
+            raise UpstreamError(str(self.refusal_of(status, body)))
+        self.card = self._card(body) if status == 200 else None
+        # Batch inference names its task, and handlers ask for keys of their own only before text.
+        self.generates_text = status in _NEEDS_A_KEY if self.card is None else "task" not in self.card
 
     def _card(self, body: bytes) -> dict[str, Any]:
         try:
