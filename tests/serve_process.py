@@ -52,11 +52,11 @@ def chat_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def served_with_gateway(folder: Path, *options: str) -> Iterator[Served]:
+def served_with_gateway(folder: Path, *options: str, **variables: str) -> Iterator[Served]:
     port, gateway_port = free_ports(2)
     command = [COMMAND, "serve", str(folder), "--name", "demo", "--dtype", "float32", "--kv-cache-memory", "64MiB"]
     command += ["--device", "cpu", "--port", str(port), "--gateway-port", str(gateway_port), *options]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # others want the cores too
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **variables}  # others want the cores too
     process = psutil.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         lines = [process.stdout.readline() for _ in range(2)]

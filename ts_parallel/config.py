@@ -319,6 +319,15 @@ def parse_api_keys(text: str | None) -> tuple[str, ...]:
     return keys
 
 
+def check_origin(origin: str | None) -> None:
+    """
+    Raises:
+        ConfigError: it is no one origin as browsers name it.
+    """
+    if origin is not None and origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
+        raise ConfigError(f"--cors-origin {origin!r} is neither one origin, such as https://chat.local, nor * for any")
+
+
 def did_you_mean(word: object, known: Mapping[str, Any], is_slip: bool = False) -> str:
     """`": did you mean 'max_tokens'?"`, or nothing where no known word is near; with `is_slip`, but a letter or two
     away."""

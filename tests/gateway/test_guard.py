@@ -13,7 +13,7 @@ import sse_server
 from gateway_process import Gateway, gateway
 from sse_server import Recorder, steady, whole
 
-KEY = "correct horse"
+KEY = "correct-horse"
 ORIGIN = "https://page.example"
 
 

@@ -19,7 +19,7 @@ from sse_server import END, Cut, Recorder, Refusal, chunk, event, steady, whole
 
 from ts_parallel.cli.server.torchserve import free_ports
 
-KEY = "correct horse"
+KEY = "correct-horse"
 
 
 def upstream_of(recorder: Recorder) -> str:

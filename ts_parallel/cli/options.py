@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -54,15 +53,6 @@ def parse_message_size(text: str, option: str) -> int:
     if not _LEAST_MESSAGE_SIZE <= size <= _MOST_MESSAGE_SIZE:
         raise ConfigError(f"{option} {text} is not between {_LEAST_MESSAGE_SIZE} and {_MOST_MESSAGE_SIZE} bytes")
     return size
-
-
-def check_origin(origin: str | None) -> None:
-    """
-    Raises:
-        ConfigError: it is no one origin as browsers name it.
-    """
-    if origin is not None and origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
-        raise ConfigError(f"--cors-origin {origin!r} is neither one origin, such as https://chat.local, nor * for any")
 
 
 def locate_adapter(adapter: str | None) -> str | None:

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ts_parallel.cli.server.gateway import API_KEY_VARIABLE
-from ts_parallel.cli.server.torchserve import TorchServe
+from ts_parallel.cli.server.torchserve import Access, TorchServe
+from ts_parallel.config import API_KEY_VARIABLE
 from ts_parallel.errors import StartupError
 from ts_parallel.gateway.run import listening
 
@@ -25,17 +25,24 @@ _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 class GatewayBeside:
     """Owns the gateway's process. One that ends is started again; one that cannot stay up ends the server."""
 
-    def __init__(self, server: TorchServe, host: str, port: int, max_request_size: int) -> None:
+    def __init__(self, server: TorchServe, host: str, port: int, max_request_size: int, access: Access) -> None:
+        """
+        Args:
+            access: who may ask the server, and so this.
+        """
         code = "from ts_parallel.cli.main import main; main()"
         shown = f"[{host}]" if ":" in host else host
         upstream = server.url.replace(f"//{shown}:", f"//{_ANY_ADDRESS.get(host, shown)}:")
         self._command = [sys.executable, "-c", code, "gateway", "--host", host, "--port", str(port)]
         self._command += ["--upstream", upstream, "--max-request-size", str(max_request_size)]
-        self._environment = dict(os.environ)
-        if server.key_file is not None:
+        if access.cors_origin is not None:
+            self._command += ["--cors-origin", access.cors_origin]
+        self._environment = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+        if access.api_key is not None:  # one key opens both, and stands in no list of processes
+            self._environment[API_KEY_VARIABLE] = access.api_key
+        elif server.key_file is not None:
             self._command += ["--upstream-key-file", str(server.key_file)]
-            key = json.loads(server.key_file.read_text())["inference"]["key"]
-            self._environment.setdefault(API_KEY_VARIABLE, key)  # one key opens both
+            self._environment[API_KEY_VARIABLE] = json.loads(server.key_file.read_text())["inference"]["key"]
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._num_short_runs = 0
@@ -93,9 +100,11 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextmanager
-def gateway_beside(server: TorchServe, host: str, port: int, max_request_size: int) -> Iterator[GatewayBeside]:
+def gateway_beside(
+    server: TorchServe, host: str, port: int, max_request_size: int, access: Access
+) -> Iterator[GatewayBeside]:
     """A gateway before `server`, ended on leaving."""
-    beside = GatewayBeside(server, host, port, max_request_size)
+    beside = GatewayBeside(server, host, port, max_request_size, access)
     try:
         beside.start()
         yield beside

@@ -8,13 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ts_parallel.config import parse_bytes
+from ts_parallel.config import API_KEY_VARIABLE, check_origin, parse_api_keys, parse_bytes
 from ts_parallel.errors import ConfigError
 from ts_parallel.gateway.run import run
 from ts_parallel.gateway.settings import GatewaySettings, parse_upstreams
 from ts_parallel.machine import is_loopback
-
-API_KEY_VARIABLE = "TS_PARALLEL_API_KEY"
 
 
 def gateway(
@@ -46,7 +44,9 @@ def gateway(
     ] = 600.0,
 ) -> None:
     """Answer OpenAI's and Anthropic's routes for one or several models of TorchServe, until Ctrl-C or SIGTERM."""
-    keys = tuple(filter(None, (key.strip() for key in (api_key or "").split(","))))
+    keys = parse_api_keys(api_key)
+    for origin in cors_origin or ():
+        check_origin(origin)
     try:
         most_bytes: int = parse_bytes(max_request_size)
     except ValueError as error:

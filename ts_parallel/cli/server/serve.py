@@ -21,12 +21,12 @@ from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.cli.handler_options import HandlerKeys, takes_handler_keys
-from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, check_origin, parse_message_size
+from ts_parallel.cli.options import MaxRequestSize, MaxResponseSize, Model, parse_message_size
 from ts_parallel.cli.server.archive import Name, default_name, handler_config, write_archive
 from ts_parallel.cli.server.beside import GatewayBeside, check_port, gateway_beside
 from ts_parallel.cli.server.startup import LogFollower, Startup, shown_startup, silent_startup
 from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, Access, TorchServe, find_java
-from ts_parallel.config import API_KEY_VARIABLE, HandlerConfig, parse_api_keys
+from ts_parallel.config import API_KEY_VARIABLE, HandlerConfig, check_origin, parse_api_keys
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace
@@ -95,17 +95,22 @@ def serve(
         running(settings, folder, name, host, port, verbose, stop, metrics_port, show, access, **sizes) as server,
     ):
         if not stop.is_set():
-            _stay(server, stop, host, gateway_port, sizes["max_request_size"])
+            _stay(server, stop, host, gateway_port, sizes["max_request_size"], access)
 
 
 def _stay(
-    server: TorchServe, stop: threading.Event, host: str, gateway_port: int | None, max_request_size: int
+    server: TorchServe,
+    stop: threading.Event,
+    host: str,
+    gateway_port: int | None,
+    max_request_size: int,
+    access: Access,
 ) -> None:
     """Until `stop` is set, with a gateway where one is wanted."""
     with ExitStack() as at_the_end:
         beside: GatewayBeside | None = None
         if gateway_port is not None:
-            beside = at_the_end.enter_context(gateway_beside(server, host, gateway_port, max_request_size))
+            beside = at_the_end.enter_context(gateway_beside(server, host, gateway_port, max_request_size, access))
         print(f"ready: {server.url}", flush=True)
         if beside is not None:
             print(f"gateway: {beside.url}", flush=True)
