@@ -87,6 +87,16 @@ def test_responses_and_messages_say_what_the_chat_says(client: openai.OpenAI, cl
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == chat.usage.prompt_tokens
 
 
+def test_messages_are_counted_as_the_model_reads_them(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
+    conversation: Any = [*ASK, {"role": "assistant", "content": "é 例"}, {"role": "user", "content": "b"}]
+    counted = claude.messages.count_tokens(model="demo", messages=conversation, system="Be brief.")
+    asked: Any = [{"role": "system", "content": "Be brief."}, *conversation]
+    chat = client.chat.completions.create(model="demo", messages=asked, max_tokens=1)
+    assert chat.usage is not None and counted.input_tokens == chat.usage.prompt_tokens
+    with pytest.raises(anthropic.BadRequestError, match="messages"):
+        claude.messages.count_tokens(model="demo", messages=[])
+
+
 def test_response_goes_on_from_the_one_before(client: openai.OpenAI) -> None:
     first = client.responses.create(model="demo", input="a", max_output_tokens=4, temperature=0)
     second: Any = client.responses.create(model="demo", input="b", previous_response_id=first.id, max_output_tokens=4)
@@ -145,6 +155,9 @@ def figure(text: str, name: str) -> float:
 def test_metrics_have_the_models_figures_and_the_gateways(served: Served) -> None:
     text = httpx.get(f"{served.gateway}/metrics").text
     assert figure(text, "vllm:generation_tokens_total") > 0
+    assert figure(text, "vllm:cache_config_info") == 1
+    (labels,) = re.findall(r"^vllm:cache_config_info{(.*)}", text, re.MULTILINE)
+    assert 'block_size="' in labels and int(re.findall(r'num_gpu_blocks="(\d+)"', labels)[0]) > 1
     assert text.count("# TYPE vllm:generation_tokens_total ") == 1
     assert figure(text, "ts_parallel_gateway_requests_open") == 1  # this one
 

@@ -24,7 +24,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, *, caches_prefixes: bool = True) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self._caches_prefixes = caches_prefixes
+        self.caches_prefixes = caches_prefixes
         self._num_holders = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be given away first
         self._numbers = count(_NOTHING + 1)
@@ -88,7 +88,7 @@ class BlockManager:
 
     def remember(self, request: Request) -> None:
         """Note the content of the blocks that `request.num_scheduled` tokens have filled."""
-        if not self._caches_prefixes:
+        if not self.caches_prefixes:
             return
         while (request.num_remembered + 1) * self.block_size <= request.num_scheduled:
             index = request.num_remembered

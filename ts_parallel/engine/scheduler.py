@@ -21,7 +21,7 @@ from typing import Literal
 from ts_parallel.engine.block_manager import BlockManager
 from ts_parallel.engine.pacing import PrefillPacer
 from ts_parallel.engine.request import FinishReason, Request
-from ts_parallel.engine.stats import ABORTED, FAILED, EngineStats, Figures, Occupancy
+from ts_parallel.engine.stats import ABORTED, FAILED, EngineStats, Figures, KVBlocks, Occupancy
 from ts_parallel.step_plan import Chunk, NoToken, StepPlan, TokenLogprobs, read_logprobs
 
 _ERRORS = {
@@ -74,8 +74,10 @@ class Scheduler:
 
     def figures(self) -> Figures:
         """What has happened and what is there; any thread may ask."""
-        usage = 1 - self._blocks.num_free / self._blocks.num_blocks
-        return Figures(self._stats, Occupancy(len(self.running), len(self.waiting), usage))
+        own = self._blocks
+        usage = 1 - own.num_free / own.num_blocks
+        blocks = KVBlocks(own.num_blocks, own.block_size, own.caches_prefixes)
+        return Figures(self._stats, Occupancy(len(self.running), len(self.waiting), usage), blocks)
 
     def add(self, request: Request) -> None:
         """Let it wait behind all whose priority is not worse."""

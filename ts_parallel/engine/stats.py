@@ -50,6 +50,16 @@ class Occupancy:
     """Of all KV blocks, the part that some request holds: from 0 to 1. What is only remembered is free."""
 
 
+@dataclass(frozen=True)
+class KVBlocks:
+    """What the KV memory is divided into, which stays."""
+
+    number: int
+    size: int
+    """Token slots of each."""
+    caches_prefixes: bool
+
+
 class EngineStats:
     """Owns the counts, which only grow. The engine's thread writes them; others may read, and see single steps late."""
 
@@ -103,3 +113,4 @@ class Figures:
 
     stats: EngineStats
     occupancy: Occupancy
+    kv_blocks: KVBlocks

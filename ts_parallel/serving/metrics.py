@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Histogram
+from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Histogram, KVBlocks
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "vllm:"
@@ -42,6 +42,7 @@ def families(figures: Figures) -> Iterator[Family]:
     yield _gauge("num_requests_running", "Requests that run in the engine's steps.", now.num_running)
     yield _gauge("num_requests_waiting", "Requests that wait to run, anew or after a preemption.", now.num_waiting)
     yield _gauge("kv_cache_usage_perc", "Part of the KV blocks that requests hold, from 0 to 1.", now.kv_cache_usage)
+    yield Family("cache_config_info", "gauge", "What the KV memory is divided into: 1.", (_layout(figures.kv_blocks),))
     for name, help, value in _totals(stats):
         yield Family(name, "counter", help, (Sample("", (), value),))
     reasons = tuple(Sample("", (("finished_reason", name),), stats.num_ended[name]) for name in REASONS)
@@ -67,6 +68,16 @@ def _histograms(stats: EngineStats) -> Iterator[tuple[str, str, Histogram]]:
     yield "inter_token_latency_seconds", "From one token of a request to its next.", stats.inter_token_latency
     yield "request_queue_time_seconds", "From arrival to admission.", stats.queue_time
     yield "e2e_request_latency_seconds", "From arrival to the last token.", stats.e2e_latency
+
+
+def _layout(blocks: KVBlocks) -> Sample:
+    """The numbers are in the labels, as those have them who plan where a request goes."""
+    found = {
+        "block_size": blocks.size,
+        "num_gpu_blocks": blocks.number,
+        "enable_prefix_caching": blocks.caches_prefixes,
+    }
+    return Sample("", tuple((name, str(value)) for name, value in found.items()), 1)
 
 
 def _gauge(name: str, help: str, value: float) -> Family:

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from ts_parallel.engine.request import Request
-from ts_parallel.engine.stats import EngineStats, Figures, Occupancy
+from ts_parallel.engine.stats import EngineStats, Figures, KVBlocks, Occupancy
 from ts_parallel.serving.torchserve.metrics import MetricsReporter, torchserve_meters
 
 LABELS = (("model_name", "m"), ("engine", "9000"))
@@ -74,8 +74,9 @@ def seconds_to_report(stats: EngineStats, count: int, folder: Path) -> tuple[flo
         logger.setLevel(logging.INFO)
         logger.propagate = False
         meters = torchserve_meters(MetricsCacheYamlImpl(str(metrics_file)))
+        blocks = KVBlocks(number=97, size=16, caches_prefixes=True)
         reporter = MetricsReporter(
-            lambda: Figures(stats, Occupancy(count, 0, stats.num_generation_tokens % 97 / 97)), meters, LABELS
+            lambda: Figures(stats, Occupancy(count, 0, stats.num_generation_tokens % 97 / 97), blocks), meters, LABELS
         )
         reporter.report()
         num_lines = 0

@@ -11,12 +11,13 @@ import pytest
 from places import EXAMPLES
 
 from ts_parallel.engine.request import Request
-from ts_parallel.engine.stats import REASONS, EngineStats, Figures, Occupancy
+from ts_parallel.engine.stats import REASONS, EngineStats, Figures, KVBlocks, Occupancy
 from ts_parallel.serving.metrics import families, prometheus_text, worker_number
 from ts_parallel.serving.torchserve import metrics
 from ts_parallel.serving.torchserve.metrics import MetricsReporter
 
 LABELS = (("model_name", 'a "quoted" name'), ("engine", "9000"))
+BLOCKS = KVBlocks(number=96, size=16, caches_prefixes=True)
 # What TorchServe 0.12 takes for a metric: the patterns of its front end.
 NAME, VALUE = re.compile(r"\w+"), re.compile(r"[0-9\-,.e]+")
 
@@ -28,7 +29,7 @@ def some_figures() -> Figures:
     for moment in (0.2, 0.23, 0.27):
         stats.token(request, request.arrived + moment)
     stats.ended(request, "stop")
-    return Figures(stats, Occupancy(num_running=2, num_waiting=1, kv_cache_usage=0.25))
+    return Figures(stats, Occupancy(num_running=2, num_waiting=1, kv_cache_usage=0.25), BLOCKS)
 
 
 def values(text: str) -> dict[str, float]:
@@ -45,6 +46,8 @@ def test_text_has_vllms_names_and_the_figures() -> None:
     assert found["vllm:num_requests_running{}"] == 2
     assert found["vllm:num_requests_waiting{}"] == 1
     assert found["vllm:kv_cache_usage_perc{}"] == 0.25
+    labels = 'block_size="16",num_gpu_blocks="96",enable_prefix_caching="True"'
+    assert found[f"vllm:cache_config_info{{{labels}}}"] == 1
     assert found["vllm:prompt_tokens_total{}"] == found["vllm:generation_tokens_total{}"] == 3
     assert found["vllm:prefix_cache_hits_total{}"] == 2
     assert found['vllm:request_success_total{finished_reason="stop"}'] == 1
@@ -112,14 +115,14 @@ class TorchServe:
 
 def test_reports_are_of_what_changed_and_add_up() -> None:
     figures, server = some_figures(), TorchServe()
-    current = [Figures(EngineStats(), Occupancy(0, 0, 0.0))]
+    current = [Figures(EngineStats(), Occupancy(0, 0, 0.0), BLOCKS)]
     reporter = MetricsReporter(lambda: current[0], server.make_meter, LABELS)
     num_series = sum(len(family.samples) for family in families(figures))
     assert reporter.report() == num_series
     assert reporter.report() == 0
     current[0] = figures
     assert 0 < reporter.report() < num_series
-    current[0] = Figures(figures.stats, Occupancy(0, 0, 0.0))
+    current[0] = Figures(figures.stats, Occupancy(0, 0, 0.0), BLOCKS)
     request = Request("b", (1,), 1)
     figures.stats.token(request, request.arrived + 0.2)
     reporter.report()
