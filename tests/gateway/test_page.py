@@ -250,3 +250,17 @@ def test_key_is_sent_once_it_is_given(browser: Browser, recorder: Recorder) -> N
         send(page, "Hi")
         expect(page.locator(".assistant .text")).to_have_text("Hello")
         page.close()
+
+
+@in_chromium
+def test_models_that_do_not_chat_are_not_offered(browser: Browser, recorder: Recorder) -> None:
+    with sse_server.running() as batch:
+        batch.card["task"] = "text_embedding"
+        upstreams = [f"{own.url.removesuffix('/v1')}/predictions/demo" for own in (batch, recorder)]
+        with gateway(f"vectors={upstreams[0]}", f"chat={upstreams[1]}") as both, gateway(upstreams[0]) as lonely:
+            page = browser.new_page()
+            page.goto(both.url)
+            expect(page.locator("#model option")).to_have_text(["chat"])
+            page.goto(lonely.url)
+            expect(page.locator("#notice")).to_have_text("No model here generates text.")
+            page.close()

@@ -38,9 +38,10 @@ async function listModels() {
     const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) throw new Error(await complaint(response));
     const before = at("model").value;
-    const names = (await response.json()).data.map((own) => own.id);
+    // One that names its task is of batch inference, and does not chat.
+    const names = (await response.json()).data.filter((own) => !own.task).map((own) => own.id);
     at("model").replaceChildren(...names.map((name) => new Option(name, name, false, name === before)));
-    notice("");
+    notice(names.length ? "" : "No model here generates text.");
   } catch (error) {
     notice(`The models cannot be listed: ${error.message}`);
   }
