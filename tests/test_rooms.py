@@ -243,6 +243,12 @@ def test_no_folder_has_more_files_on_one_floor_than_one_can_take_in() -> None:
     assert {str(folder): count for folder, count in counts.items() if count > MOST_FILES_ON_A_FLOOR} == {}
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Which pytest would import as one module."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_question_that_is_asked_in_one_place_is_asked_there_alone() -> None:
     others = [
         f"{module_of(file)} asks for {name}"
