@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import anthropic
 import httpx
@@ -14,7 +15,7 @@ from serve_process import Served, chat_folder, served_with_gateway
 pytestmark = pytest.mark.torchserve
 
 KEY, OTHER, STALE, ORIGIN = "sk-one-7f", "sk-two-8e", "sk-old-9d", "https://page.example"
-ASK = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+ASK: Any = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_every_key_opens_both(served: Served, key: str) -> None:
             got = httpx.post(f"{base}/v1/chat/completions", json=ASK, headers={header: key}, timeout=60)
             assert got.status_code == 200, got.text
     with anthropic.Anthropic(base_url=served.gateway, api_key=key, max_retries=0, timeout=60) as claude:
-        assert claude.messages.create(model="demo", messages=ASK["messages"], max_tokens=2).content  # type: ignore[arg-type]
+        assert claude.messages.create(model="demo", **ASK).content
 
 
 def test_no_key_or_a_wrong_one_opens_neither(served: Served) -> None:

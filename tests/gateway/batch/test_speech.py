@@ -91,8 +91,9 @@ def test_form_for_a_model_that_generates_text_is_refused(route: str) -> None:
         with gateway(f"{generating.url.removesuffix('/v1')}/predictions/demo") as front:
             got = httpx.post(f"{front.url}/{route}", files={"file": ("a.wav", b"RIFF")})
             assert got.status_code == 404 and "'demo' generates text" in got.json()["error"]["message"]
-            for other in ({"json": {}}, {"content": b"RIFF"}):
-                got = httpx.post(f"{front.url}/{route}", **other)  # type: ignore[arg-type]
+            others: list[dict[str, Any]] = [{"json": {}}, {"content": b"RIFF"}]
+            for other in others:
+                got = httpx.post(f"{front.url}/{route}", **other)
                 assert got.status_code == 400 and "multipart/form-data" in got.json()["error"]["message"]
             assert not generating.bodies
 
