@@ -262,16 +262,22 @@ static inline void look_behind(struct linear *layer, int num_threads)
     atomic_store_explicit(&layer->ahead, ahead, memory_order_relaxed);
 }
 
-/* The panel with the numbers that were kept of it. The `num_blocks` that read those fetch what lies behind it. */
-static inline struct panel unpacked(const struct panel *panel, int64_t num_blocks)
+/* The `num_blocks` of tokens that read the panel's numbers in the cache fetch what lies behind it in memory. */
+static inline void look_behind_panel(struct panel *panel, int64_t num_blocks)
 {
     const int64_t size = bytes_of_pair(panel->kind);
+    panel->ahead = panel->numbers + panel->num_pairs * size;
+    panel->bytes_ahead = num_blocks ? (size + num_blocks - 1) / num_blocks : 0;
+}
+
+/* The panel with the numbers that were kept of it. */
+static inline struct panel unpacked(const struct panel *panel, int64_t num_blocks)
+{
     struct panel kept = *panel;
+    look_behind_panel(&kept, num_blocks);
     kept.kind = PLAIN;
     kept.kept = NULL;
     kept.numbers = (const uint8_t *)panel->kept;
-    kept.ahead = panel->numbers + panel->num_pairs * size;
-    kept.bytes_ahead = num_blocks ? (size + num_blocks - 1) / num_blocks : 0;
     return kept;
 }
 
@@ -290,6 +296,8 @@ static void linear_task(const void *argument, int64_t index)
         if (panels[i].kind != PLAIN && end - begin > FEW_TOKENS)
             panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(PLAIN)), i);
         is_keeping |= panels[i].kept != NULL;
+        if (part[i].kind == PLAIN)
+            look_behind_panel(&panels[i], (end - begin + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS);
     }
     int64_t first = place * PANEL, width = part->num_outputs;
     floats sums[ROWS_OF_LINEARS][4], others[ROWS_OF_LINEARS][4];
