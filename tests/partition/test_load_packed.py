@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, random_model
+from quantised_checkpoints import KINDS, write
 from safetensors.torch import load_file, save_file
 
 from ts_parallel.checkpoint import load
@@ -140,3 +141,35 @@ def test_nan_in_a_weight_that_is_packed_is_refused(tmp_path: Path) -> None:
     tensors(made[0], tmp_path, 0, packs=True)  # the last column is the other rank's
     with pytest.raises(CheckpointError, match=f"'{name}' in .* holds NaN$"):
         tensors(made[1], tmp_path, 1, packs=True)
+
+
+@pytest.mark.parametrize(("quantization", "again"), [(None, ""), ("int4", " and made int4 anew")])
+def test_log_says_what_becomes_of_a_quantised_checkpoint(
+    quantization: str | None, again: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "own", tmp_path / "plain", KINDS["int8, rows (compressed-tensors)"])
+    made = {name: programs(tmp_path / name) for name in ("own", "plain")}
+    caplog.set_level("INFO", "ts_parallel.partition.load")
+    for rank in (0, 1):
+        tensors(made["own"][rank], tmp_path / "own", rank, packs=True, quantization=quantization)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        f"weights stored as int8 with scales (compressed-tensors) are computed as they are read{again}"
+    )
+    assert line.endswith("; activations keep theirs")
+    caplog.clear()
+    tensors(made["plain"][0], tmp_path / "plain", 0, packs=True, quantization=quantization)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("kind", ["FP8, blocks, the last ones smaller", "GPTQ, 4 bits, act-order"])
+def test_panels_of_codes_hold_the_plain_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of which a panel has rows of several blocks, and a rank a part of a group."""
+    write(tmp_path / "own", tmp_path / "plain", KINDS[kind])
+    noted = note_whole(monkeypatch)
+    for rank, program in programs(tmp_path / "own").items():
+        packed = tensors(program, tmp_path / "own", rank, packs=True)
+        assert any(isinstance(own, PackedWeight) for own in packed.values()) and not noted
+        expected = tensors(programs(tmp_path / "plain")[rank], tmp_path / "plain", rank, packs=False)
+        for name, weight in unpacked(packed).items():
+            assert torch.equal(weight, expected[name]), name

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,11 +55,40 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def save_quantised_model(folder: Path, config: PretrainedConfig) -> int:
+    """The same, its linears stored as integers of GPTQ's, four bits each; the bytes of its weights in bfloat16."""
+    weight_map, num_bytes = {}, 0
+    for number, (name, parameter) in enumerate(build_deferred(config, torch.bfloat16).named_parameters()):
+        module, stem = name.removesuffix(".weight"), f"model-{number:05}.safetensors"
+        num_bytes += parameter.nbytes
+        if ".layers." in name and parameter.ndim == 2:
+            outputs, inputs = parameter.shape
+            tensors = {
+                f"{module}.qweight": torch.full((inputs // 8, outputs), 0x12345678, dtype=torch.int32),
+                f"{module}.qzeros": torch.full((inputs // 128, outputs // 8), 0x77777777, dtype=torch.int32),
+                f"{module}.scales": torch.full((inputs // 128, outputs), 0.01, dtype=torch.float16),
+            }
+        else:
+            tensors = {name: torch.empty_like(parameter, device="cpu").fill_(0.01)}
+        weight_map |= dict.fromkeys(tensors, stem)
+        save_file(tensors, folder / stem)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config.save_pretrained(folder)
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    content = {**json.loads((folder / "config.json").read_text()), "quantization_config": section}
+    (folder / "config.json").write_text(json.dumps(content))
+    return num_bytes
+
+
 @pytest.mark.ranks
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_rank_peaks_at_its_own_part_of_the_checkpoint(tp: int, pp: int, folder: Path, tmp_path: Path) -> None:
-    """Traced, cut, loaded, and with its linears packed, which must not hold them twice."""
-    num_bytes = save_large_model(folder, LARGE)
+@pytest.mark.parametrize(
+    ("tp", "pp", "save"), [(2, 1, save_large_model), (1, 2, save_large_model), (2, 1, save_quantised_model)]
+)
+def test_rank_peaks_at_its_own_part_of_the_checkpoint(
+    tp: int, pp: int, save: Callable[[Path, PretrainedConfig], int], folder: Path, tmp_path: Path
+) -> None:
+    """Traced, cut, loaded, and with its linears packed, which must not hold them twice; nor codes beside weights."""
+    num_bytes = save(folder, LARGE)
     assert num_bytes > 500e6
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     environment = {

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
+from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.huge_pages import make_tensor
@@ -102,13 +102,12 @@ def load_program(
     local = {
         name: _memory(entry.local_shape(group.rank), entry.dtype, device) for name, entry in plan.parameters.items()
     }
-    if group.rank == 0:
-        _tell_of_codes([index[source.stored.name] for own in program.sources.values() for source in own], quantization)
     packed = {} if layout is None else _packed(local, program, layout, quantization)
     sources = {
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
     }
+    _tell_of_codes(sources, quantization, group)
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
@@ -135,10 +134,10 @@ def load_program(
     return RankModel(program, tensors, time.perf_counter() - started)
 
 
-def _tell_of_codes(stored: Sequence[StoredTensor], quantization: str | None) -> None:
-    """Say once what becomes of a quantised checkpoint: its weights are computed, and nothing else is quantised."""
-    forms = sorted({source.form for source in stored if source.form})
-    if not forms:
+def _tell_of_codes(sources: Sources, quantization: str | None, group: TensorParallelGroup) -> None:
+    """Say what becomes of a quantised checkpoint: its weights are computed, and nothing else is quantised."""
+    forms = sorted({source.stored.form for own in sources.values() for source in own if source.stored.form})
+    if not forms or group.rank:
         return
     again = f" and made {quantization} anew, which rounds them a second time" if quantization else ""
     logger.info(
