@@ -125,11 +125,25 @@ def _as_stored(name: str, tensor: torch.Tensor, config: Any, architecture: str) 
     return [(name, tensor)]
 
 
-_HALVES: dict[
-    Type, tuple[int, ...]
-] = {  # where in a block float16 numbers stand, of types that the package cannot write
-    Type.IQ4_NL: (0,),
-    **{Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)},
+@dataclass(frozen=True)
+class _Halves:
+    """Where in a block float16 numbers stand, of the types whose codes the package cannot write."""
+
+    step: int
+    size: float
+    """Of the step, so that random codes are as large as weights."""
+    low: int | None = None
+    ratio: float = 0.0
+    """What the lows' number is times the step, so that random codes are about nought."""
+
+
+_HALVES: dict[Type, _Halves] = {
+    Type.IQ4_NL: _Halves(0, 2e-3),
+    Type.Q2_K: _Halves(80, 1e-2, 82, 1.5),
+    Type.Q3_K: _Halves(108, 3e-3),
+    Type.Q4_K: _Halves(0, 8e-4, 2, 7.5),
+    Type.Q5_K: _Halves(0, 4e-4, 2, 15.5),
+    Type.Q6_K: _Halves(208, 1e-4),
 }
 
 
@@ -148,9 +162,11 @@ def _any_blocks(shape: tuple[int, ...], kind: Type) -> Any:
     size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(shape[0])
     octets = generator.integers(0, 256, (*shape[:-1], shape[-1] // size, num_bytes), dtype=np.uint8)
-    for place in _HALVES[kind]:
-        halves = generator.uniform(0.5, 1.0, octets.shape[:-1]).astype(np.float16) * np.float16(2e-4)
-        octets[..., place : place + 2] = np.ascontiguousarray(halves)[..., None].view(np.uint8)
+    own = _HALVES[kind]
+    steps = generator.uniform(0.5, 1.0, octets.shape[:-1]) * own.size
+    for place, numbers in ((own.step, steps), (own.low, steps * own.ratio)):
+        if place is not None:
+            octets[..., place : place + 2] = numbers.astype(np.float16)[..., None].view(np.uint8)
     return octets.reshape(*shape[:-1], -1)
 
 

