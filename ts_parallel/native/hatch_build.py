@@ -27,7 +27,8 @@ _VARIANTS = {
 }
 """Machine → name of a variant of the kernels → which of instructions/ it is made of, and the compiler's flags. Which of
 them a processor can run is asked when they are loaded."""
-_PLAIN = {"plain": ("plain.h", "")}
+# Optimised, it takes a compiler's minutes, and is no faster for what it is there for.
+_PLAIN = {"plain": ("plain.h", "-Og")}
 _IN_FLOAT16 = {"avx512": "", "avx2": "-mf16c", "neon": "", "plain": ""}
 """Those that are compiled for float16 too, and further flags for it: they multiply float32."""
 
