@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from families import ConfigFactory, random_model, tiny
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -58,9 +58,8 @@ def write(folder: Path, plain: Path, kind: Kind, dtype: torch.dtype = torch.bflo
     config = kind.config(dtype=str(dtype).removeprefix("torch."))
     model = random_model(config).to(dtype)
     model.save_pretrained(plain)
-    from safetensors.torch import load_file
-
-    tensors, weights = {}, {}
+    tensors: Tensors = {}
+    weights: Tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         module = name.removesuffix(kind.suffix)
         if name.endswith(kind.suffix) and re.fullmatch(kind.modules, module):
@@ -284,7 +283,7 @@ def bnb_table(table: tuple[float, ...], is_nested: bool, kind: str) -> Callable[
 def mxfp4(experts: torch.Tensor) -> Coded:
     """gpt-oss: `[E, I, O]`, stored as `[E, O, I / 32, 16]`."""
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-    blocks = experts.mT.unflatten(-1, (-1, 32))  # [E, O, G, 32]
+    blocks = experts.mT.reshape(*experts.mT.shape[:2], -1, 32)  # [E, O, G, 32]
     exponents = (blocks.abs().amax(-1) / 6).log2().ceil()
     wide = exponents.exp2().unsqueeze(-1)
     codes = ((blocks / wide).unsqueeze(-1) - values).abs().argmin(-1)

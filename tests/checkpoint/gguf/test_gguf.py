@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,21 @@ def test_tensors_are_those_that_transformers_reads_wherever_they_are_cut(kind: s
                 assert torch.equal(read(stored, Slice(dim, pieces)), expected), (name, pieces)
 
 
-def write_keys(folder: Path, architecture: str = "llama", **keys: Any) -> Path:
-    """A file with a tensor, and such keys."""
+def write_keys(
+    folder: Path,
+    architecture: str = "llama",
+    own: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any] | None = None,
+) -> Path:
+    """A file with a tensor and these, and with the architecture's `own` keys."""
     writer = gguf.GGUFWriter(folder / "x.gguf", architecture)
     sizes = {"context_length": 8192, "embedding_length": 64, "block_count": 1, "feed_forward_length": 96}
-    for key, value in {**sizes, "attention.head_count": 4, "vocab_size": 8, **keys.pop("own", {})}.items():
+    for key, value in {**sizes, "attention.head_count": 4, "vocab_size": 8, **(own or {})}.items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(f"{architecture}.{key}", value) if not isinstance(value, str) else writer.add_string(
             f"{architecture}.{key}", value
         )
-    for name, numbers in {"token_embd.weight": np.zeros((8, 64), np.float32), **keys}.items():
+    for name, numbers in {"token_embd.weight": np.zeros((8, 64), np.float32), **(tensors or {})}.items():
         writer.add_tensor(name, numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -99,7 +105,7 @@ def test_key_that_is_not_understood_is_refused_by_its_name(tmp_path: Path) -> No
 
 
 def test_tensor_without_a_place_is_refused_by_its_name(tmp_path: Path) -> None:
-    write_keys(tmp_path, **{"blk.0.attn_sinks.weight": np.zeros(4, np.float32)})
+    write_keys(tmp_path, tensors={"blk.0.attn_sinks.weight": np.zeros(4, np.float32)})
     with pytest.raises(CheckpointError, match=r"holds 'blk\.0\.attn_sinks\.weight', for which no name is known"):
         read_index(tmp_path)
 
@@ -123,13 +129,13 @@ def test_stretched_frequencies_become_the_factors_that_made_them(factor: float, 
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1.0 / 500000.0 ** (torch.arange(64) / 64)
     own = {"rope.freq_base": 500000.0, "embedding_length": 512}
-    file = write_keys(tmp_path, own=own, **{"rope_freqs.weight": (plain / stretched).float().numpy()})
+    file = write_keys(tmp_path, own=own, tensors={"rope_freqs.weight": (plain / stretched).float().numpy()})
     found, _ = config_of(read_header(file))
     assert found["rope_scaling"] == {key: value for key, value in rope.items() if key != "rope_theta"}
 
 
 def test_frequencies_that_nothing_is_known_of_are_refused(tmp_path: Path) -> None:
-    file = write_keys(tmp_path, **{"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)})
+    file = write_keys(tmp_path, tensors={"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)})
     with pytest.raises(CheckpointError, match=r"holds 'rope_freqs\.weight', which stretch rotary frequencies"):
         config_of(read_header(file))
 
