@@ -102,7 +102,7 @@ def test_folder_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_checkpoint_is_refused_with_the_names_that_were_looked_for(tmp_path: Path) -> None:
-    names = r"neither model\.safetensors nor .*, pytorch_model\.bin, .* nor \.metadata in "
+    names = r"neither model\.safetensors nor .*, pytorch_model\.bin, .*, \.metadata nor \*\.gguf in "
     with pytest.raises(CheckpointError, match=f"{names}{tmp_path}"):
         read_index(tmp_path)
 
