@@ -41,6 +41,8 @@ DEFAULTS = {
     "served_model_name": None,
     "strict": False,
     "clamp_max_tokens": False,
+    "chat_format": "auto",
+    "split_reasoning": True,
     "eager": False,
 }
 BATCH_DEFAULTS = {
@@ -88,6 +90,8 @@ def test_every_key_reaches_its_field() -> None:
         "served_model_name": "gpt-4o,demo",
         "strict": True,
         "clamp_max_tokens": True,
+        "chat_format": "hermes",
+        "split_reasoning": False,
     }
     assert section.keys() | {"eager", "gpu_memory_utilization"} == DEFAULTS.keys()
     assert parse_config(section).model_dump() == {**section, "eager": False, "gpu_memory_utilization": None}

@@ -37,6 +37,8 @@ CASES: dict[str, Case] = {
     "served_model_name": (["--served-model-name", "gpt-4o,demo"], "gpt-4o,demo"),
     "strict": (["--strict"], True),
     "clamp_max_tokens": (["--clamp-max-tokens"], True),
+    "chat_format": (["--chat-format", "hermes"], "hermes"),
+    "split_reasoning": (["--no-split-reasoning"], False),
 }
 OTHERS: dict[str, Case] = {  # they do not go together with some of the first
     "device": (["--device", "cuda"], "cuda"),

@@ -38,6 +38,7 @@ from ts_parallel.serving.batch.tasks import make_task
 from ts_parallel.serving.batch.texts.classification import Labels
 from ts_parallel.serving.batch_inference import BatchInferenceHandler, refuse_continuous_batching
 from ts_parallel.serving.exchange import RawRequest
+from ts_parallel.serving.torchserve.front_end_settings import MessageSizes
 from ts_parallel.serving.torchserve.streaming import ResponseStream
 
 TEXTS = ["A cat sits on the mat.", "Stocks fell.", "The weather is lovely today, and it was yesterday too.", "x"]
@@ -198,7 +199,7 @@ def test_encoder_answers_with_a_vector_for_each_token_of_its_own() -> None:
 
 
 def test_answer_that_is_too_large_is_refused_alone_in_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_inference, "max_response_size", lambda: 100_000)
+    monkeypatch.setattr(batch_inference, "message_sizes", lambda: MessageSizes(max_response_size=100_000))
     (fits, rows), (too_large, error), (again, _) = Worker("encoder", MINILM).ask(
         {"text": "short"}, {"text": "many words " * 50}, {"text": "short"}
     )

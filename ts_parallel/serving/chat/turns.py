@@ -87,6 +87,7 @@ class Turns:
         self._for_all = format_for_all(tokenizer)
         template = template_text(tokenizer)
         self._is_told_in_words = "tools" not in template
+        self._shows_calls = "tool_calls" in template
         self._has_system = "system" in template
         self._decoders: dict[frozenset[int], TextDecoder] = {}
         if self._is_off:
@@ -100,9 +101,11 @@ class Turns:
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], offer: Offer | None
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """Messages and tools as the chat template gets them, which may know nothing of tools."""
+        """Messages and tools as the chat template gets them, which may know nothing of tools, or only of calls: these
+        it shows as it does, where no tools are to be told of."""
         tools = None if offer is None else list(offer.tools)
-        if self._is_off or not self._is_told_in_words:
+        is_as_it_shows = self._shows_calls and not tools
+        if self._is_off or not self._is_told_in_words or is_as_it_shows:
             return [dict(message) for message in messages], tools
         own = self._format if self._format is not None and self._has_calls(self._format) else self._for_all
         assert own.written is not None
