@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from exact_answers import Answers, keep_programs, parallel_answers, plain_answers, write_prompts
+from exact_answers import Answers, judge, keep_programs, parallel_answers, plain_answers, write_prompts
 from families import random_model, tiny
 from gguf import GGMLQuantizationType
 from gguf_files import GGUF_KINDS, GgufKind, write_gguf
@@ -158,19 +158,11 @@ def find_out(kinds: Sequence[str]) -> Outcomes:
         found = parallel_answers(runnable, list(SHAPES.values()), root / "report.json") if runnable else {}
     return {
         kind: {
-            shape: own.refused.get(shape) or _judge(found[sizes][own.folder.name], own.plain)
+            shape: own.refused.get(shape) or judge(found[sizes][own.folder.name], own.plain, EQUAL, WRONG)
             for shape, sizes in SHAPES.items()
         }
         for kind, own in prepared.items()
     }
-
-
-def _judge(answers: Answers | str, plain: Answers) -> str:
-    if isinstance(answers, str):
-        return answers
-    if len(set(map(tuple, plain))) < len(plain):
-        return "transformers answers several prompts alike: a weak test"
-    return EQUAL if answers == plain else WRONG
 
 
 def markdown(outcomes: Outcomes) -> str:

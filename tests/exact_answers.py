@@ -89,3 +89,12 @@ def parallel_answers(
     assert result.returncode == 0, result.stderr[-3000:]
     answers = json.loads(report.read_text())
     return {shape: answers[name] for shape, name in zip(shapes, spelled, strict=True)}
+
+
+def judge(answers: Answers | str, plain: Answers, equal: str, wrong: str) -> str:
+    """`equal` or `wrong`; why there are no answers, where they are a text; or that `plain` ones would prove little."""
+    if isinstance(answers, str):
+        return answers
+    if len(set(map(tuple, plain))) < len(plain):
+        return "transformers answers several prompts alike: a weak test"
+    return equal if answers == plain else wrong

@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from exact_answers import Answers, keep_programs, parallel_answers, plain_answers, write_prompts
+from exact_answers import Answers, judge, keep_programs, parallel_answers, plain_answers, write_prompts
 from families import TINY_FAMILIES, save_random_model
 from transformers.utils import logging
 
@@ -75,19 +75,11 @@ def find_out(families: Sequence[str]) -> Outcomes:
         found = parallel_answers(runnable, list(SHAPES.values()), Path(root) / "report.json")
     return {
         family: {
-            shape: own.refused.get(shape) or _judge(found[sizes][own.folder.name], own.plain)
+            shape: own.refused.get(shape) or judge(found[sizes][own.folder.name], own.plain, EQUAL, "other tokens")
             for shape, sizes in SHAPES.items()
         }
         for family, own in prepared.items()
     }
-
-
-def _judge(answers: Answers | str, plain: Answers) -> str:
-    if isinstance(answers, str):
-        return answers
-    if len(set(map(tuple, plain))) < len(plain):
-        return "transformers answers several prompts alike: a weak test"
-    return EQUAL if answers == plain else "other tokens"
 
 
 def markdown(outcomes: Outcomes) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 
 from ts_parallel.serving.chat.formats import ChatFormat
 from ts_parallel.serving.chat.tools import Function, Offer
+from ts_parallel.serving.text.structured_output import WHITESPACE
 
 _TEXT = "/(?s:.*)/"
-# One space, or a new line that is indented, as for other forms: more could go on for ever.
-_WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 _PLACES = re.compile(r"\$(name|arguments|key|value|text)")
 
 
@@ -169,7 +168,7 @@ class _Grammar:
         return self._rule(f"{_TEXT} {json.dumps(end)}", "[lazy]")
 
     def _schema(self, schema: Mapping[str, Any]) -> str:
-        own = {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+        own = {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
         return self._rule(f"%json {json.dumps(own)}")
 
     def _filled(self, text: str, places: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from ts_parallel.serving.text.forms import Form, FormKind
 logger = logging.getLogger(__name__)
 
 # One space, or a new line that is indented: a greedy model that may put more there is known to go on with it for ever.
-_WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
+WHITESPACE = r"\x20|\n(\x20{0,32}|\t{0,8})"
 _LONGEST_MESSAGE = 300
 # A form is compiled beside the streams: up to these limits mostly in less than 0.1 s, 0.7 s at the worst found.
 MOST_CHOICES = 4096
@@ -142,7 +142,7 @@ def _grammar(kind: FormKind, text: str) -> str:
 
     grammar: str
     if kind == "json":
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
     elif kind == "regex":
         grammar = llguidance.LLMatcher.grammar_from_regex(text)
     else:
