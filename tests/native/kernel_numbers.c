@@ -101,6 +101,15 @@ static void show_linears(void)
                 if (!linear_run(&call, 2))
                     abort();
                 show("linear", kind * 100 + activation, output, tokens[i] * outputs);
+                /* What is fetched ahead lies in the layer's panels, however many threads share them. */
+                struct linear before = {.next = &layer};
+                for (int num_threads = 1; num_threads < 5; num_threads++) {
+                    look_behind(&before, num_threads);
+                    int64_t size = bytes_of_panel((enum number_kind)kind, inputs / 2);
+                    int64_t at = before.ahead ? (const uint8_t *)before.ahead - layer.parts[0].panels : 0;
+                    if (at < 0 || at + before.bytes_ahead > layer.num_panels * size)
+                        abort();
+                }
             }
     }
 }
@@ -168,6 +177,10 @@ static void show_attention(int64_t block_size, int64_t window, float softcap, in
 
 int main(void)
 {
+#ifdef __AMX_TILE__
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* the tiles' numbers */))
+        return 77;
+#endif
     show_linears();
     show_rows();
     show_attention(16, 0, 0, 0);

@@ -239,10 +239,10 @@ static inline struct panel panel_of(const struct linear_part *part, int64_t inde
 /* Which part a layer's panel number `place` belongs to; `place` becomes its number there. */
 static inline int find_part(const struct linear *layer, int64_t *place)
 {
-    int number = 0;
-    if (!layer->activation)
-        for (int64_t own; *place >= (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL); number++)
-            *place -= own;
+    int number = 0, last = layer->activation ? 0 : layer->num_parts - 1;
+    for (int64_t own; number < last; number++, *place -= own)
+        if (*place < (own = (layer->parts[number].num_outputs + PANEL - 1) / PANEL))
+            break;
     return number;
 }
 
@@ -252,7 +252,7 @@ static inline void look_behind(struct linear *layer, int num_threads)
     const struct linear *next = layer->next;
     const uint8_t *ahead = NULL;
     int64_t size = 0;
-    if (next) { /* the panel that the second thread will begin with */
+    if (next && num_threads > 1) { /* the panel that the second thread will begin with */
         int64_t place = next->num_panels / num_threads;
         const struct linear_part *part = &next->parts[find_part(next, &place)];
         size = bytes_of_panel(part->kind, next->num_inputs / 2);
