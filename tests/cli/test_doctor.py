@@ -17,14 +17,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from ts_parallel.cli.doctor import computing, host, loopback, software
+from ts_parallel.cli.doctor import arithmetic, computing, host, loopback, software
 from ts_parallel.cli.doctor.finding import Finding, Status
-from ts_parallel.cli.main import app
 from ts_parallel.machine import Machine
 from ts_parallel.partition.prepared import CACHE_VARIABLE
-from ts_parallel.runtime.backends.choose import choose_backend, kernel_variants
+from ts_parallel.runtime.backends.choose import kernel_variants
 
 COMMAND = str(Path(sys.executable).parent / "ts-parallel")
 PROGRAM = "from ts_parallel.cli.main import main; main()"
@@ -104,31 +102,68 @@ def test_what_is_missing_is_told_with_what_to_do_and_the_status(tmp_path: Path) 
     assert "2 FAIL" in last
 
 
-def test_kernel_that_answers_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def broken(how: str, folder: Path) -> dict[str, str]:
+    """What to add to the environment of a `doctor` whose backend is broken: lines of Python that know its `kind`."""
+    setting = f"""
+import sys
+if "ts_parallel.cli.doctor.arithmetic" in sys.orig_argv:
+    import os, signal, torch
+    from ts_parallel.runtime.backends.choose import choose_backend
     kind = type(choose_backend(torch.device("cpu"), torch.bfloat16))
-    right: Any = kind.make_norm
-    monkeypatch.setattr(kind, "make_norm", lambda *own: lambda hidden: right(*own)(hidden) * 1.02)
-    monkeypatch.setattr(kind, "rotary", lambda *_: 1 / 0)
-    result = CliRunner().invoke(app, ["doctor"])
-    found, _ = read(result.stdout)
-    assert result.exit_code == 1
-    status, text = found["norm"]
-    assert status == "FAIL" and re.search(r"^[\d,]+ of 30,720 numbers by .* are off by more than \|x\|/100", text)
+    right = kind.make_norm
+    {how}
+"""
+    (folder / "sitecustomize.py").write_text(setting)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_kernel_that_answers_wrong_fails(tmp_path: Path) -> None:
+    norm = "kind.make_norm = lambda *own: lambda hidden: right(*own)(hidden) * 1.02"
+    status, found, _ = run(**broken(f"{norm}; kind.rotary = lambda *_: 1 / 0", tmp_path))
+    assert status == 1
+    state, text = found["norm"]
+    assert state == "FAIL" and re.search(r"^[\d,]+ of 30,720 numbers by .* are off by more than \|x\|/100", text)
     assert ("TS_PARALLEL_ISA=none" if kernel_variants() else "dtype: float32") in text
     assert found["rotary"][0] == found["float16"][0] == "FAIL"
     assert all("the check ended by ZeroDivisionError" in found[name][1] for name in ("rotary", "float16"))
     assert found["argmax"][0] == "ok"  # the others follow
 
 
-def test_float16_that_is_computed_wrong_names_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type(choose_backend(torch.device("cpu"), torch.float16))
-    right: Any = kind.make_norm
-    monkeypatch.setattr(kind, "make_norm", lambda *own: lambda hidden: right(*own)(hidden).bfloat16().to(hidden.dtype))
-    found = {name: check() for name, check in computing.arithmetic()}
-    assert found["norm"].status == Status.OK
-    line = found["float16"].line
-    assert found["float16"].status == Status.FAIL and re.search(r"[\d,]+ of 30,720 numbers of norm by ", line)
-    assert "are further off than they may be" in line and "of rotary" not in line
+def test_float16_that_is_computed_wrong_names_the_operations(tmp_path: Path) -> None:
+    rounded = "kind.make_norm = lambda *own: lambda hidden: right(*own)(hidden).bfloat16().to(hidden.dtype)"
+    _, found, _ = run(**broken(rounded, tmp_path))
+    state, text = found["float16"]
+    assert found["norm"][0] == "ok"
+    assert state == "FAIL" and re.search(r"[\d,]+ of 30,720 numbers of norm by ", text)
+    assert "are further off than they may be" in text and "of rotary" not in text
+
+
+def test_instruction_that_the_processor_has_not_ends_its_line_alone(tmp_path: Path) -> None:
+    status, found, last = run(**broken("kind.rotary = lambda *_: os.kill(os.getpid(), signal.SIGILL)", tmp_path))
+    assert status == 1
+    for name in ("rotary", "float16"):
+        state, text = found[name]
+        assert state == "FAIL" and text.startswith("the process that computed it ended with SIGILL: "), text
+        assert ("TS_PARALLEL_ISA=none" if kernel_variants() else "dtype: float32") in text
+    assert {found[name][0] for name in ("norm", "argmax", "linear bfloat16")} == {"ok"}
+    assert list(found)[-1] == "ranks over gloo" and "2 FAIL" in last
+
+
+def test_operation_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = broken("import time; kind.rotary = lambda *_: time.sleep(600)", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", own["PYTHONPATH"])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {}
+    with arithmetic.in_own_process() as process:
+        for name, check in process.checks():
+            if name == "float16":
+                break
+            monkeypatch.setattr(arithmetic, "_SECONDS", 1.0 if name == "rotary" else 100.0)
+            found[name] = check()
+        last = psutil.Process(process._process.pid)
+    assert found["rotary"].status == Status.FAIL and found["rotary"].text == "no answer after 1 s"
+    assert found["norm"].status == found["argmax"].status == Status.OK
+    assert not last.is_running()
 
 
 def status_of(finding: Finding) -> Status:

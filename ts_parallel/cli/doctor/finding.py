@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,3 +32,15 @@ class Finding:
 def judged(subject: str, text: str, advice: str, worst: Status) -> Finding:
     """`worst` where there is advice, else well."""
     return Finding(subject, worst if advice else Status.OK, text, advice)
+
+
+Check = Callable[[], Finding]
+
+
+def finding_of(name: str, check: Check) -> Finding:
+    """A check that breaks is a finding too, and the others follow."""
+    try:
+        return check()
+    except Exception as error:
+        text = f"the check ended by {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return Finding(name, Status.FAIL, text, "report it with this page")
