@@ -13,6 +13,7 @@ TSParallelError
     ├── NotFoundError 404   no such route, or no such model
     ├── AnswerTooLargeError 413   the answer has more bytes than TorchServe's front end takes
     ├── BusyError     429   too many requests wait already
+    ├── DrainingError 503   the server ends, and finishes only what it has begun
     ├── EngineError   500   the engine failed while it ran this request, or the model leaves it no token (NaN)
     └── TimedOutError 504   the request took longer than it may
 
@@ -96,6 +97,16 @@ class BusyError(RequestError):
     kind = "rate_limit_error"
     code = "rate_limit_exceeded"
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
+class DrainingError(RequestError):
+    status = 503
+    kind = "server_error"
+    code = "server_shutting_down"
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "10"}
+
+    def __init__(self) -> None:
+        super().__init__("this server is ending and takes no more requests: try again later, or another server")
 
 
 class EngineError(RequestError):

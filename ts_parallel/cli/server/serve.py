@@ -70,13 +70,17 @@ def serve(
         str | None,
         typer.Option(metavar="ORIGIN", help="Origin whose pages may ask, such as https://chat.local; * for any."),
     ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How long the requests that are open may go on once it is to end."),
+    ] = 30,
     max_request_size: MaxRequestSize = _MAX_MESSAGE_SIZE,
     max_response_size: MaxResponseSize = _MAX_MESSAGE_SIZE,
     verbose: Annotated[bool, typer.Option(help="Show TorchServe's own output.")] = False,
     *,
     keys: HandlerKeys,
 ) -> None:
-    """Serve a checkpoint until Ctrl-C or SIGTERM."""
+    """Serve a checkpoint until Ctrl-C or SIGTERM; what is open then may finish, and a second signal ends it at once."""
     sizes = {
         "max_request_size": parse_message_size(max_request_size, "--max-request-size"),
         "max_response_size": parse_message_size(max_response_size, "--max-response-size"),
@@ -95,18 +99,19 @@ def serve(
         running(settings, folder, name, host, port, verbose, stop, metrics_port, show, access, **sizes) as server,
     ):
         if not stop.is_set():
-            _stay(server, stop, host, gateway_port, sizes["max_request_size"], access)
+            _stay(server, stop, host, gateway_port, sizes["max_request_size"], access, drain_timeout)
 
 
 def _stay(
     server: TorchServe,
-    stop: threading.Event,
+    stop: Stop,
     host: str,
     gateway_port: int | None,
     max_request_size: int,
     access: Access,
+    drain_timeout: float,
 ) -> None:
-    """Until `stop` is set, with a gateway where one is wanted."""
+    """Until `stop` is set and what was open then has ended, with a gateway where one is wanted."""
     with ExitStack() as at_the_end:
         beside: GatewayBeside | None = None
         if gateway_port is not None:
@@ -117,6 +122,15 @@ def _stay(
         if server.key_file is not None:
             print(f"clients need the inference key of {server.key_file}", flush=True)
         server.wait(stop, beside.keep_up if beside is not None else lambda: None)
+        if drain_timeout:
+            left = server.drain(drain_timeout, stop.at_once, partial(_tell_open, drain_timeout))
+            if left:
+                print(f"{left} requests are broken off", file=sys.stderr, flush=True)
+
+
+def _tell_open(seconds: float, count: int) -> None:
+    text = f"{count} requests are open and may go on for {seconds:g} s; Ctrl-C or SIGTERM again ends them"
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -193,6 +207,11 @@ class Stop(threading.Event):
 
     raises = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = threading.Event()
+        """Set by the second."""
+
 
 @contextmanager
 def raising_stopped(stop: threading.Event) -> Iterator[None]:
@@ -207,16 +226,19 @@ def raising_stopped(stop: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, the first time; a second one kills as usual. Ends at `Stopped`."""
+def stopped_by_signals() -> Iterator[Stop]:
+    """An event that Ctrl-C and SIGTERM set, the first time; a third one kills as usual. Ends at `Stopped`."""
     stop = Stop()
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {kind: signal.getsignal(kind) for kind in kinds}
 
     def handler(kind: int, _: object) -> None:
+        if stop.is_set():
+            stop.at_once.set()
+            for each in kinds:
+                signal.signal(each, before[each])
+            return
         stop.set()
-        for each in kinds:
-            signal.signal(each, before[each])
         print(f"stopping ({signal.Signals(kind).name})", file=sys.stderr, flush=True)
         if stop.raises:
             raise Stopped

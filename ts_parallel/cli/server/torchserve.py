@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,10 +25,14 @@ import psutil
 from ts_parallel.config import API_KEY_VARIABLE, ARCHIVE_VERSION
 from ts_parallel.errors import ConfigError, StartupError
 from ts_parallel.machine import is_loopback
+from ts_parallel.serving.torchserve import draining
 from ts_parallel.serving.torchserve.worker import CANNOT_START
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 15
+# Between two looks for open requests. Two without any are the end: until the first each worker has told of its own,
+# until the second TorchServe has passed on the last that they sent.
+_SECONDS_OF_A_LOOK = 0.5
 _LINES_OF_A_FAILURE = 20
 _FIRST_PORT, _PORTS_TRIED = 10000, 100
 _CORES_A_THREAD = 8  # of those that pass bytes on
@@ -108,6 +113,7 @@ class TorchServe:
         self._max_response_size = max_response_size
         self._access = access or Access()
         self._log = workspace / "torchserve.log"
+        self._drain_folder = workspace / "drain"
         self._process: subprocess.Popen[bytes] | None = None
         self.grpc_port: int | None = None  # once it was started
         self.key_file = None if self._access.api_key or is_loopback(host) else workspace / "key_file.json"
@@ -210,6 +216,29 @@ class TorchServe:
                 raise StartupError(f"TorchServe ended with status {self._process.returncode}")
             meanwhile()
 
+    def drain(self, seconds: float, at_once: threading.Event, tell: Callable[[int], None]) -> int:
+        """Take no more requests, and return once all that are open have ended, `seconds` have passed, or `at_once` is
+        set.
+
+        Args:
+            tell: called with how many are open, where they are waited for.
+
+        Returns: how many are open still.
+        """
+        assert self._process is not None
+        draining.begin(self._drain_folder)
+        deadline = time.monotonic() + seconds
+        count, num_empty, has_told = 0, 0, False
+        while num_empty < 2 and time.monotonic() < deadline and self._process.poll() is None:
+            if at_once.wait(_SECONDS_OF_A_LOOK):
+                break
+            count = draining.num_open(self._drain_folder)
+            num_empty = 0 if count else num_empty + 1
+            if count and not has_told:
+                tell(count)
+                has_told = True
+        return count
+
     def stop(self) -> None:
         """End TorchServe, its workers and their ranks; kill what does not end by itself."""
         if self._process is None:
@@ -277,6 +306,7 @@ class TorchServe:
             "LOG_LOCATION": str(self._workspace / "logs"),
             "METRICS_LOCATION": str(self._workspace / "logs"),
             "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_ports(1)[0]}",
+            draining.VARIABLE: str(self._drain_folder),
         }
         environment.pop(API_KEY_VARIABLE, None)
         if self._access.api_key is not None:

@@ -17,6 +17,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from ts_parallel.errors import AnswerTooLargeError, EngineError
 from ts_parallel.serving.exchange import Door, OpenJob, RawRequest, Reply
+from ts_parallel.serving.torchserve.draining import Draining
 from ts_parallel.serving.torchserve.front_end import FrontEnd, exit_now
 from ts_parallel.serving.torchserve.front_end_settings import DEFAULT_MESSAGE_SIZE
 from ts_parallel.serving.torchserve.keep_open import ROUTE as KEEP_OPEN
@@ -59,8 +60,12 @@ class OpenJobs(Generic[D]):
         self._most_bytes = most_bytes
         self._jobs: dict[str, OpenJob[D]] = {}
         self._ready: dict[str, Reply] = {}
+        self._draining = Draining()
 
     def _register(self, request_id: str, request: RawRequest) -> None:
+        if (error := self._draining.refusal_of(request.route)) is not None:
+            self._ready[request_id] = Reply.refusal(error)
+            return
         opened = self._open_job(request_id, request)
         if isinstance(opened, Reply):
             self._ready[request_id] = opened
@@ -134,6 +139,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         """Take what there is for each job. `context` is TorchServe's; it is told of each one's status, type and end."""
         names: dict[int, str] = dict(context.request_ids)
         self._drop_all_but(set(names.values()))
+        self._draining.tell(len(self._jobs))
         for index, request_id in names.items():
             if not self._knows(request_id):
                 if is_grpc(context, index):
@@ -158,6 +164,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
             bodies[index] = reply.body
             announce(reply, context, index)
             context.stopping_criteria[index] = lambda _, ends=reply.stream_ends: ends
+        self._draining.tell(len(self._jobs) + len(self._ready))
         return bodies
 
     def _drop_all_but(self, names: set[str]) -> None:

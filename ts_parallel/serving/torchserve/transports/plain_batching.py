@@ -55,6 +55,7 @@ class PlainBatches(OpenJobs[D]):
             for request_id in list(self._jobs):  # none, unless something was raised
                 self._forget(request_id)
             self._ready.clear()
+            self._draining.tell(0)
 
     def _answer(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         waiting: dict[int, str] = dict(context.request_ids)
@@ -66,6 +67,7 @@ class PlainBatches(OpenJobs[D]):
         while waiting:
             if work is not None and work.done():
                 work.result()
+            self._draining.tell(len(waiting))
             if not self._ready:
                 self._door.router.wait(SECONDS_PER_DRAIN)
             pieces: dict[int, str] = {}
