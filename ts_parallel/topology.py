@@ -7,6 +7,7 @@ groups and tensors, not models.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ts_parallel.errors import TopologyError
@@ -27,6 +29,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Once all have loaded, a rank that hears nothing for so long of what it waits for takes the other one for dead. The
 # engine gives signs of life well within it.
 PATIENCE = timedelta(seconds=120)
+# Whether torchrun's own store is that of its ranks too; else the first makes one, at the port that torchrun has chosen.
+_SHARES_ITS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def open_topology(
     if chosen.type == "cpu":
         torch.set_num_threads(num_threads)
     if not dist.is_initialized():
-        _join(world_size, chosen)
+        _join(int(environment.get("RANK", "0")), world_size, chosen, environment)
     shape = (pipeline_parallel_size, tensor_parallel_size)
     mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=("pp", "tp"))
     group = open_tensor_parallel(mesh, patience)
@@ -208,11 +212,28 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _join(world_size: int, device: torch.device) -> None:
+def _join(rank: int, world_size: int, device: torch.device, environment: Mapping[str, str]) -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if world_size == 1:  # no torchrun, no port: a store in this process's own memory
-        dist.init_process_group(
-            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-        )
+        store: Store = HashStore()
+    elif environment.get(_SHARES_ITS_STORE) == "False" and environment.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = _store_on_loopback(rank, world_size, int(environment["MASTER_PORT"]))
     else:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        return
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _store_on_loopback(rank: int, world_size: int, port: int) -> TCPStore:
+    """For ranks of one host. A store that torch makes listens on all of the host's addresses, and asks nobody for a
+    key."""
+    listener: int | None = None
+    if rank == 0:
+        with socket.socket() as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            own.bind(("127.0.0.1", port))
+            own.listen()
+            listener = own.detach()
+    return TCPStore(
+        "127.0.0.1", port, world_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT, master_listen_fd=listener
+    )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from deployment import wait_until
@@ -54,6 +55,15 @@ def expected(plain: tuple[Any, Any], prompt: str, max_tokens: int, ignore_eos: b
 
 def completions(server: TorchServe) -> str:
     return f"{server.url}/1.0/v1/completions"
+
+
+def test_nobody_listens_but_on_loopback(server: TorchServe) -> None:
+    """Neither TorchServe, nor torchrun, nor its ranks, which torch lets listen on all addresses."""
+    assert server.pid is not None
+    family = [parent := psutil.Process(server.pid), *parent.children(recursive=True)]
+    listening = [own.laddr for process in family for own in process.net_connections("inet") if own.status == "LISTEN"]
+    assert len(listening) > 5  # Java's five, and gloo's
+    assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
 
 def test_answer_streams_in_pieces_and_is_the_plain_models(server: TorchServe, plain: tuple[Any, Any]) -> None:

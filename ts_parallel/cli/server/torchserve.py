@@ -294,7 +294,12 @@ class TorchServe:
         return "".join(f"{key}={value}\n" for key, value in settings.items())
 
     def _environment(self) -> dict[str, str]:
-        """TorchServe finds torchrun and python by PATH, and torchrun its own port by PET_RDZV_ENDPOINT."""
+        """TorchServe finds torchrun and python by PATH.
+
+        All ranks are of this host, so torchrun meets itself in a file of its own, its ranks meet by a store of ours
+        (`topology.py`), and gloo takes loopback: by torch's own choice each listens on all addresses of the host. The
+        file grows by each sign of life, of which one a day is enough where nobody else looks.
+        """
         scripts = str(Path(sys.executable).parent)
         temporary = self._workspace / "tmp"
         temporary.mkdir()
@@ -305,7 +310,10 @@ class TorchServe:
             "TMPDIR": str(temporary),
             "LOG_LOCATION": str(self._workspace / "logs"),
             "METRICS_LOCATION": str(self._workspace / "logs"),
-            "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_ports(1)[0]}",
+            "PET_RDZV_ENDPOINT": "",
+            "PET_RDZV_CONF": "store_type=file,keep_alive_interval=86400",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
             draining.VARIABLE: str(self._drain_folder),
         }
         environment.pop(API_KEY_VARIABLE, None)
