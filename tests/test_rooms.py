@@ -88,7 +88,8 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "graph": {"floor"},
     },
     "checkpoint": {
-        "floor": {"formats", "codes", "gguf"},
+        "floor": {"folders", "formats", "codes", "gguf"},
+        "folders": {"gguf", "codes", "formats", "floor"},
         "conversion": {"formats", "floor"},
         "formats": {"floor"},
         "codes": {"floor"},

@@ -7,25 +7,36 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder, is_gguf
+from ts_parallel.checkpoint.folders.located import checkpoint_folder
+from ts_parallel.checkpoint.gguf.prepared import is_gguf
 from ts_parallel.errors import CheckpointError
 
 # No code: nothing that is fetched can run.
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # Only where there is nothing else. They are pickles, of which `torch_files.py` reads the tensors and executes nothing.
-_TORCH_FILES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+_TORCH_FILES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 
 
 def locate_checkpoint(path_or_hub_id: str) -> Path:
     """The local folder of a checkpoint, absolute.
 
     Raises:
-        CheckpointError: it is no folder and no GGUF file here, and no repository that the hub can be asked for.
+        CheckpointError: it is no folder and no GGUF file here, and no repository that the hub can be asked for; or the
+            folder holds several checkpoints, or none that is read here.
+    """
+    return checkpoint_folder(locate_folder(path_or_hub_id))
+
+
+def locate_folder(path_or_hub_id: str) -> Path:
+    """The local folder that is meant, an adapter's for example, or GGUF file, absolute.
+
+    Raises:
+        CheckpointError: it is none here, and no repository that the hub can be asked for.
     """
     try:
         folder = Path(path_or_hub_id).expanduser()
         if folder.is_dir() or is_gguf(folder):
-            return checkpoint_folder(folder.resolve())
+            return folder.resolve()
     except (RuntimeError, OSError):  # no such user, a name too long
         raise CheckpointError(f"no folder {path_or_hub_id}") from None
     try:

@@ -13,6 +13,10 @@ import torch
 Box = tuple[tuple[int, int], ...]
 """`(start, length)` of each dim."""
 
+NameFinder = Callable[[Mapping[str, tuple[str | int, ...]], Path], dict[str, str]]
+"""Of the tensors that a checkpoint holds, by key the path of dicts and names under which each was saved: key → what the
+model calls it, for those that are the model's. Told the file or folder too, which its errors name."""
+
 
 @dataclass(frozen=True)
 class Slice:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ts_parallel.checkpoint.settings import CONFIG_FILE
-from ts_parallel.checkpoint.source import locate_checkpoint
+from ts_parallel.checkpoint.source import locate_folder
 from ts_parallel.config import parse_bytes
 from ts_parallel.errors import ConfigError
 
@@ -58,9 +58,9 @@ def parse_message_size(text: str, option: str) -> int:
 def locate_adapter(adapter: str | None) -> str | None:
     """
     Raises:
-        CheckpointError: as `locate_checkpoint`.
+        CheckpointError: as `locate_folder`.
     """
-    return None if adapter is None else str(locate_checkpoint(adapter))
+    return None if adapter is None else str(locate_folder(adapter))
 
 
 def check_config_folder(folder: Path | None) -> Path | None:

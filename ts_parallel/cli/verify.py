@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ts_parallel.checkpoint.conversion.companions import companion_files, weight_files
+from ts_parallel.checkpoint.folders.weight_files import has_plain_weights
 from ts_parallel.checkpoint.gguf.prepared import is_gguf_folder
-from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
@@ -116,8 +116,7 @@ def check_reference(folder: Path, reference: Path | None) -> Path:
     except CheckpointError:
         raise ConfigError(f"no {CONFIG_FILE} in {folder}: name the folder that has it with --config") from None
     if reference is None:
-        files = (SINGLE_FILE, SHARD_INDEX, TORCH_FILE, TORCH_INDEX)
-        if not any((folder / name).is_file() for name in files) and not is_gguf_folder(folder):
+        if not has_plain_weights(folder) and not is_gguf_folder(folder):
             raise ConfigError(
                 f"transformers cannot read the weights of {folder}: name a Hugging Face folder of the same ones with "
                 "--reference"

@@ -32,7 +32,7 @@ from ts_parallel.partition.graph.stages import (
 )
 from ts_parallel.partition.graph.trace import TracedGroup, TracedModel, attention_marker, trace
 from ts_parallel.partition.load import RankModel, load_items, load_progress
-from ts_parallel.partition.match import match_checkpoint
+from ts_parallel.partition.match import match_checkpoint, untie
 from ts_parallel.partition.model.attention_sites import LENGTH_DEPENDENT_ROPE, find_attention_sites
 from ts_parallel.partition.model.causal_lm import trace_causal_lm
 from ts_parallel.partition.model.deferred import build_deferred, materialise
@@ -77,6 +77,8 @@ class ShardedModel:
     plan: TensorParallelPlan
     sites: tuple[AttentionSite, ...]
     """Its attention calls, as they were before."""
+    untied: tuple[str, ...] = ()
+    """Parameters that its configuration ties and its checkpoint does not."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def make_programs(request: ProgramRequest, index: CheckpointIndex) -> dict[tuple
         if kind not in made:
             # Ranks of one stage must agree on where it ends, whatever each of them weighs.
             place = replace(request.place, split_points=first.borders)
-            staged = first if rank == 0 else stage_model(replace(request, place=place), rank)
+            staged = first if rank == 0 else stage_model(replace(request, place=place), rank, index)
             sources = match_checkpoint(staged.sharded.model, staged.plan_of(staged.stages), index)
             places = [replace(request.place, rank=place) for place in range(request.place.num_ranks)]
             made[kind] = [program_of(staged, place, sources) for place in places]
@@ -137,37 +139,46 @@ def stage_model(request: ProgramRequest, rank: int, index: CheckpointIndex | Non
     """The model as one tensor-parallel rank runs it, traced and cut.
 
     Args:
-        index: looked through before the trace, where it is given, as `refuse_strangers` does.
+        index: looked through before the trace, where it is given, as `untie` and `refuse_strangers` do.
     """
     config = read_model_config(request.settings or request.folder)
     dtype = choose_dtype(request.dtype, config)
     group = TracedGroup(rank, request.size)
     if request.task is None:
-        sharded = shard_causal_lm(config, dtype, group, request.expert_parallel)
+        sharded = shard_causal_lm(config, dtype, group, request.expert_parallel, index)
         refuse_strangers(sharded.model, index or {})
         return cut_causal_lm(sharded, request.place)
     if request.task in SEQ2SEQ_TASKS:
         seq2seq = call_of_seq2seq(request.task, config, dtype)
-        sharded = shard_seq2seq(config, seq2seq, dtype, group)
+        sharded = shard_seq2seq(config, seq2seq, dtype, group, index)
         refuse_strangers(sharded.model, index or {})
         return cut_seq2seq(sharded, trace_parts(sharded.model, seq2seq), request.place)
     home = request.settings or settings_folder(request.folder)
     call = call_of_task(request.task, home, config, dtype)
-    sharded = shard_dense(config, call, dtype, group)
+    sharded = shard_dense(config, call, dtype, group, index)
     refuse_strangers(sharded.model, index or {})
     return cut_dense(sharded, call, request.place)
 
 
 def shard_causal_lm(
-    config: PretrainedConfig, dtype: torch.dtype, group: TensorParallelGroup, expert_parallel: bool = False
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    group: TensorParallelGroup,
+    expert_parallel: bool = False,
+    index: CheckpointIndex | None = None,
 ) -> ShardedModel:
-    """A causal language model, planned and sharded for one rank of `group`, without any weight in memory."""
+    """A causal language model, planned and sharded for one rank of `group`, without any weight in memory.
+
+    Args:
+        index: of its checkpoint, which says what is tied.
+    """
     model = build_deferred(config, dtype)
+    untied = untie(model, index or {})
     sites = find_attention_sites(model)
     plan = plan_tensor_parallel(model, sites, group.size, expert_parallel)
     if group.size > 1:
         apply_tensor_parallel(model, plan, group)
-    return ShardedModel(model, plan, sites)
+    return ShardedModel(model, plan, sites, untied)
 
 
 def cut_causal_lm(sharded: ShardedModel, place: PipelinePlace) -> StagedModel:
@@ -198,7 +209,11 @@ def cut_into_stages(
 
 
 def shard_dense(
-    config: PretrainedConfig, call: ModelCall, dtype: torch.dtype, group: TensorParallelGroup
+    config: PretrainedConfig,
+    call: ModelCall,
+    dtype: torch.dtype,
+    group: TensorParallelGroup,
+    index: CheckpointIndex | None = None,
 ) -> ShardedModel:
     """A model of any other kind, planned and sharded for one rank of `group`, without any weight in memory."""
     model = build_deferred(config, dtype, call.auto_class, DENSE)
@@ -206,10 +221,11 @@ def shard_dense(
     if len(sites) < num_layers_of(config):
         # Attention code of its own, which may not understand the masks that are made for ours: take its own masks too.
         model, sites = build_deferred(config, dtype, call.auto_class, "eager"), ()
+    untied = untie(model, index or {})
     plan = plan_tensor_parallel(model, sites, group.size)
     if group.size > 1:
         apply_tensor_parallel(model, plan, group)
-    return ShardedModel(model, plan, sites)
+    return ShardedModel(model, plan, sites, untied)
 
 
 def cut_dense(sharded: ShardedModel, call: ModelCall, place: PipelinePlace) -> StagedModel:
@@ -218,10 +234,15 @@ def cut_dense(sharded: ShardedModel, call: ModelCall, place: PipelinePlace) -> S
 
 
 def shard_seq2seq(
-    config: PretrainedConfig, call: Seq2SeqCall, dtype: torch.dtype, group: TensorParallelGroup
+    config: PretrainedConfig,
+    call: Seq2SeqCall,
+    dtype: torch.dtype,
+    group: TensorParallelGroup,
+    index: CheckpointIndex | None = None,
 ) -> ShardedModel:
     """An encoder–decoder model, planned and sharded for one rank of `group`, without any weight in memory."""
     model = build_deferred(config, dtype, call.auto_class, DENSE)
+    untied = untie(model, index or {})
     compute_unsaved(model)
     sites = find_dense_sites(model, lambda inputs: run_whole(model, inputs), with_tokens(call.inputs))
     expected = encoder_layers(model)[1] + 2 * decoder_layers(model)[1]
@@ -234,7 +255,7 @@ def shard_seq2seq(
     if group.size > 1:
         plan = with_own_biases(model, plan)
         apply_tensor_parallel(model, as_applied(model, plan), group)
-    return ShardedModel(model, plan, sites)
+    return ShardedModel(model, plan, sites, untied)
 
 
 def cut_seq2seq(sharded: ShardedModel, parts: Sequence[TracedPart], place: PipelinePlace) -> StagedModel:
@@ -296,7 +317,19 @@ def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> R
         changing_rope=_changing_rope(model.config),
         sources={name: sources[name] for name in plan.parameters if name in sources},
         buffers=_buffers(model, own, plan),
+        untied=staged.sharded.untied,
+        stored_names=_stored_names(whole_plan, sources),
     )
+
+
+def _stored_names(plan: TensorParallelPlan, sources: Sources) -> dict[str, str | None]:
+    """Parameter, by each of its names → the stored tensor that alone fills it; None where it is tied to another."""
+    found: dict[str, str | None] = {}
+    for name, entry in plan.parameters.items():
+        own = sources.get(name, ())
+        if len(own) == 1 and own[0].stored.shape == entry.shape:
+            found |= dict.fromkeys((name, *entry.aliases), None if entry.aliases else own[0].stored.name)
+    return found
 
 
 def _write(stage: StageGraph, kept: Mapping[Node, str]) -> StageCode:
@@ -361,7 +394,7 @@ def build_eager_model(
     """
     refuse_quantized(folder, settings)
     config, index = read_model_config(settings or folder), read_index(folder, settings)
-    sharded = shard_causal_lm(config, choose_dtype(dtype, config), group, expert_parallel)
+    sharded = shard_causal_lm(config, choose_dtype(dtype, config), group, expert_parallel, index)
     refuse_strangers(sharded.model, index)
     program = eager_program(sharded)
     sources = match_checkpoint(sharded.model, sharded.plan, index)

@@ -107,7 +107,9 @@ def load_program(
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
     }
-    _tell_of_codes(sources, quantization, group)
+    if not group.rank:
+        _tell_of_codes(sources, quantization)
+        _tell_of_ties(program, stage)
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
@@ -134,10 +136,16 @@ def load_program(
     return RankModel(program, tensors, time.perf_counter() - started)
 
 
-def _tell_of_codes(sources: Sources, quantization: str | None, group: TensorParallelGroup) -> None:
+def _tell_of_ties(program: RankProgram, stage: int) -> None:
+    if program.untied and not stage:
+        names = ", ".join(program.untied)
+        logger.info("%s: tied by config.json, but stored with values of their own, so they are not tied", names)
+
+
+def _tell_of_codes(sources: Sources, quantization: str | None) -> None:
     """Say what becomes of a quantised checkpoint: its weights are computed, and nothing else is quantised."""
     forms = sorted({source.stored.form for own in sources.values() for source in own if source.stored.form})
-    if not forms or group.rank:
+    if not forms:
         return
     again = f" and made {quantization} anew, which rounds them a second time" if quantization else ""
     logger.info(

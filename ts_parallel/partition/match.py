@@ -1,7 +1,8 @@
 """Which bytes of a checkpoint make up which parameter: under its name or an older one, or in several tensors.
 
 What transformers stacks and joins after reading (a mixture's experts, stored one by one) is read straight to its place
-instead, so that a rank reads only what it keeps. Knows no file and no device.
+instead, so that a rank reads only what it keeps. Parameters that the configuration ties, and the checkpoint holds with
+values of their own, are untied, as transformers does. Knows no file and no device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -24,6 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ts_parallel.checkpoint.codes.compare import hold_the_same
 from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.program import ParameterPlan, Source, Sources, TensorParallelPlan
@@ -31,6 +35,8 @@ from ts_parallel.partition.program import ParameterPlan, Source, Sources, Tensor
 logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"\d+")
+# Models of text and images have their text model in a module of this name.
+_TEXT_MODEL = re.compile(r"(^|\.)language_model(?=\.)")
 
 
 def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: CheckpointIndex) -> Sources:
@@ -63,6 +69,56 @@ def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: Ch
     return sources
 
 
+def untie(model: PreTrainedModel, index: CheckpointIndex) -> tuple[str, ...]:
+    """Give each parameter of a deferred `model` that is tied to another, and stored with other values, its own memory.
+
+    As transformers does: where both are stored, it ties them only if they are equal in the dtype that runs. The others
+    are one parameter, whichever of their names is stored.
+
+    Returns:
+        the names of those that are not tied any more.
+
+    Raises:
+        CheckpointError: one module's parameter is stored twice, under two names and with two values.
+    """
+    if not index:
+        return ()
+    stored, _ = index_by_model_name(model, index)
+    untied = []
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    for target, source in ties.items():
+        if target in stored and source in stored:
+            if not hold_the_same(stored[target], stored[source], model.get_parameter_or_buffer(target).dtype):
+                _untie(model, target)
+                untied.append(target)
+        elif target in stored or source in stored:
+            stored[target] = stored[source] = stored.get(target) or stored[source]
+    _refuse_two_values(model, stored, ties)
+    return tuple(untied)
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    owner, _, own = name.rpartition(".")
+    tensor = torch.empty_like(model.get_parameter_or_buffer(name))
+    model.get_submodule(owner).register_parameter(own, nn.Parameter(tensor, requires_grad=False))
+    model.all_tied_weights_keys.pop(name)
+
+
+def _refuse_two_values(model: PreTrainedModel, stored: Mapping[str, StoredTensor], ties: Mapping[str, str]) -> None:
+    """A module that stands in a model twice has one parameter under two names, of which transformers keeps the last."""
+    names: dict[torch.Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in stored and name not in ties:
+            names[parameter].append(name)
+    for parameter, (first, *others) in names.items():
+        for name in others:
+            if not hold_the_same(stored[first], stored[name], parameter.dtype):
+                raise CheckpointError(
+                    f"{stored[first].file} holds other values for {name!r} than for {first!r}, which are one parameter "
+                    f"of {type(model).__name__}: save the model anew"
+                )
+
+
 @dataclass(frozen=True)
 class _Parts:
     """The stored tensors that `converter` makes one parameter of, by its source patterns, in the order of its list."""
@@ -75,17 +131,25 @@ def index_by_model_name(
     model: PreTrainedModel, index: CheckpointIndex
 ) -> tuple[dict[str, StoredTensor], dict[str, _Parts]]:
     """The index under the names that this version of transformers gives the model's parameters: older checkpoints have
-    other names for some, and a checkpoint of the base model alone lacks its prefix. Apart from them, by the first name
-    that it would have, what a converter would have to work on."""
+    other names for some, a checkpoint of the base model alone lacks its prefix, and one of text and images has a
+    module around the text model. Apart from them, by the first name that it would have, what a converter would have to
+    work on."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     parameters = model.state_dict()
+    is_text_model = not any(_TEXT_MODEL.search(name) for name in parameters)
     direct: dict[str, StoredTensor] = {}
     groups: dict[str, dict[str, list[StoredTensor]]] = defaultdict(lambda: defaultdict(list))
     for old_name in sorted(index, key=dot_natural_key):  # transformers' order: expert 10 after expert 9
         name, pattern = rename_source_key(old_name, renamings, converters, model.base_model_prefix, parameters)
+        if is_text_model and name not in parameters and _TEXT_MODEL.search(old_name):
+            inner = _TEXT_MODEL.sub("", old_name, count=1).lstrip(".")
+            if inner not in index:
+                name, pattern = rename_source_key(inner, renamings, converters, model.base_model_prefix, parameters)
+                if name in direct:
+                    continue  # of a tower that is not served
         if pattern is None:
             direct[name] = index[old_name]
         else:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import pickle
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,7 +27,7 @@ from typing import Any
 
 from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.checkpoint.quantized import refuse_quantized
-from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.errors import PlanError, StartupError
 from ts_parallel.partition.program import ProgramRequest, RankProgram
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "TS_PARALLEL_CACHE"
 _MOST_FILES = 200
 _LIBRARIES = ("torch", "transformers")
+_TIES = "tie_word_embeddings"
 _SETTINGS = ("config*.json", "modules.json", "[0-9]_*/config.json")
 
 Pickles = Mapping[tuple[int, int], bytes]
@@ -147,6 +150,8 @@ def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
     versions = [version(library) for library in _LIBRARIES]
     digest.update(repr((shared, tensors, versions, sys.version_info)).encode())
     home = request.settings or settings_folder(request.folder)
+    if _may_tie(home):
+        digest.update(repr(_states_of_ties(index)).encode())
     find = home.rglob if home == request.folder else home.glob  # another may hold all of a job's checkpoints
     settings = {file for pattern in _SETTINGS for file in find(pattern) if file.is_file()}
     for file in sorted(settings):
@@ -156,6 +161,35 @@ def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
         for file in sorted((package / room).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _may_tie(home: Path) -> bool:
+    """Whether the configuration ties anything, as it does where it says nothing."""
+    try:
+        content = json.loads((home / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return True
+    own = content.get(_TIES, True) if isinstance(content, dict) else True
+    parts = content.values() if isinstance(content, dict) else ()
+    return bool(own) or any(part.get(_TIES) for part in parts if isinstance(part, dict))
+
+
+def _states_of_ties(index: CheckpointIndex) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of tensors that may be tied: what they hold decides whether they are.
+
+    Such are embeddings and heads, which no layer has, and which are of one shape; and biases of heads.
+    """
+    by_shape: dict[tuple[int, ...], list[Path]] = defaultdict(list)
+    for name, stored in index.items():
+        if not any(word.isdecimal() for word in name.split(".")):
+            by_shape[stored.shape].append(stored.file)
+    tables = {shape for shape in by_shape if len(shape) == 2 and shape[0] != shape[1]}
+    biases = {shape[:1] for shape in tables}
+    files = {
+        file for shape, own in by_shape.items() if len(own) > 1 and (shape in tables or shape in biases) for file in own
+    }
+    states = [(file, file.stat()) for file in sorted(files)]
+    return [(file.name, state.st_size, state.st_mtime_ns) for file, state in states]
 
 
 def _make(request: ProgramRequest) -> Pickles:

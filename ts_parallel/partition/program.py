@@ -372,6 +372,10 @@ class RankProgram:
     sources: Sources = field(default_factory=dict, repr=False)
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     """What its stages read that is in no checkpoint: rotary frequencies, say."""
+    untied: tuple[str, ...] = ()
+    """Parameters that the model's configuration ties to others, and its checkpoint holds with values of their own."""
+    stored_names: Mapping[str, str | None] = field(default_factory=dict, repr=False)
+    """Parameter of any rank → the stored tensor that is all of it; None where the parameter has several names."""
 
     @property
     def head_sizes(self) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> tuple
     index = read_index(folder, config.config_folder)
     program = prepare_program(program_request(config, folder, group.rank, place), index)
     backend = choose_backend(topology.device, program.dtype, topology.num_threads, config.quantization)
-    merge = read_adapter(Path(config.adapter_path), index).merge if config.adapter_path else None
+    names = program.stored_names
+    merge = read_adapter(Path(config.adapter_path), index, names).merge if config.adapter_path else None
     quantization, stage = config.quantization, topology.stage
     part = load_program(program, index, group, topology.device, backend.weights, merge, quantization, stage)
     return part, backend

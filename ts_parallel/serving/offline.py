@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder
+from ts_parallel.checkpoint.folders.located import checkpoint_folder
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.config import HandlerConfig, parse_config
 from ts_parallel.engine.engine import SECONDS_BETWEEN_SIGNS_OF_LIFE, Engine

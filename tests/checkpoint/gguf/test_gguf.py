@@ -19,7 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from ts_parallel.checkpoint.gguf.blocks import BLOCKS
 from ts_parallel.checkpoint.gguf.header import read_header
-from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder
+from ts_parallel.checkpoint.gguf.prepared import gguf_folder
 from ts_parallel.checkpoint.gguf.settings import config_of
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
@@ -152,7 +152,7 @@ def test_file_that_is_cut_off_or_none_is_refused_with_its_size(tmp_path: Path) -
 def test_one_of_several_files_has_to_be_named(tmp_path: Path) -> None:
     write_keys(tmp_path).rename(tmp_path / "a.gguf")
     write_keys(tmp_path)
-    for road in (read_index, checkpoint_folder):
+    for road in (read_index, gguf_folder):
         with pytest.raises(CheckpointError, match=r"holds a\.gguf, x\.gguf: name"):
             road(tmp_path)
 

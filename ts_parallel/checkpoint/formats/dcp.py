@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ts_parallel.checkpoint.formats.boxes import check_boxes
-from ts_parallel.checkpoint.formats.model_names import find_model_names
 from ts_parallel.checkpoint.formats.pickles import DataUnpickler, Names, Record
-from ts_parallel.checkpoint.formats.torch_files import PickledTensor, check_layout, read_torch_archive
-from ts_parallel.checkpoint.stored import StoredPart, StoredTensor
+from ts_parallel.checkpoint.formats.torch_files import check_layout, read_torch_archive
+from ts_parallel.checkpoint.formats.torch_pickles import PickledTensor
+from ts_parallel.checkpoint.stored import NameFinder, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -63,15 +63,15 @@ class _Described:
     boxes: tuple[tuple[_Corner, tuple[int, ...]], ...]
 
 
-def read_distributed(folder: Path) -> Iterator[StoredTensor]:
-    """The model's tensors of a folder that `torch.distributed.checkpoint.save` wrote.
+def read_distributed(folder: Path, find_names: NameFinder) -> Iterator[StoredTensor]:
+    """The model's tensors, which `find_names` tells, of a folder that `torch.distributed.checkpoint.save` wrote.
 
     Raises:
         CheckpointError: a file is missing, cut off or of another form, the chunks of a tensor leave a gap or
             overlap, or the metadata holds more than metadata.
     """
     described, places, paths = _read_metadata(folder / METADATA)
-    names = find_model_names(paths, folder)
+    names = find_names(paths, folder)
     chunks: list[_Chunk] = []
     for key, name in names.items():
         check_boxes(name, described[key].shape, described[key].boxes, folder)

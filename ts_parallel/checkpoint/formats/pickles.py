@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from typing import Any
 
 import torch
@@ -70,8 +70,12 @@ HARMLESS: Names = {
 class DataUnpickler(pickle.Unpickler):
     """Lets through `HARMLESS`, torch's dtypes and `names`."""
 
-    def __init__(self, content: bytes, names: Names, source: object) -> None:
-        super().__init__(BytesIO(content))
+    def __init__(self, content: bytes | BufferedIOBase, names: Names, source: object) -> None:
+        """
+        Args:
+            content: a stream is left behind the pickle.
+        """
+        super().__init__(BytesIO(content) if isinstance(content, bytes) else content)
         self._names, self._source = {**HARMLESS, **names}, source
 
     def find_class(self, module: str, name: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ts_parallel.checkpoint.formats.boxes import check_boxes
+from ts_parallel.checkpoint.formats.placeholders import refuse_placeholder
 from ts_parallel.checkpoint.stored import StoredPart, StoredTensor, stored_whole
 from ts_parallel.errors import CheckpointError
 
@@ -101,6 +102,7 @@ def _corners(file: Path, header: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the data begins."""
+    refuse_placeholder(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

@@ -1,90 +1,70 @@
 """What torch.save wrote, as places in the file: its pickle is read as data, of the tensors' bytes only where they lie.
 
 Such a file is a zip archive: `*/data.pkl` describes the objects, `*/data/0`, `*/data/1`, … hold the storages that its
-tensors lie in, uncompressed. A tensor may be a part of a storage, and two tensors may share one.
+tensors lie in, uncompressed. Before torch 1.6 it was pickles one after the other, and the storages behind them
+(`old_torch_files.py`).
 """
 
 from __future__ import annotations
 
 import io
-import math
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ts_parallel.checkpoint.formats.model_names import find_model_names
-from ts_parallel.checkpoint.formats.pickles import DataUnpickler, Names
-from ts_parallel.checkpoint.stored import StoredTensor, stored_whole
+from ts_parallel.checkpoint.formats.old_torch_files import is_old_torch_file, read_old_torch_file
+from ts_parallel.checkpoint.formats.pickles import DataUnpickler
+from ts_parallel.checkpoint.formats.placeholders import refuse_placeholder
+from ts_parallel.checkpoint.formats.torch_pickles import TORCH_NAMES, PickledTensor, Storage
+from ts_parallel.checkpoint.stored import NameFinder, StoredTensor, stored_whole
 from ts_parallel.errors import CheckpointError
 
 _DEEPEST = 16  # dicts in dicts; more are no state that a trainer writes
 
 _HEADER_MAGIC, _HEADER_BYTES = b"PK\x03\x04", 30  # of a record in a zip archive
 
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-}
 
-
-@dataclass(frozen=True)
-class _Storage:
-    dtype: torch.dtype
-    offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor where torch.save left it: `offset` is that of its first element, from the start of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def is_row_major(self) -> bool:
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size > 1 and stride != step:
-                return math.prod(self.shape) == 0
-            step *= size
-        return True
-
-
-def read_torch_tensors(file: Path) -> Iterator[StoredTensor]:
-    """The model's tensors of a file that torch.save wrote: a state dict, or one among a trainer's other state.
+def read_torch_tensors(files: Sequence[Path], find_names: NameFinder) -> Iterator[StoredTensor]:
+    """The model's tensors, which `find_names` tells, of files that torch.save wrote: each a state dict or a part of
+    one, or one among a trainer's other state.
 
     Raises:
-        CheckpointError: it is cut off or no such file, names something that is no tensor and no plain data, or holds a
+        CheckpointError: one is cut off or no such file, names something that is no tensor and no plain data, or holds a
             tensor that does not lie row by row.
     """
+    found: dict[str, tuple[Path, PickledTensor]] = {}
+    paths: dict[str, tuple[str, ...]] = {}
+    for file in files:
+        own = dict(_tensors_of_dict(read_torch_dict(file), (), file))
+        if len({".".join(path) for path in own}) < len(own):
+            raise CheckpointError(f"{file} holds two tensors of one name")
+        for path, tensor in own.items():
+            found[".".join(path)], paths[".".join(path)] = (file, tensor), path
+    for key, name in find_names(paths, files[0] if len(files) == 1 else files[0].parent).items():
+        file, tensor = found[key]
+        check_layout(tensor, name, file)
+        yield stored_whole(name, file, tensor.dtype, tensor.shape, tensor.offset)
+
+
+def as_saved(paths: Mapping[str, tuple[str | int, ...]], source: Path) -> dict[str, str]:
+    """Every tensor under the name that it was saved under, for `read_torch_tensors`."""
+    return {key: key for key in paths}
+
+
+def read_torch_dict(file: Path) -> dict[Any, Any]:
+    """
+    Raises:
+        CheckpointError: the file is cut off or none that torch.save wrote, or holds no dict.
+    """
+    refuse_placeholder(file)
     with file.open("rb") as stream:
-        content = read_torch_archive(stream, file)
+        is_old = is_old_torch_file(stream)
+        content = read_old_torch_file(stream, file) if is_old else read_torch_archive(stream, file)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no dict of tensors")
-    found = dict(_tensors_of_dict(content, (), file))
-    paths = {".".join(path): path for path in found}
-    if len(paths) < len(found):
-        raise CheckpointError(f"{file} holds two tensors of one name")
-    for key, name in find_model_names(paths, file).items():
-        tensor = check_layout(found[paths[key]], name, file)
-        yield stored_whole(name, file, tensor.dtype, tensor.shape, tensor.offset)
+    return content
 
 
 def check_layout(tensor: PickledTensor, name: str, file: Path) -> PickledTensor:
@@ -111,8 +91,8 @@ def read_torch_archive(stream: io.BufferedIOBase, file: Path, start: int = 0, le
     stream.seek(start)
     if stream.read(4) != _HEADER_MAGIC:
         raise CheckpointError(
-            f"{file} is not in torch.save's zip format: load it with the torch that wrote it, and save it again by "
-            "torch 1.6 or later, or as safetensors"
+            f"{file} is not in torch.save's zip format, nor in its older one: load it with the torch that wrote it, "
+            "and save it again as safetensors"
         )
     try:
         return _Archive(stream, file, start, length).load()
@@ -166,7 +146,7 @@ class _Archive:
             raise CheckpointError(f"{self._file} is no state dict saved by torch.save")
         if f"{self._folder}byteorder" in self._records and self._read("byteorder") != b"little":
             raise CheckpointError(f"{self._file} was written on a big-endian machine")
-        unpickler = DataUnpickler(self._read("data.pkl"), _NAMES, self._file)
+        unpickler = DataUnpickler(self._read("data.pkl"), TORCH_NAMES, self._file)
         unpickler.persistent_load = self._find_storage  # type: ignore[method-assign]
         return unpickler.load()
 
@@ -189,7 +169,7 @@ class _Archive:
         name_length, extra_length = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         return self._start + record.header_offset + _HEADER_BYTES + name_length + extra_length
 
-    def _find_storage(self, saved: Any) -> _Storage:
+    def _find_storage(self, saved: Any) -> Storage:
         """The storage that the pickle calls `saved`."""
         _, dtype, key, _, num_elements = saved
         record = self._records[f"{self._folder}data/{key}"]
@@ -197,54 +177,7 @@ class _Archive:
         offset = self._find(record)
         if record.file_size != num_bytes or offset + num_bytes > self._end:
             raise ValueError(f"record {record.filename} has {record.file_size} bytes, not {num_bytes}")
-        return _Storage(dtype, offset, num_bytes)
-
-
-def _rebuild(
-    storage: _Storage,
-    first: int,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    *_: Any,
-    dtype: torch.dtype | None = None,
-) -> PickledTensor:
-    dtype = dtype or storage.dtype
-    shape, stride = tuple(shape), tuple(stride)
-    if len(shape) != len(stride) or any(type(size) is not int or size < 0 for size in (first, *shape, *stride)):
-        raise ValueError(f"a tensor of shape {shape} and strides {stride}")
-    last = first + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if math.prod(shape) and (last + 1) * dtype.itemsize > storage.num_bytes:
-        raise ValueError(f"a tensor of shape {shape} in a storage of {storage.num_bytes} bytes")
-    return PickledTensor(dtype, shape, stride, storage.offset + first * dtype.itemsize)
-
-
-def _rebuild_of_dtype(  # for dtypes that have no storage class of their own
-    storage: _Storage,
-    first: int,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    requires_grad: bool,
-    hooks: Any,
-    dtype: torch.dtype,
-    *_: Any,
-) -> PickledTensor:
-    return _rebuild(storage, first, shape, stride, dtype=dtype)
-
-
-def _rebuild_parameter(tensor: PickledTensor, *_: Any) -> PickledTensor:
-    return tensor
-
-
-_NAMES: Names = {
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-    ("torch", "UntypedStorage"): torch.uint8,
-    ("torch.storage", "UntypedStorage"): torch.uint8,
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_of_dtype,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-}
+        return Storage(dtype, offset, num_bytes)
 
 
 def _tensors_of_dict(

@@ -26,7 +26,7 @@ _CACHE_VARIABLE = "TS_PARALLEL_CACHE"
 _TOKENIZER_MAKER = "ts_parallel.partition.gguf_tokenizer"
 
 
-def checkpoint_folder(path: Path) -> Path:
+def gguf_folder(path: Path) -> Path:
     """`path` itself, or where it is a GGUF file, or a folder with one and no configuration, the folder that it stands
     for.
 

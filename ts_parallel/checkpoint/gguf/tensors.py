@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ts_parallel.checkpoint.codes.kinds.numbers import Read
+from ts_parallel.checkpoint.codes.rows import PairedRows
 from ts_parallel.checkpoint.gguf.blocks import BLOCKS, OTHERS, PLAIN, GgmlBlocks
 from ts_parallel.checkpoint.gguf.header import GgufHeader, GgufTensor, check_ends, read_header
 from ts_parallel.checkpoint.gguf.names import ROPE_FREQUENCIES, Change, architecture_of, name_of
@@ -92,30 +93,8 @@ def _changed(stored: StoredTensor, change: Change, header: GgufHeader) -> Stored
         heads = values.get(f"{header.architecture}.{key}", values.get(f"{header.architecture}.attention.head_count"))
         if type(heads) is not int or heads < 1 or stored.shape[0] % (2 * heads):
             raise CheckpointError(f"{header.file} says {key} {heads!r}, and {stored.name!r} has shape {list(shape)}")
-        codes = _PairedRows(stored, stored.shape[0] // heads)
+        codes = PairedRows(stored, stored.shape[0] // heads)
     return StoredTensor(stored.name, stored.dtype, shape, stored.parts, codes, stored.form)
-
-
-@dataclass(frozen=True)
-class _PairedRows:
-    """The first and second half of each head's rows lie alternately in `source`; here one half follows the other."""
-
-    source: StoredTensor
-    head: int
-    """Rows of one."""
-
-    @property
-    def cut_order(self) -> tuple[int, ...]:
-        return tuple(range(len(self.source.shape)))
-
-    def decode(self, box: Box, read: Read) -> torch.Tensor:
-        (start, length), *others = box
-        rows = torch.arange(start, start + length)
-        place = rows % self.head
-        half = self.head // 2
-        stored = rows - place + place % half * 2 + place // half
-        first, last = int(stored.min()), int(stored.max())
-        return read(self.source, ((first, last - first + 1), *others))[stored - first]
 
 
 @dataclass(frozen=True)

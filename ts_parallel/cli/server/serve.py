@@ -194,7 +194,7 @@ def check(config: HandlerConfig, folder: Path, startup: Startup | None = None) -
     if config.gpu_memory_utilization is None:  # else the ranks find out what is free beside the weights
         count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
-        read_adapter(Path(config.adapter_path), index)
+        read_adapter(Path(config.adapter_path), index, program.stored_names)
     read_eos_ids(settings, model_config, read_tokenizer(settings))
 
 

@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
-from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.checkpoint.formats.placeholders import refuse_placeholder
+from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.errors import CheckpointError, ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,6 +22,7 @@ def read_model_config(folder: Path) -> PretrainedConfig:
         CheckpointError: there is none, or transformers does not know its model type or cannot use its values.
     """
     folder = settings_folder(folder)
+    refuse_placeholder(folder / CONFIG_FILE)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from ts_parallel.checkpoint.formats.placeholders import refuse_placeholders
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import CheckpointError
@@ -27,6 +28,7 @@ class SamplingDefaults:
 
 def read_tokenizer(folder: Path) -> Any:
     folder = settings_folder(folder)
+    refuse_placeholders(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ts_parallel.checkpoint.gguf.prepared import checkpoint_folder
+from ts_parallel.checkpoint.folders.located import checkpoint_folder
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
 from ts_parallel.serving.torchserve.rank_watch import RankWatch, kill_stopped_siblings, other_ranks, patience_beside

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ts_parallel.checkpoint.formats.model_names import find_model_names
+from ts_parallel.checkpoint.folders.model_names import find_model_names
 from ts_parallel.errors import CheckpointError
 
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
