@@ -1,10 +1,11 @@
-"""Which quantised checkpoints answer as the plain ones that they stand for, at tensor and pipeline parallel size 2.
+"""Which checkpoints answer as the plain ones that they stand for, at tensor and pipeline parallel size 2.
 
     python tests/checkpoint_table.py [--json FILE] [KIND…]
 
-For each kind: a tiny checkpoint with random weights, quantised, transformers' greedy tokens of the weights that its
-codes stand for, and those of two ranks that read the codes. Prints a Markdown table: equal, refused with the line, or
-wrong. A kind is a row in `quantised_checkpoints.py`, `gguf_files.py`, or here, where it is to be refused.
+For each kind: a tiny checkpoint with random weights, quantised or stored in a way of its own, transformers' greedy
+tokens of the weights that it stands for, and those of two ranks that read it as it is. Prints a Markdown table: equal,
+refused with the line, or wrong. A kind is a row in `quantised_checkpoints.py`, `gguf_files.py`,
+`stored_checkpoints.py`, or here, where codes are to be refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +31,10 @@ from gguf import GGMLQuantizationType
 from gguf_files import GGUF_KINDS, GgufKind, write_gguf
 from quantised_checkpoints import GROUP, KINDS, write
 from safetensors.torch import load_file, save_file
+from stored_checkpoints import STORED, STORED_REFUSED, Writer
 from transformers.utils import logging
 
+from ts_parallel.checkpoint.folders.located import checkpoint_folder
 from ts_parallel.checkpoint.gguf.header import read_header
 from ts_parallel.checkpoint.gguf.settings import config_of
 from ts_parallel.errors import StartupError
@@ -40,9 +43,6 @@ SHAPES = {"tp 2": (2, 1), "pp 2": (1, 2)}
 LENGTHS = (3, 11, 22)
 MAX_TOKENS = 16
 EQUAL, WRONG = "equal", "WRONG"
-
-Writer = Callable[[Path, Path], None]
-"""Writes a quantised checkpoint into the first folder, and the plain one into the second."""
 
 
 def _write_gguf(kind: GgufKind, folder: Path, plain: Path) -> None:
@@ -75,8 +75,10 @@ _GROUPED = KINDS["int4, groups (compressed-tensors)"].section
 WRITERS: dict[str, Writer] = {
     **{name: partial(write, kind=kind) for name, kind in KINDS.items()},
     **{name: partial(_write_gguf, kind) for name, kind in GGUF_KINDS.items()},
+    **STORED,
 }
 REFUSED: dict[str, tuple[Writer, str]] = {
+    **STORED_REFUSED,
     "GGUF IQ4_NL": (partial(_write_gguf, GgufKind(GGMLQuantizationType.IQ4_NL)), "of ggml's type IQ4_NL"),
     "AWQ, gemv": (_section("awq", version="gemv", bits=4, group_size=GROUP), "has version 'gemv', which is not read"),
     "AutoRound": (_section("auto-round", bits=4), "quant_method 'auto-round', bits 4: this package does not read"),
@@ -119,6 +121,7 @@ class _Prepared:
     folder: Path
     plain: Answers
     refused: Mapping[str, str]
+    root: Path
 
 
 def _prepare(kind: str, root: Path) -> _Prepared:
@@ -128,21 +131,34 @@ def _prepare(kind: str, root: Path) -> _Prepared:
     root.mkdir()
     writer = WRITERS.get(kind) or REFUSED[kind][0]
     writer(folder, plain)
-    vocabulary = json.loads((plain / "config.json").read_text())["vocab_size"]
-    for each in (folder, plain):
-        write_prompts(each, vocabulary, LENGTHS, MAX_TOKENS)
-    refused = {}
-    for shape, sizes in SHAPES.items():
-        try:
-            keep_programs(folder, *sizes)
-        except StartupError as error:
-            refused[shape] = str(error)
+    config = json.loads((plain / "config.json").read_text())
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    adapter = root / "adapter"
+    settings = {"adapter_path": str(adapter)} if adapter.is_dir() else {}
+    write_prompts(plain, vocabulary, LENGTHS, MAX_TOKENS)
+    home, refused = folder, {}
+    try:
+        home = checkpoint_folder(folder)
+        write_prompts(home, vocabulary, LENGTHS, MAX_TOKENS, **settings)
+        for shape, sizes in SHAPES.items():
+            refused |= _refusal(shape, home, sizes)
+    except StartupError as error:
+        refused = dict.fromkeys(SHAPES, str(error))
     own = folder.rename(root.with_name(f"{root.name}-own"))  # reports are by the folder's name
     for shape in refused:
         refused[shape] = refused[shape].replace(str(folder), "MODEL")
     if (programs := root / "quantised-programs").is_dir():
         programs.rename(own.with_name(f"{own.name}-programs"))
-    return _Prepared(own, plain_answers(plain) if len(refused) < len(SHAPES) else [], refused)
+    answers = plain_answers(plain) if len(refused) < len(SHAPES) else []
+    return _Prepared(own / home.relative_to(folder), answers, refused, root)
+
+
+def _refusal(shape: str, folder: Path, sizes: tuple[int, int]) -> dict[str, str]:
+    try:
+        keep_programs(folder, *sizes)
+    except StartupError as error:
+        return {shape: str(error)}
+    return {}
 
 
 def find_out(kinds: Sequence[str]) -> Outcomes:
@@ -158,11 +174,16 @@ def find_out(kinds: Sequence[str]) -> Outcomes:
         found = parallel_answers(runnable, list(SHAPES.values()), root / "report.json") if runnable else {}
     return {
         kind: {
-            shape: own.refused.get(shape) or judge(found[sizes][own.folder.name], own.plain, EQUAL, WRONG)
+            shape: own.refused.get(shape) or _judge(found[sizes][own.folder.name], own)
             for shape, sizes in SHAPES.items()
         }
         for kind, own in prepared.items()
     }
+
+
+def _judge(answers: Answers | str, own: _Prepared) -> str:
+    outcome = judge(answers, own.plain, EQUAL, WRONG)
+    return outcome.replace(str(own.folder), "MODEL").replace(str(own.root), "ROOT")
 
 
 def markdown(outcomes: Outcomes) -> str:

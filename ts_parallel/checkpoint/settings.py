@@ -22,6 +22,11 @@ def settings_folder(folder: Path, named: Path | None = None) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return folder
     if not (folder / METADATA).is_file():
+        for own in files_of_authors(folder)[:1]:
+            raise CheckpointError(
+                f"no {CONFIG_FILE} in {folder}, whose {own.name} has its authors' names: copy that of the model in "
+                "transformers' format, or name its folder with --config"
+            )
         raise CheckpointError(f"no {CONFIG_FILE} in {folder}")
     above = folder.resolve().parent
     if (above / CONFIG_FILE).is_file():
@@ -30,3 +35,8 @@ def settings_folder(folder: Path, named: Path | None = None) -> Path:
         f"no {CONFIG_FILE} in {folder} nor in {above}: torch.distributed.checkpoint saves none, copy the model's own "
         "and its tokenizer's files to either, or name their folder with --config (handler key config_path)"
     )
+
+
+def files_of_authors(folder: Path) -> list[Path]:
+    """Weights under the names of a model's authors (Meta's, Mistral's), who have no `config.json`."""
+    return sorted([*folder.glob("consolidated*.safetensors"), *folder.glob("consolidated*.pth")])

@@ -107,9 +107,7 @@ def load_program(
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
     }
-    if not group.rank:
-        _tell_of_codes(sources, quantization)
-        _tell_of_ties(program, stage)
+    _tell(program, sources, quantization, group, stage)
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
@@ -136,7 +134,12 @@ def load_program(
     return RankModel(program, tensors, time.perf_counter() - started)
 
 
-def _tell_of_ties(program: RankProgram, stage: int) -> None:
+def _tell(
+    program: RankProgram, sources: Sources, quantization: str | None, group: TensorParallelGroup, stage: int
+) -> None:
+    if group.rank:
+        return
+    _tell_of_codes(sources, quantization)
     if program.untied and not stage:
         names = ", ".join(program.untied)
         logger.info("%s: tied by config.json, but stored with values of their own, so they are not tied", names)

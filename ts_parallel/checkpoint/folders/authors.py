@@ -20,7 +20,7 @@ from ts_parallel.checkpoint.codes.rows import PairedRows
 from ts_parallel.checkpoint.formats.boxes import check_boxes
 from ts_parallel.checkpoint.formats.safetensors_files import read_safetensors
 from ts_parallel.checkpoint.formats.torch_files import as_saved, read_torch_tensors
-from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
+from ts_parallel.checkpoint.settings import CONFIG_FILE, files_of_authors, settings_folder
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
@@ -55,8 +55,9 @@ def read_consolidated(folder: Path, settings: Path | None) -> Iterable[StoredTen
     Raises:
         CheckpointError: a file cannot be read, or their parts make up no tensor.
     """
-    safetensors, torch_files = (sorted(folder.glob(f"consolidated*.{end}")) for end in ("safetensors", "pth"))
-    if not safetensors and not torch_files:
+    files = files_of_authors(folder)
+    safetensors = [file for file in files if file.suffix == ".safetensors"]
+    if not files:
         return None
     try:
         home = settings_folder(folder, settings)
@@ -64,7 +65,7 @@ def read_consolidated(folder: Path, settings: Path | None) -> Iterable[StoredTen
         return None  # whoever looks at the folder next says what it is
     if safetensors:
         return (tensor for file in safetensors for tensor in read_safetensors(file))
-    parts = [list(read_torch_tensors([file], as_saved)) for file in torch_files]
+    parts = [list(read_torch_tensors([file], as_saved)) for file in files]
     return parts[0] if len(parts) == 1 else _joined(parts, _sizes(home), folder)
 
 
