@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ def test_checkpoint_of_the_base_model_alone_lacks_its_prefix(files: Files) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        *(
+            ({"init_lora_weights": way}, f"init_lora_weights is '{way}', by which PEFT takes .* serve the merged model")
+            for way in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga", "next_years")
+        ),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is \[1, 2\]: the adapter begins"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is"),
+        ({"use_qalora": True}, "use_qalora is True, and what it does to the weights is not known here"),
+        ({"next_years_option": "much"}, "next_years_option is 'much', and what it does"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', only 'LORA' can be merged"),
         ({"use_dora": True}, "use_dora is True, which changes more"),
         ({"bias": "all"}, "bias is 'all', which changes more"),
@@ -141,6 +150,82 @@ def test_adapter_that_does_more_is_refused(files: Files, settings: dict[str, Any
     files.save()
     with pytest.raises(CheckpointError, match=message):
         read_adapter(files.adapter, files.index)
+
+
+@pytest.mark.parametrize("way", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_initialisation_that_leaves_the_model_alone_and_keys_that_are_not_set_are_borne(
+    files: Files, way: bool | str | None
+) -> None:
+    told = {"lora_dropout": 0.1, "target_modules": ["q_proj"], "base_model_name_or_path": "owner/base", "revision": "x"}
+    unset = {"use_qalora": False, "qalora_group_size": 16, "arrow_config": None, "next_years_option": None}
+    files.settings.update({"init_lora_weights": way, "megatron_core": "megatron.core", **told, **unset})
+    files.save()
+    name = f"{MODULES[0]}.weight"
+    torch.testing.assert_close(files.loaded(name), files.weights[name] + files.change(MODULES[0], 6 / RANK))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: name.replace(".weight", ".default.weight"),
+        lambda name: f"module.{name}",
+        lambda name: name.replace("layers.0", "layers.0._orig_mod"),
+        lambda name: name.removeprefix("base_model.model."),
+    ],
+)
+def test_names_of_factors_may_have_an_adapters_or_a_wrappers_or_lack_pefts(
+    files: Files, change: Callable[[str], str]
+) -> None:
+    module, name = MODULES[0], f"{MODULES[0]}.weight"
+    expected = files.weights[name] + files.change(module, 6 / RANK)
+    files.factors = {change(own): factor for own, factor in files.factors.items()}
+    files.save()
+    torch.testing.assert_close(files.loaded(name), expected)
+
+
+def test_two_adapters_in_one_file_are_refused(files: Files) -> None:
+    files.factors = {
+        name.replace(".weight", f".{'one' if MODULES[0] in name else 'two'}.weight"): factor
+        for name, factor in files.factors.items()
+    }
+    files.save()
+    with pytest.raises(CheckpointError, match=r"holds several adapters, of which are .*\.one\.weight' and .*\.two\."):
+        read_adapter(files.adapter, files.index)
+
+
+def test_file_of_torch_save_is_read_where_there_is_no_other(files: Files) -> None:
+    (files.adapter / "adapter_model.safetensors").unlink()
+    torch.save(files.factors, files.adapter / "adapter_model.bin")
+    name = f"{MODULES[0]}.weight"
+    torch.testing.assert_close(files.loaded(name), files.weights[name] + files.change(MODULES[0], 6 / RANK))
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        "model.layers.0.q_proj.weight",
+        "model.language_model.layers.0.q_proj.weight",
+        "language_model.model.layers.0.q_proj.weight",
+    ],
+)
+@pytest.mark.parametrize("own", ["model.layers.0", "model.language_model.layers.0", "language_model.model.layers.0"])
+def test_module_is_found_by_the_models_name_whatever_is_stored(files: Files, known: str, own: str) -> None:
+    files.factors = {name.replace("model.layers.0", own): factor for name, factor in files.factors.items()}
+    files.save()
+    names = {known: MODULES[2] + ".weight", "model.vision_tower.layers.0.q_proj.weight": MODULES[0] + ".weight"}
+    names["model.layers.1.q_proj.weight"] = MODULES[1] + ".weight"
+    assert read_adapter(files.adapter, files.index, names)._changes.keys() == {
+        f"{MODULES[2]}.weight",
+        f"{MODULES[1]}.weight",
+    }
+
+
+def test_weight_that_two_modules_share_is_not_changed_for_one_of_them(files: Files) -> None:
+    names = {f"{module}.weight": f"{module}.weight" for module in MODULES}
+    with pytest.raises(
+        CheckpointError, match=r"changes 'model\.layers\.1\.q_proj', which shares its weight with another"
+    ):
+        read_adapter(files.adapter, files.index, {**names, f"{MODULES[1]}.weight": None})
 
 
 def test_adapter_of_another_model_is_refused(files: Files) -> None:

@@ -79,21 +79,19 @@ def untie(model: PreTrainedModel, index: CheckpointIndex) -> tuple[str, ...]:
         the names of those that are not tied any more.
 
     Raises:
-        CheckpointError: one module's parameter is stored twice, under two names and with two values.
+        CheckpointError: what is stored cannot be read.
     """
     if not index:
         return ()
     stored, _ = index_by_model_name(model, index)
     untied = []
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    for target, source in ties.items():
+    for target, source in list((getattr(model, "all_tied_weights_keys", None) or {}).items()):
         if target in stored and source in stored:
             if not hold_the_same(stored[target], stored[source], model.get_parameter_or_buffer(target).dtype):
                 _untie(model, target)
                 untied.append(target)
         elif target in stored or source in stored:
             stored[target] = stored[source] = stored.get(target) or stored[source]
-    _refuse_two_values(model, stored, ties)
     return tuple(untied)
 
 
@@ -102,21 +100,6 @@ def _untie(model: PreTrainedModel, name: str) -> None:
     tensor = torch.empty_like(model.get_parameter_or_buffer(name))
     model.get_submodule(owner).register_parameter(own, nn.Parameter(tensor, requires_grad=False))
     model.all_tied_weights_keys.pop(name)
-
-
-def _refuse_two_values(model: PreTrainedModel, stored: Mapping[str, StoredTensor], ties: Mapping[str, str]) -> None:
-    """A module that stands in a model twice has one parameter under two names, of which transformers keeps the last."""
-    names: dict[torch.Tensor, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in stored and name not in ties:
-            names[parameter].append(name)
-    for parameter, (first, *others) in names.items():
-        for name in others:
-            if not hold_the_same(stored[first], stored[name], parameter.dtype):
-                raise CheckpointError(
-                    f"{stored[first].file} holds other values for {name!r} than for {first!r}, which are one parameter "
-                    f"of {type(model).__name__}: save the model anew"
-                )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,18 @@ def test_state_dict_in_other_dicts_loses_their_words_only(names: list[str], wrap
 
 
 @pytest.mark.parametrize("names", MODELS.values(), ids=MODELS.keys())
-@pytest.mark.parametrize("prefix", ["module.", "state_dict.", "_orig_mod.", "module._orig_mod.", "app.model.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("module.", "state_dict.", "_orig_mod.", "module._orig_mod.", "app.model.module.", "pretrained_model."),
+        *(
+            "base_model.model.",
+            "module.base_model.model.",
+            "model.base_model.model.",
+            "_fsdp_wrapped_module._fpw_module.",
+        ),
+    ],
+)
 def test_prefix_of_a_wrapper_is_taken_from_every_name(names: list[str], prefix: str) -> None:
     assert found(flat([prefix + name for name in names])) == set(names)
 
@@ -50,6 +62,38 @@ def test_prefix_of_a_wrapper_is_taken_from_every_name(names: list[str], prefix: 
 def test_word_of_a_wrapper_is_taken_from_within_names() -> None:
     layers = ["model.layers.0._orig_mod.mlp.up_proj.weight", "model.layers.1._fsdp_wrapped_module.mlp.up_proj.weight"]
     assert found(flat(layers)) == {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize("names", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("prefix", ["", "pretrained_model.", "module."])
+def test_value_head_beside_a_model_is_left_alone(names: list[str], prefix: str) -> None:
+    heads = ["v_head.summary.weight", "v_head.summary.bias"]
+    assert found(flat([f"{prefix}{name}" for name in names], heads)) == set(names)
+    assert found(flat([f"{prefix}{name}" for name in [*names, *heads]])) == set(names)
+
+
+def test_what_was_taken_away_and_left_is_a_line_each(caplog: pytest.LogCaptureFixture) -> None:
+    layers = ["model.embed_tokens.weight", "model.layers.0._orig_mod.mlp.up_proj.weight", "lm_head.weight"]
+    with caplog.at_level(logging.INFO):
+        found(flat([f"module.{name}" for name in layers], ["v_head.summary.weight"]))
+        found(flat(LLAMA))
+    assert [record.getMessage() for record in caplog.records] == [
+        "saved: names are read without '_orig_mod', 'module'",
+        "saved: 1 tensors beside the model are left alone: 'v_head.summary.weight'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.base_layer.weight"),
+        *("lm_head.modules_to_save.default.weight", "lm_head.original_module.weight"),
+    ],
+)
+def test_adapter_within_a_model_is_refused_with_what_to_do(name: str) -> None:
+    names = [f"base_model.model.{own}" for own in [*LLAMA, f"model.{name}"]]
+    with pytest.raises(CheckpointError, match=rf"holds 'base_model\.model\.model\.{name}': .* merge_and_unload"):
+        found(flat(names))
 
 
 @pytest.mark.parametrize("names", [LLAMA, TIED, GPT2], ids=["llama", "tied", "gpt2"])
