@@ -220,6 +220,18 @@ def test_module_is_found_by_the_models_name_whatever_is_stored(files: Files, kno
     }
 
 
+def test_copy_of_a_modules_own_weight_is_looked_at_and_not_merged(files: Files) -> None:
+    name = f"{MODULES[0]}.weight"
+    own = f"base_model.model.{MODULES[0]}.base_layer.weight"
+    files.factors[own] = files.weights[name].clone()
+    files.save()
+    torch.testing.assert_close(files.loaded(name), files.weights[name] + files.change(MODULES[0], 6 / RANK))
+    files.factors[own][3, 2] += 1
+    files.save()
+    with pytest.raises(CheckpointError, match=rf"holds '{own}' with other values than '{name}'"):
+        read_adapter(files.adapter, files.index)
+
+
 def test_weight_that_two_modules_share_is_not_changed_for_one_of_them(files: Files) -> None:
     names = {f"{module}.weight": f"{module}.weight" for module in MODULES}
     with pytest.raises(

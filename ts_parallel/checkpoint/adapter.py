@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ts_parallel.checkpoint.codes.compare import hold_the_same
 from ts_parallel.checkpoint.folders.model_names import drop_inner_wrappers
 from ts_parallel.checkpoint.formats.placeholders import refuse_placeholder
 from ts_parallel.checkpoint.formats.safetensors_files import read_safetensors
@@ -37,6 +38,8 @@ CONFIG_FILE, WEIGHTS_FILE, TORCH_FILE = "adapter_config.json", "adapter_model.sa
 _NAME = re.compile(
     r"(?:(?:.+\.)?base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>\w+))?\.weight"
 )
+# Of a head or an embedding that has factors PEFT saves the module's own weight too.
+_OWN = re.compile(r"(?:(?:.+\.)?base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 # What changes more than a linear's weight, with the value that says that it does not.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -119,8 +122,13 @@ def read_adapter(folder: Path, index: CheckpointIndex, stored_names: StoredNames
     settings = _read_settings(folder)
     pairs: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     adapters: dict[str, StoredTensor] = {}
+    copies: dict[str, StoredTensor] = {}
     for tensor in _read_factors(folder):
-        match = _NAME.fullmatch(drop_inner_wrappers(tensor.name))
+        name = drop_inner_wrappers(tensor.name)
+        if (own := _OWN.fullmatch(name)) is not None:
+            copies[own["module"]] = tensor
+            continue
+        match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name!r} is no LoRA factor of a linear, which alone is merged"
@@ -138,7 +146,17 @@ def read_adapter(folder: Path, index: CheckpointIndex, stored_names: StoredNames
     for module, pair in pairs.items():
         stored = find.weight(module)
         changes[stored.name] = _change(module, pair, stored, settings)
+    for module, copy in copies.items():
+        _check_copy(copy, find.weight(module))
     return Adapter(changes)
+
+
+def _check_copy(copy: StoredTensor, stored: StoredTensor) -> None:
+    if not hold_the_same(copy, stored, copy.dtype):
+        raise CheckpointError(
+            f"{copy.file} holds {copy.name!r} with other values than {stored.name!r} in {stored.file} has: it was "
+            "trained on another model, or changed that; serve the merged model"
+        )
 
 
 def _weights_file(folder: Path) -> Path:
