@@ -265,7 +265,7 @@ STORED_REFUSED: dict[str, tuple[Writer, str]] = {
         "with no config.json to tell the model's sizes",
     ),
     "DeepSpeed ZeRO": (_file("global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt"), "zero_to_fp32.py"),
-    "verl": (_file("model_world_size_2_rank_0.pt"), "verl.model_merger"),
+    "verl, a rank's file missing": (_file("model_world_size_2_rank_0.pt"), "not one of each rank"),
     "Megatron": (_file("iter_0000005/mp_rank_00/model_optim_rng.pt"), "Megatron-Bridge"),
     "Megatron torch_dist": (_stored(_by_megatron), "is a checkpoint of Megatron (common.pt)"),
     "NeMo": (_file("llama.nemo"), "a NeMo archive"),

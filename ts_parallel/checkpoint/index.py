@@ -16,6 +16,7 @@ from ts_parallel.checkpoint.folders.authors import read_consolidated, with_names
 from ts_parallel.checkpoint.folders.foreign import refuse_foreign, refuse_megatron
 from ts_parallel.checkpoint.folders.located import inner_checkpoints
 from ts_parallel.checkpoint.folders.model_names import find_model_names
+from ts_parallel.checkpoint.folders.rank_shards import rank_files, read_rank_files
 from ts_parallel.checkpoint.folders.weight_files import (
     SHARD_INDEX,
     SINGLE_FILE,
@@ -123,6 +124,8 @@ def _otherwise(folder: Path, settings: Path | None) -> CheckpointIndex:
         raise CheckpointError(f"{folder} holds {names}: name the one to serve, as {gguf[0]}")
     if gguf:
         return _by_name(read_gguf(gguf[0]))
+    if rank_files(folder):
+        return _by_name(read_rank_files(folder, find_model_names))
     if (of_authors := read_consolidated(folder, settings)) is not None:
         return _by_name(of_authors)
     refuse_foreign(folder)

@@ -8,11 +8,12 @@ from ts_parallel.checkpoint.formats.dcp import METADATA
 from ts_parallel.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+_OF_VERL = "huggingface"  # folder that it writes configuration and tokenizer to, beside each rank's weights
 
 
 def settings_folder(folder: Path, named: Path | None = None) -> Path:
-    """The one that holds `config.json`: `named` where it is given; else `folder`, or for a torch.distributed.checkpoint
-    the one that `folder` lies in.
+    """The one that holds `config.json`: `named` where it is given; else `folder`, its `huggingface/` where a job of
+    verl left it there, or for a torch.distributed.checkpoint the one that `folder` lies in.
 
     Raises:
         CheckpointError: there is none.
@@ -21,6 +22,8 @@ def settings_folder(folder: Path, named: Path | None = None) -> Path:
         folder = named
     if (folder / CONFIG_FILE).is_file():
         return folder
+    if (folder / _OF_VERL / CONFIG_FILE).is_file():
+        return folder / _OF_VERL
     if not (folder / METADATA).is_file():
         for own in files_of_authors(folder)[:1]:
             raise CheckpointError(

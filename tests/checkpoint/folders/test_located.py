@@ -59,7 +59,6 @@ def test_parts_of_a_sentence_model_are_no_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model_world_size_2_rank_1.pt", r"one rank's shard of a verl run: merge them by `python -m verl.model_merger"),
         (
             "global_step8/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
             r"DeepSpeed .*: `python zero_to_fp32.py {folder}",

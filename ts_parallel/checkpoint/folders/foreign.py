@@ -27,11 +27,6 @@ class _Kind:
 _CONVERT = "convert it "
 _KINDS = (
     _Kind(
-        ("model_world_size_*_rank_*.pt",),
-        "one rank's shard of a verl run",
-        "merge them by `python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT`",
-    ),
-    _Kind(
         (
             *("*zero_pp_rank_*_optim_states.pt", "*mp_rank_*_model_states.pt"),
             *("global_step*/*zero_pp_rank_*_optim_states.pt", "global_step*/*mp_rank_*_model_states.pt"),

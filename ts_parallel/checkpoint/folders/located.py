@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ts_parallel.checkpoint.folders.foreign import refuse_foreign
+from ts_parallel.checkpoint.folders.rank_shards import rank_files
 from ts_parallel.checkpoint.folders.weight_files import find_weight_files
 from ts_parallel.checkpoint.formats.dcp import METADATA
 from ts_parallel.checkpoint.gguf.prepared import gguf_folder, is_gguf
@@ -44,7 +45,7 @@ def holds_weights(folder: Path) -> bool:
     """Whether there are files that are read here, or would be if they were not several or cut off."""
     if (folder / METADATA).is_file() or any(folder.glob("*.distcp")) or any(folder.glob("*.gguf")):
         return True
-    if any(folder.glob("shard-*-model-*.safetensors")) or files_of_authors(folder):
+    if any(folder.glob("shard-*-model-*.safetensors")) or rank_files(folder) or files_of_authors(folder):
         return True
     try:
         return find_weight_files(folder) is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_parallel.checkpoint.formats.old_torch_files import is_old_torch_file, read_old_torch_file
-from ts_parallel.checkpoint.formats.pickles import DataUnpickler
+from ts_parallel.checkpoint.formats.pickles import DataUnpickler, Names
 from ts_parallel.checkpoint.formats.placeholders import refuse_placeholder
 from ts_parallel.checkpoint.formats.torch_pickles import TORCH_NAMES, PickledTensor, Storage
 from ts_parallel.checkpoint.stored import NameFinder, StoredTensor, stored_whole
@@ -37,7 +37,7 @@ def read_torch_tensors(files: Sequence[Path], find_names: NameFinder) -> Iterato
     found: dict[str, tuple[Path, PickledTensor]] = {}
     paths: dict[str, tuple[str, ...]] = {}
     for file in files:
-        own = dict(_tensors_of_dict(read_torch_dict(file), (), file))
+        own = leaves_of_dict(read_torch_dict(file), file, (PickledTensor,))
         if len({".".join(path) for path in own}) < len(own):
             raise CheckpointError(f"{file} holds two tensors of one name")
         for path, tensor in own.items():
@@ -53,15 +53,18 @@ def as_saved(paths: Mapping[str, tuple[str | int, ...]], source: Path) -> dict[s
     return {key: key for key in paths}
 
 
-def read_torch_dict(file: Path) -> dict[Any, Any]:
+def read_torch_dict(file: Path, names: Names = TORCH_NAMES) -> dict[Any, Any]:
     """
+    Args:
+        names: what its pickle may name beside plain data.
+
     Raises:
         CheckpointError: the file is cut off or none that torch.save wrote, or holds no dict.
     """
     refuse_placeholder(file)
     with file.open("rb") as stream:
         is_old = is_old_torch_file(stream)
-        content = read_old_torch_file(stream, file) if is_old else read_torch_archive(stream, file)
+        content = read_old_torch_file(stream, file) if is_old else read_torch_archive(stream, file, names=names)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no dict of tensors")
     return content
@@ -80,7 +83,13 @@ def check_layout(tensor: PickledTensor, name: str, file: Path) -> PickledTensor:
     return tensor
 
 
-def read_torch_archive(stream: io.BufferedIOBase, file: Path, start: int = 0, length: int | None = None) -> Any:
+def read_torch_archive(
+    stream: io.BufferedIOBase,
+    file: Path,
+    start: int = 0,
+    length: int | None = None,
+    names: Names = TORCH_NAMES,
+) -> Any:
     """The object that torch.save wrote at `start` of `stream`, `PickledTensor`s in it. No storage is read.
 
     Raises:
@@ -95,7 +104,7 @@ def read_torch_archive(stream: io.BufferedIOBase, file: Path, start: int = 0, le
             "and save it again as safetensors"
         )
     try:
-        return _Archive(stream, file, start, length).load()
+        return _Archive(stream, file, start, length).load(names)
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
@@ -141,12 +150,12 @@ class _Archive:
             self._records = {info.filename: info for info in archive.infolist()}
         self._folder = next((name for name in self._records if name.endswith("/data.pkl")), "").removesuffix("data.pkl")
 
-    def load(self) -> Any:
+    def load(self, names: Names) -> Any:
         if not self._folder or f"{self._folder}constants.pkl" in self._records:
             raise CheckpointError(f"{self._file} is no state dict saved by torch.save")
         if f"{self._folder}byteorder" in self._records and self._read("byteorder") != b"little":
             raise CheckpointError(f"{self._file} was written on a big-endian machine")
-        unpickler = DataUnpickler(self._read("data.pkl"), TORCH_NAMES, self._file)
+        unpickler = DataUnpickler(self._read("data.pkl"), names, self._file)
         unpickler.persistent_load = self._find_storage  # type: ignore[method-assign]
         return unpickler.load()
 
@@ -180,13 +189,22 @@ class _Archive:
         return Storage(dtype, offset, num_bytes)
 
 
-def _tensors_of_dict(
-    content: dict[Any, Any], path: tuple[str, ...], file: Path
-) -> Iterator[tuple[tuple[str, ...], PickledTensor]]:
+def leaves_of_dict(content: dict[Any, Any], file: Path, kinds: tuple[type, ...]) -> dict[tuple[str, ...], Any]:
+    """What is one of `kinds`, by the keys of the dicts that it stands in.
+
+    Raises:
+        CheckpointError: the dicts are too many in each other.
+    """
+    return dict(_leaves(content, (), file, kinds))
+
+
+def _leaves(
+    content: dict[Any, Any], path: tuple[str, ...], file: Path, kinds: tuple[type, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     if len(path) > _DEEPEST:
         raise CheckpointError(f"{file} holds dicts in dicts, more than {_DEEPEST} deep")
     for key, value in content.items():
-        if isinstance(value, PickledTensor):
+        if isinstance(value, kinds):
             yield (*path, str(key)), value
         elif isinstance(value, dict):
-            yield from _tensors_of_dict(value, (*path, str(key)), file)
+            yield from _leaves(value, (*path, str(key)), file, kinds)
