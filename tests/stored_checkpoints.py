@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from families import ConfigFactory, random_model, tiny
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 Tensors = dict[str, torch.Tensor]
@@ -156,6 +160,24 @@ def _by_torchtitan(folder: Path, tensors: Tensors) -> None:
     dcp.save({"model": _as_authors(tensors)}, checkpoint_id=folder, no_dist=True)
 
 
+def _by_verl(folder: Path, tensors: Tensors) -> None:
+    """A file of each of two ranks, made in one process: its group of ranks only says that there are two."""
+    (folder / "huggingface").mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).rename(folder / "huggingface" / name)
+    for rank in range(2):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+        own = {
+            name: DTensor.from_local(
+                tensor.chunk(2)[rank].clone(), mesh, [Shard(0)], shape=tensor.shape, stride=tensor.stride()
+            )
+            for name, tensor in tensors.items()
+        }
+        torch.save(own, folder / f"model_world_size_2_rank_{rank}.pt")
+        dist.destroy_process_group()
+
+
 def _by_megatron(folder: Path, tensors: Tensors) -> None:
     _by_torchtitan(folder, tensors)
     torch.save({"args": {}}, folder / "common.pt")
@@ -246,6 +268,7 @@ STORED: dict[str, Writer] = {
     "Meta's, embedding by rows": _stored(partial(_by_meta, embedding_dim=0)),
     "Mistral's consolidated.safetensors": _stored(_by_mistral, family="mistral", sliding_window=8),
     "torchtitan's names": _stored(_by_torchtitan),
+    "verl, a file of each rank": _stored(_by_verl),
     "tied, head of other values": _write_untied,
     "tied, head of the same values": _write_with_equal_head,
     "LoRA": partial(_write_with_adapter, {}),
