@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -85,6 +85,35 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, length: int) -> StoredTensor:
+        """Those alone, under the same name."""
+        shape = (length, *self.shape[1:])
+        if self.codes is not None:
+            return replace(self, shape=shape, codes=_CodesOfRows(self.codes, start))
+        parts = []
+        for part in self.parts:
+            first, *others = part.corner
+            low, high = max(start, first), min(start + length, first + part.shape[0])
+            if low < high:
+                row = part.num_bytes // part.shape[0]
+                corner, kept = (low - start, *others), (high - low, *part.shape[1:])
+                parts.append(StoredPart(part.file, corner, kept, part.offset + (low - first) * row, (high - low) * row))
+        return replace(self, shape=shape, parts=tuple(parts))
+
+
+@dataclass(frozen=True)
+class _CodesOfRows:
+    whole: Codes
+    start: int
+
+    @property
+    def cut_order(self) -> tuple[int, ...]:
+        return self.whole.cut_order
+
+    def decode(self, box: Box, read: Callable[[StoredTensor, Box], torch.Tensor]) -> torch.Tensor:
+        (first, length), *others = box
+        return self.whole.decode(((self.start + first, length), *others), read)
 
 
 CheckpointIndex = Mapping[str, StoredTensor]

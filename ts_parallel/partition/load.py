@@ -20,6 +20,7 @@ from torch import nn
 from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.errors import CheckpointError
 from ts_parallel.huge_pages import make_tensor
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
@@ -107,6 +108,8 @@ def load_program(
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
     }
+    if merge is not None:
+        _refuse_rows(sources)
     _tell(program, sources, quantization, group, stage)
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
@@ -132,6 +135,16 @@ def load_program(
     tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
     tensors |= {name: buffer.to(device) for name, buffer in program.buffers.items()}
     return RankModel(program, tensors, time.perf_counter() - started)
+
+
+def _refuse_rows(sources: Sources) -> None:
+    """What an adapter changes is said of whole stored tensors."""
+    for name, own in sources.items():
+        if any(source.rows for source in own):
+            raise CheckpointError(
+                f"{name!r} is stored as some of the rows of {own[0].stored.name!r}, so an adapter cannot be merged: "
+                "merge it with PEFT and save the model"
+            )
 
 
 def _tell(
@@ -258,7 +271,7 @@ def _item(name: str, local: torch.Tensor, kept: Slice | None, source: Source) ->
             cut = None  # one of a stack is kept whole or not at all
     for _ in range(num_stacked):
         view = view[0]
-    yield LoadItem(view, source.stored, cut, name)
+    yield LoadItem(view, source.taken, cut, name)
 
 
 def _overlap(kept: Slice, begin: int, end: int, dim: int) -> tuple[int, Slice]:

@@ -1,8 +1,9 @@
 """Which bytes of a checkpoint make up which parameter: under its name or an older one, or in several tensors.
 
 What transformers stacks and joins after reading (a mixture's experts, stored one by one) is read straight to its place
-instead, so that a rank reads only what it keeps. Parameters that the configuration ties, and the checkpoint holds with
-values of their own, are untied, as transformers does. Knows no file and no device.
+instead, so that a rank reads only what it keeps; and so are the rows of what it takes apart (queries, keys and values
+that are stored as one). Parameters that the configuration ties, and the checkpoint holds with values of their own, are
+untied, as transformers does. Knows no file and no device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     MergeModulelist,
     WeightConverter,
@@ -44,17 +46,22 @@ def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: Ch
 
     Raises:
         CheckpointError: one is missing, has another shape than the model's, or is made from what is stored by an
-            operation other than stacking and joining experts; or the checkpoint has more layers than the model.
+            operation other than stacking and joining experts and taking rows; or the checkpoint has more layers than
+            the model.
     """
     direct, converted = index_by_model_name(model, index)
+    chunks = _chunks_by_name(converted)
     sources: dict[str, tuple[Source, ...]] = {}
     missing = []
     for name, entry in plan.parameters.items():
         names = (name, *entry.aliases)
         stored = next((direct[alias] for alias in names if alias in direct), None)
+        chunk = next((chunks[alias] for alias in names if alias in chunks), None)
         parts = next((converted[alias] for alias in names if alias in converted), None)
         if stored is not None:
             sources[name] = (_whole(entry, stored),)
+        elif chunk is not None:
+            sources[name] = (_rows(entry, chunk),)
         elif parts is not None:
             sources[name] = _joined(entry, parts)
         else:
@@ -63,7 +70,7 @@ def match_checkpoint(model: PreTrainedModel, plan: TensorParallelPlan, index: Ch
         more = f" and {len(missing) - 1} more" * (len(missing) > 1)
         raise CheckpointError(f"the checkpoint has no tensor for {missing[0]!r}{more} of {type(model).__name__}")
     _refuse_further_layers(model, [*direct, *converted])
-    unused = len(index) - len({part.stored.name for parts in sources.values() for part in parts})
+    unused = len(index) - len({own.stored.name for part in sources.values() for own in part})
     if unused:
         logger.info("%d tensors of the checkpoint belong to no parameter of %s", unused, type(model).__name__)
     return sources
@@ -163,6 +170,40 @@ def _whole(entry: ParameterPlan, stored: StoredTensor) -> Source:
     return Source(stored, (0,) * len(entry.shape))
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """One of `count` equal parts of a stored tensor's rows."""
+
+    stored: StoredTensor
+    number: int
+    count: int
+
+
+def _chunks_by_name(converted: Mapping[str, _Parts]) -> dict[str, _Chunk]:
+    """What is stored as rows of one tensor, under the model's names; `converted` has it under the first of them."""
+    found = {}
+    for name, parts in converted.items():
+        targets, operations = parts.converter.target_patterns, parts.converter.operations
+        stored = [own for stack in parts.by_pattern.values() for own in stack]
+        only = operations[0] if len(operations) == 1 else None
+        if not isinstance(only, Chunk) or only.dim != 0 or only.num_shards_attribute is not None:
+            continue
+        if len(stored) == 1 and targets[0] in name:
+            for number, target in enumerate(targets):
+                found[name.replace(targets[0], target, 1)] = _Chunk(stored[0], number, len(targets))
+    return found
+
+
+def _rows(entry: ParameterPlan, chunk: _Chunk) -> Source:
+    stored, length = chunk.stored, entry.shape[0] if entry.shape else 0
+    if stored.shape != (chunk.count * length, *entry.shape[1:]):
+        raise CheckpointError(
+            f"{stored.name!r} has shape {list(stored.shape)} in {stored.file}, of which {entry.name!r} of shape "
+            f"{list(entry.shape)} is one of {chunk.count} parts"
+        )
+    return Source(stored, (0,) * len(entry.shape), (chunk.number * length, length))
+
+
 def _joined(entry: ParameterPlan, parts: _Parts) -> tuple[Source, ...]:
     """Experts on dim 0, each one's patterns (gate, then up) one after the other on dim 1."""
     _refuse_other_operations(entry, parts.converter)
@@ -198,5 +239,5 @@ def _refuse_other_operations(entry: ParameterPlan, converter: WeightConverter) -
             continue
         raise CheckpointError(
             f"{entry.name!r} would have to be made of {converter.source_patterns[0]!r} by {operation!r}; only "
-            "experts can be stacked and joined while they are read"
+            "experts can be stacked and joined, and rows taken, while they are read"
         )

@@ -29,6 +29,7 @@ from ts_parallel.checkpoint.index import CheckpointIndex
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.errors import PlanError, StartupError
+from ts_parallel.partition.model.sentence_modules import sentence_folder
 from ts_parallel.partition.program import ProgramRequest, RankProgram
 
 logger = logging.getLogger(__name__)
@@ -153,9 +154,10 @@ def _digest(request: ProgramRequest, index: CheckpointIndex) -> str:
     if _may_tie(home):
         digest.update(repr(_states_of_ties(index)).encode())
     find = home.rglob if home == request.folder else home.glob  # another may hold all of a job's checkpoints
-    settings = {file for pattern in _SETTINGS for file in find(pattern) if file.is_file()}
+    above = sentence_folder(home)
+    settings = {file for pattern in _SETTINGS for file in (*find(pattern), *above.glob(pattern)) if file.is_file()}
     for file in sorted(settings):
-        digest.update(f"{file.relative_to(home)}".encode() + file.read_bytes())
+        digest.update(os.path.relpath(file, home).encode() + file.read_bytes())
     package = Path(__file__).parents[1]
     for room in ("checkpoint", "partition"):
         for file in sorted((package / room).rglob("*.py")):

@@ -136,19 +136,25 @@ class TensorParallelPlan:
 
 @dataclass(frozen=True)
 class Source:
-    """`stored` fills the box of a whole parameter that begins at `corner` and has its shape.
+    """`stored`, or some of its rows, fills the box of a whole parameter that begins at `corner` and has its shape.
 
     The box has length 1 in the leading dims that the stored tensor lacks: it is one of a stack.
     """
 
     stored: StoredTensor
     corner: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    """`(start, length)` of those; None: all."""
+
+    @property
+    def taken(self) -> StoredTensor:
+        return self.stored if self.rows is None else self.stored.rows(*self.rows)
 
     @property
     def box(self) -> tuple[tuple[int, int], ...]:
         """`(start, length)` along each dim of the parameter."""
-        lengths = (1,) * (len(self.corner) - len(self.stored.shape)) + self.stored.shape
-        return tuple(zip(self.corner, lengths, strict=True))
+        shape = self.taken.shape
+        return tuple(zip(self.corner, (1,) * (len(self.corner) - len(shape)) + shape, strict=True))
 
 
 Sources: TypeAlias = Mapping[str, tuple[Source, ...]]

@@ -19,6 +19,7 @@ from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import BatchConfig, Seq2SeqConfig
 from ts_parallel.errors import ConfigError, EngineError, NotFoundError
 from ts_parallel.partition.load import load_program
+from ts_parallel.partition.model.sentence_modules import transformer_folder
 from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
@@ -259,6 +260,7 @@ def refuse_continuous_batching(settings: Mapping[str, Any]) -> None:
 
 
 def _load_stages(config: BatchConfig, folder: Path, topology: Topology, model: str) -> _Loaded:
+    folder = transformer_folder(folder)
     runner = make_batch_runner(config, folder, topology)
     what = f"{config.virtual_stages} of {config.num_stages} stages"
     if topology.rank:

@@ -1,13 +1,16 @@
 """What a folder of sentence-transformers says of the way from hidden states to one vector a text.
 
-`modules.json` lists modules in the order in which they run: the model, a pooling, and what follows it. Versions 2 to 6
-of that library spell the pooling in two ways. What is not understood is refused by name. B texts, S tokens, H numbers.
+`modules.json` lists modules in the order in which they run: the model, a pooling, and what follows it. The model's own
+files lie beside it or in a folder that it names (`0_Transformer`). Versions 2 to 6 of that library spell the pooling in
+two ways. What is not understood is refused by name, and so is a module of somebody else's code. B texts, S tokens, H
+numbers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ts_parallel.checkpoint.settings import CONFIG_FILE
 from ts_parallel.errors import CheckpointError
 
 TRANSFORMER, POOLING, NORMALIZE, DENSE, DROPOUT = "Transformer", "Pooling", "Normalize", "Dense", "Dropout"
+LAYER_NORM = "LayerNorm"
+_KINDS = (TRANSFORMER, POOLING, NORMALIZE, DENSE, DROPOUT, LAYER_NORM)
+_MODULES, _LIBRARY = "modules.json", "sentence_transformers."
 _VECTOR = "sentence_embedding"
 
 
@@ -73,18 +80,54 @@ def read_sentence_modules(folder: Path) -> SentenceModules:
 def read_modules(folder: Path) -> list[tuple[str, Path]]:
     """Kind and folder of each module that `modules.json` lists; none where there is no such file.
 
+    Args:
+        folder: that of the file, or of the model that it names.
+
     Raises:
-        CheckpointError: it cannot be read, or names a kind that is not known.
+        CheckpointError: it cannot be read, or names a kind that is not known, or one of another library.
     """
-    file = folder / "modules.json"
-    modules = read_json(file) if file.is_file() else []
+    folder = sentence_folder(folder)
+    file = folder / _MODULES
+    types = _types_of(file) if file.is_file() else []
+    for kind, _ in types:
+        if not kind.startswith(_LIBRARY):
+            raise CheckpointError(f"{file} has a module of type {kind!r}: code of the checkpoint's own is not run")
+    listed = [(kind.rpartition(".")[2], folder / path) for kind, path in types]
+    for kind, _ in listed:
+        if kind not in _KINDS:
+            raise CheckpointError(f"{file} has a module {kind!r}, which cannot be served; {sorted(_KINDS)} can")
+    return listed
+
+
+def sentence_folder(folder: Path) -> Path:
+    """The one of `modules.json`: `folder`, or the one above where that names `folder` as its model's."""
+    above = folder.resolve().parent
+    if (folder / _MODULES).is_file() or not (above / _MODULES).is_file():
+        return folder
+    first = ""
+    with suppress(CheckpointError):  # a file of that name may be anybody's
+        first = next((path for _, path in _types_of(above / _MODULES)), "")
+    return above if first and (above / first).resolve() == folder.resolve() else folder
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The one of the model's weights, configuration and tokenizer: `folder`, or the one below it that `modules.json`
+    names where they do not lie beside that.
+
+    Raises:
+        CheckpointError: as `read_modules`.
+    """
+    if (folder / CONFIG_FILE).is_file() or not (folder / _MODULES).is_file():
+        return folder
+    return next((path for kind, path in read_modules(folder) if kind == TRANSFORMER), folder)
+
+
+def _types_of(file: Path) -> list[tuple[str, str]]:
+    """Type and path of each module."""
+    modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(own, dict) and "type" in own for own in modules):
         raise CheckpointError(f"{file} is no list of modules")
-    listed = [(str(own["type"]).rpartition(".")[2], folder / str(own.get("path", ""))) for own in modules]
-    for kind, _ in listed:
-        if kind not in (TRANSFORMER, POOLING, NORMALIZE, DENSE, DROPOUT):
-            raise CheckpointError(f"{file} has a module {kind!r}, which cannot be served")
-    return listed
+    return [(str(own["type"]), str(own.get("path", ""))) for own in modules]
 
 
 def read_json(file: Path) -> Any:
@@ -126,8 +169,6 @@ def _refuse_unserved(module: HeadModule) -> None:
     given = module.settings.get("module_input_name", _VECTOR), module.settings.get("module_output_name") or _VECTOR
     if given != (_VECTOR, _VECTOR):
         raise CheckpointError(f"{module.folder}: a {module.kind} of {given[0]!r} cannot be served")
-    if module.kind == DENSE and module.settings.get("use_residual"):
-        raise CheckpointError(f"{module.folder}: a Dense with use_residual cannot be served")
 
 
 def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

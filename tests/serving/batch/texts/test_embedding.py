@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.model.sentence_modules import read_sentence_modules
+from ts_parallel.serving.batch.texts.embedding import SentenceHead
 from ts_parallel.serving.batch.texts.reading import read_text_rules
 
 ROUTE = {"url_path": "v1/embeddings"}
@@ -256,7 +257,7 @@ DENSE = {"in_features": 16, "out_features": 4}
         ([MEAN, ("LSTM", {})], {}, "has a module 'LSTM', which cannot be served"),
         ([("Normalize", {})], {}, r"begins with \['Transformer', 'Normalize'\]"),
         ([MEAN, ("Dense", {**DENSE, "module_input_name": "token_embeddings"})], {}, "a Dense of 'token_embeddings'"),
-        ([MEAN, ("Dense", {**DENSE, "use_residual": True})], {}, "use_residual cannot be served"),
+        ([MEAN, ("Dense", {**DENSE, "in_features": None})], {}, "in_features must be a size, got None"),
         ([MEAN], {"processing_kwargs": {"text": {}}}, "processing_kwargs .* cannot be served"),
         ([MEAN], {"zork": 1}, "zork 1 cannot be served"),
     ],
@@ -266,7 +267,7 @@ def test_folder_with_what_is_not_understood_is_refused_by_name(
 ) -> None:
     write(tmp_path, *modules, **texts)
     with pytest.raises(CheckpointError, match=says):
-        read_sentence_modules(tmp_path)
+        SentenceHead(read_sentence_modules(tmp_path))
         read_text_rules(tmp_path, is_cut=True)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ts_parallel.errors import CheckpointError, RequestError
-from ts_parallel.partition.model.sentence_modules import TRANSFORMER, read_json, read_modules
+from ts_parallel.partition.model.sentence_modules import TRANSFORMER, read_json, read_modules, sentence_folder
 from ts_parallel.serving.batch.jobs import Done, Inputs, Work, known_fields, within_most
 from ts_parallel.serving.batch.texts.reading import SETTINGS, Asked, TextReader
 from ts_parallel.serving.batch.texts.scoring import RERANK, SCORE, Api, Pair, open_pairs, usage_of
@@ -122,7 +122,7 @@ def read_activation(folder: Path, config: PretrainedConfig) -> Callable[[torch.T
         return None
     if [kind for kind, _ in read_modules(folder)] not in ([], [TRANSFORMER]):
         raise CheckpointError(f"{folder / 'modules.json'}: a CrossEncoder is served whose one module is a Transformer")
-    file = folder / "config_sentence_transformers.json"
+    file = sentence_folder(folder) / "config_sentence_transformers.json"
     settings = read_json(file) if file.is_file() else {}
     of_config = getattr(config, "sentence_transformers", None) or {}
     path = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,27 @@ from ts_parallel.checkpoint.index import read_index
 from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.errors import CheckpointError, RequestError
-from ts_parallel.partition.model.sentence_modules import NORMALIZE, HeadModule, SentenceModules
+from ts_parallel.partition.model.sentence_modules import DENSE, LAYER_NORM, NORMALIZE, HeadModule, SentenceModules
 from ts_parallel.serving.batch.jobs import Done, Inputs, Work, choice, count_field, known_fields, within_most
 from ts_parallel.serving.batch.texts.reading import SETTINGS, Asked, TextReader
 from ts_parallel.serving.batch.texts.scoring import RERANK, SCORE, Api, Pair, open_pairs, usage_of
 from ts_parallel.serving.exchange import RawRequest, echo
 
+Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
 ROUTE = "v1/embeddings"
 ROUTES = (ROUTE, RERANK, SCORE)
 _FIELDS = ("input", "model", "dimensions", "encoding_format", "user", "prompt", "prompt_name", *SETTINGS)
 _ACTIVATIONS: Mapping[str, type[nn.Module]] = {
-    f"{kind.__module__}.{kind.__qualname__}": kind for kind in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.Sigmoid)
+    f"{kind.__module__}.{kind.__qualname__}": kind
+    for kind in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU)
+}
+# By the folder's `similarity_fn_name`, as sentence-transformers' `similarity`.
+_SIMILARITIES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cosine": lambda one, two: F.normalize(one, dim=0) @ F.normalize(two, dim=0),
+    "dot": torch.dot,
+    "euclidean": lambda one, two: -(one - two).norm(),
+    "manhattan": lambda one, two: -(one - two).abs().sum(),
 }
 
 
@@ -38,9 +49,7 @@ class SentenceHead:
             CheckpointError: a module's files lack what it needs.
         """
         head = () if modules.is_normalised_alone else modules.head
-        self._steps: list[Callable[[torch.Tensor], torch.Tensor]] = [
-            partial(F.normalize, dim=-1) if module.kind == NORMALIZE else _read_dense(module) for module in head
-        ]
+        self._steps = [_READERS[module.kind](module) for module in head]
 
     @torch.inference_mode()
     def __call__(self, vector: torch.Tensor) -> torch.Tensor:
@@ -51,7 +60,7 @@ class SentenceHead:
 
 
 class EmbeddingApi:
-    """OpenAI's embeddings, and by the cosine of two vectors scores and ranks."""
+    """OpenAI's embeddings, and by the likeness of two vectors scores and ranks."""
 
     def __init__(self, reader: TextReader, head: SentenceHead, api: Api) -> None:
         self._reader = reader
@@ -137,8 +146,9 @@ class EmbeddingApi:
 
     def scores(self, pairs: Sequence[Pair], done: Sequence[Done]) -> list[float]:
         texts = dict.fromkeys(text for pair in pairs for text in pair.texts)
-        vectors = dict(zip(texts, (F.normalize(self.vector(own.output), dim=0) for own in done), strict=True))
-        return [float(vectors[one] @ vectors[two]) for one, two in (pair.texts for pair in pairs)]
+        vectors = dict(zip(texts, (self.vector(own.output) for own in done), strict=True))
+        likeness = _SIMILARITIES[self._reader.rules.similarity]
+        return [float(likeness(vectors[one], vectors[two])) for one, two in (pair.texts for pair in pairs)]
 
 
 def _inputs_of(fields: Mapping[str, Any]) -> list[str | list[Any]]:
@@ -163,24 +173,80 @@ def _base64(vector: torch.Tensor) -> str:
     return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
 
 
-def _read_dense(module: HeadModule) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A linear and its activation, which is sentence-transformers' own where the folder names none."""
-    settings, folder = module.settings, module.folder
+class _Dense(nn.Module):
+    """A linear, its activation, and where a folder wants that, what went in beside what comes out."""
+
+    def __init__(self, sizes: tuple[int, int], has_bias: bool, activation: nn.Module, adds_input: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(*sizes, bias=has_bias)
+        self.residual = nn.Linear(*sizes, bias=False) if adds_input and sizes[0] != sizes[1] else None
+        self._activation = activation
+        self._adds_input = adds_input
+
+    def forward(self, vector: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self._activation(self.linear(vector))
+        if not self._adds_input:
+            return made
+        return made + (vector if self.residual is None else self.residual(vector))
+
+
+class _LayerNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, vector: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(vector)
+        return normed
+
+
+def _read_normalize(_: HeadModule) -> Step:
+    return partial(F.normalize, dim=-1)
+
+
+def _read_dense(module: HeadModule) -> Step:
+    """Its activation is sentence-transformers' own where the folder names none."""
+    settings = module.settings
     path = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if path not in _ACTIVATIONS:
-        raise CheckpointError(f"{folder}: activation_function {path!r} cannot be served; {sorted(_ACTIVATIONS)} can")
-    try:
-        sizes = int(settings["in_features"]), int(settings["out_features"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{folder / 'config.json'} lacks the sizes in_features and out_features") from None
-    linear = nn.Linear(*sizes, bias=settings.get("bias", True) is not False)
+    # torch.nn.Identity is the same under a shorter name.
+    names = {f"torch.nn.{name.rpartition('.')[2]}": name for name in _ACTIVATIONS}
+    activation = _ACTIVATIONS.get(names.get(path, path))
+    if activation is None:
+        raise CheckpointError(
+            f"{module.folder}: activation_function {path!r} cannot be served; {sorted(_ACTIVATIONS)} can"
+        )
+    sizes = _size(module, "in_features"), _size(module, "out_features")
+    has_bias, adds_input = settings.get("bias", True) is not False, bool(settings.get("use_residual"))
+    return _filled(_Dense(sizes, has_bias, activation(), adds_input), module.folder)
+
+
+def _read_layer_norm(module: HeadModule) -> Step:
+    return _filled(_LayerNorm(_size(module, "dimension")), module.folder)
+
+
+_READERS: Mapping[str, Callable[[HeadModule], Step]] = {
+    NORMALIZE: _read_normalize,
+    DENSE: _read_dense,
+    LAYER_NORM: _read_layer_norm,
+}
+
+
+def _size(module: HeadModule, name: str) -> int:
+    size = module.settings.get(name)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise CheckpointError(f"{module.folder / 'config.json'}: {name} must be a size, got {size!r}")
+    return size
+
+
+def _filled(made: nn.Module, folder: Path) -> Step:
+    """Its parameters are read from the folder, under their names."""
     stored = read_index(folder)
     items = []
-    for name, parameter in linear.named_parameters():
-        source = stored.get(f"linear.{name}")
+    for name, parameter in made.named_parameters():
+        source = stored.get(name)
         if source is None or source.shape != tuple(parameter.shape):
             found = "no tensor" if source is None else f"shape {list(source.shape)}"
-            raise CheckpointError(f"{folder}: linear.{name} must have shape {list(parameter.shape)}, found {found}")
+            raise CheckpointError(f"{folder}: {name} must have shape {list(parameter.shape)}, found {found}")
         items.append(LoadItem(parameter.data, source, None, name))
-    load_tensors(items, Progress("Dense", is_shown=False))
-    return nn.Sequential(linear, _ACTIVATIONS[path]()).eval()
+    load_tensors(items, Progress("head", is_shown=False))
+    return made.eval()

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.model.encoder import POOLED, SEGMENTS, ModelCall
-from ts_parallel.partition.model.sentence_modules import read_json
+from ts_parallel.partition.model.sentence_modules import read_json, sentence_folder
 from ts_parallel.serving.batch.jobs import count_field
 from ts_parallel.serving.batch.micro_batching import Collator
 from ts_parallel.serving.batch.texts.padding import bears_padding
@@ -28,6 +28,7 @@ from ts_parallel.serving.text.model_files import read_tokenizer, vocabulary_of
 
 SETTINGS = ("add_special_tokens", "truncate_prompt_tokens")
 """Fields of every body of texts that say how they become tokens."""
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # Of sentence_bert_config.json, and what they may be where nothing is done for them; None: anything.
 _NEUTRAL: Mapping[str, tuple[Any, ...] | None] = {
     "transformer_task": ("feature-extraction", "sequence-classification"),
@@ -62,6 +63,8 @@ class TextRules:
     """The one that stands before a text where a request names none."""
     dimensions: int | None = None
     """How many of a vector's numbers are its answer; None: all."""
+    similarity: str = SIMILARITIES[0]
+    """By which two vectors are compared."""
 
 
 def read_text_rules(folder: Path, is_cut: bool) -> TextRules:
@@ -72,8 +75,9 @@ def read_text_rules(folder: Path, is_cut: bool) -> TextRules:
     Raises:
         CheckpointError: a file cannot be read, or has a setting that cannot be served.
     """
-    of_library, of_texts = folder / "config_sentence_transformers.json", sorted(folder.glob("sentence_*_config.json"))
-    if not (of_texts or of_library.is_file() or (folder / "modules.json").is_file()):
+    home = sentence_folder(folder)
+    of_library, of_texts = home / "config_sentence_transformers.json", sorted(folder.glob("sentence_*_config.json"))
+    if not (of_texts or of_library.is_file() or (home / "modules.json").is_file()):
         return TextRules()
     own = read_json(of_texts[0]) if of_texts else {}
     for name, value in own.items():
@@ -85,6 +89,11 @@ def read_text_rules(folder: Path, is_cut: bool) -> TextRules:
     default = settings.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise CheckpointError(f"{of_library}: default_prompt_name {default!r} is none of its prompts {sorted(prompts)}")
+    similarity = settings.get("similarity_fn_name") or SIMILARITIES[0]
+    if similarity not in SIMILARITIES:
+        raise CheckpointError(
+            f"{of_library}: similarity_fn_name {similarity!r} cannot be served; {list(SIMILARITIES)} can"
+        )
     return TextRules(
         is_cut,
         own.get("max_seq_length"),
@@ -92,6 +101,7 @@ def read_text_rules(folder: Path, is_cut: bool) -> TextRules:
         prompts,
         prompts[default] if default else "",
         settings.get("truncate_dim"),
+        similarity,
     )
 
 
@@ -164,6 +174,17 @@ class TextReader:
         longest = asked.longest or (self.longest if self.rules.is_cut else len(token_ids))
         return self._inputs(list(token_ids)[:longest], None, "input")
 
+    def made_of(self, token_ids: Sequence[int], segments: Sequence[int], parameter: str) -> dict[str, torch.Tensor]:
+        """Of a sequence that somebody else has made by `tokenizer`.
+
+        Args:
+            parameter: what the request calls it.
+
+        Raises:
+            RequestError: there are too many tokens, or one that the model has not.
+        """
+        return self._inputs(token_ids, segments, parameter)
+
     def collator(self, trims_by: str | None = None) -> Collator:
         """Fills shorter texts up on the right, with what the attention mask leaves out; where a model would give a text
         another output for that, only texts of one length come together."""
@@ -201,7 +222,7 @@ class TextReader:
         ids = torch.tensor(self._vocabulary.known(token_ids, parameter))
         made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), POOLED: torch.ones_like(ids)}
         made[SEGMENTS] = torch.zeros_like(ids) if segments is None else torch.tensor(segments)
-        return {name: made[name] for name in self._names}
+        return {name: made[name] for name in self._names if name in made}
 
     def _num_tokens_of_prompt(self, prompt: str, asked: Asked) -> int:
         """Without a last one that ends texts."""
