@@ -77,7 +77,12 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
     },
     "serving.openai": {"floor": {"fields"}, "fields": set()},
     "serving.chat": {"floor": {"calls"}, "calls": set()},
-    "serving.batch": {"floor": {"texts", "speech"}, "texts": {"floor"}, "speech": {"floor"}},
+    "serving.batch": {
+        "floor": {"texts", "images", "speech"},
+        "texts": {"floor"},
+        "images": {"floor"},
+        "speech": {"floor"},
+    },
     "serving.torchserve": {"floor": {"transports"}, "transports": {"floor"}},
     "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
     "runtime.backends": {"floor": {"native", "torch"}, "native": {"torch", "floor"}, "torch": {"floor"}},

@@ -236,7 +236,18 @@ class Parallelism(_Section):
 class BatchConfig(ModelConfig):
     """Batch inference."""
 
-    task: Literal["text_embedding", "text_classification", "token_classification", "image_classification", "encoder"]
+    task: Literal[
+        "text_embedding",
+        "text_classification",
+        "token_classification",
+        "question_answering",
+        "fill_mask",
+        "image_classification",
+        "object_detection",
+        "semantic_segmentation",
+        "ctc_speech_recognition",
+        "encoder",
+    ]
     """What goes in and comes out; `encoder` answers with the last hidden states."""
     micro_batch_size: Count = Field(default=8, ge=1)
     """Most items that a stage computes at once."""
@@ -244,7 +255,9 @@ class BatchConfig(ModelConfig):
     """Stages of each rank, looped: stage k lives on pipeline rank k % pipeline_parallel_size."""
     parallelism: Parallelism = Parallelism()
     max_items: Count = Field(default=2048, ge=1)
-    """Most texts, pairs of texts or documents of one request."""
+    """Most texts, pairs of texts, documents or windows of a text of one request."""
+    max_audio_seconds: float = Field(default=120, gt=0)
+    """Longest recording that is heard."""
 
     def _stage_factors(self) -> dict[str, int]:
         return {**super()._stage_factors(), "virtual_stages": self.virtual_stages}

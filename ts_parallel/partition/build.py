@@ -64,7 +64,7 @@ from ts_parallel.partition.program import (
     TensorParallelPlan,
 )
 from ts_parallel.partition.strangers import refuse_strangers
-from ts_parallel.partition.tensor_parallel.plan import plan_tensor_parallel
+from ts_parallel.partition.tensor_parallel.plan import is_possible, plan_tensor_parallel
 from ts_parallel.partition.tensor_parallel.shard import OwnHeads, apply_tensor_parallel
 from ts_parallel.topology import TensorParallelGroup
 
@@ -216,20 +216,32 @@ def shard_dense(
     index: CheckpointIndex | None = None,
 ) -> ShardedModel:
     """A model of any other kind, planned and sharded for one rank of `group`, without any weight in memory."""
-    model = build_deferred(config, dtype, call.auto_class, DENSE)
-    sites = find_dense_sites(model, lambda inputs: call.call(model, inputs), call.inputs)
-    if len(sites) < num_layers_of(config):
-        # Attention code of its own, which may not understand the masks that are made for ours: take its own masks too.
-        model, sites = build_deferred(config, dtype, call.auto_class, "eager"), ()
+    model, sites = _dense_model(config, call, dtype)
     untied = untie(model, index or {})
-    plan = plan_tensor_parallel(model, sites, group.size)
+    whole = {site.module_name for site in sites if not is_possible(site, group.size)}
+    plan = plan_tensor_parallel(model, sites, group.size, whole=whole)
     if group.size > 1:
-        apply_tensor_parallel(model, plan, group)
+        apply_tensor_parallel(model, as_applied(model, plan), group)
     return ShardedModel(model, plan, sites, untied)
 
 
+def _dense_model(
+    config: PretrainedConfig, call: ModelCall, dtype: torch.dtype
+) -> tuple[PreTrainedModel, tuple[AttentionSite, ...]]:
+    """The deferred model and its attention calls. One with attention code of its own, which may not understand the
+    masks that are made for ours, has its own masks too, and no calls."""
+    try:
+        model = build_deferred(config, dtype, call.auto_class, DENSE)
+    except PlanError:
+        return build_deferred(config, dtype, call.auto_class, "eager"), ()
+    sites = find_dense_sites(model, lambda inputs: call.call(model, inputs), call.inputs, call.least)
+    if len(sites) >= num_layers_of(config):
+        return model, sites
+    return build_deferred(config, dtype, call.auto_class, "eager"), ()
+
+
 def cut_dense(sharded: ShardedModel, call: ModelCall, place: PipelinePlace) -> StagedModel:
-    traced = trace(sharded.model, call.inputs, lambda inputs: call.call(sharded.model, inputs), call.limits)
+    traced = trace(sharded.model, call.inputs, lambda inputs: call.call(sharded.model, inputs), call.limits, call.least)
     return cut_into_stages(sharded, traced, place)
 
 

@@ -266,7 +266,8 @@ def _load_stages(config: BatchConfig, folder: Path, topology: Topology, model: s
     if topology.rank:
         return _Loaded(runner, what)
     dtype = own_dtype(config.dtype, config.device)
-    return _Loaded(runner, what, runner, make_task(config.task, folder, dtype, model, config.max_items))
+    task = make_task(config.task, folder, dtype, model, config.max_items, config.max_audio_seconds)
+    return _Loaded(runner, what, runner, task)
 
 
 def _load_seq2seq(config: Seq2SeqConfig, folder: Path, topology: Topology, model: str) -> _Loaded:

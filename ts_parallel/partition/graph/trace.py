@@ -31,6 +31,7 @@ from ts_parallel.topology import TensorParallelGroup
 # Sizes that the example inputs have where they are dynamic: all different, none of them 0 or 1, for the trace would
 # take equal sizes for one size, and those two for constants.
 _EXAMPLE_SIZES = (7, 3, 11, 5)
+_TIMES_LEAST = 3  # so that what is made of the smallest size is neither 0 nor 1
 
 
 @torch.library.custom_op("ts_parallel::attention", mutates_args=())
@@ -155,18 +156,22 @@ def trace(
     inputs: Mapping[str, InputSpec],
     call: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
     limits: Mapping[str, int],
+    least: Mapping[str, int] | None = None,
 ) -> TracedModel:
     """Record what `call`, which runs the deferred `model` on `inputs`, does.
 
     Args:
         limits: the largest value of each letter that the inputs' sizes have.
+        least: the smallest one, where that is not 1.
 
     Raises:
         PlanError: the model's code depends on data or on the sizes; the message names the module and the line.
     """
     letters = dict.fromkeys(size for spec in inputs.values() for size in spec.sizes if isinstance(size, str))
-    examples = dict(zip(letters, _EXAMPLE_SIZES, strict=False))
-    dims = {letter: Dim(letter, min=1, max=limits[letter]) for letter in letters}
+    least = dict.fromkeys(letters, 1) | dict(least or {})
+    sizes = zip(letters, _EXAMPLE_SIZES, strict=False)
+    examples = {letter: size + _TIMES_LEAST * (least[letter] - 1) for letter, size in sizes}
+    dims = {letter: Dim(letter, min=least[letter], max=limits[letter]) for letter in letters}
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     with fake_weights(model, mode), _watched(model) as entered:
         with mode:

@@ -50,8 +50,12 @@ def find_dense_sites(
     model: PreTrainedModel,
     call: Callable[[Mapping[str, torch.Tensor]], object],
     inputs: Mapping[str, InputSpec],
+    least: Mapping[str, int] | None = None,
 ) -> tuple[AttentionSite, ...]:
     """The attention calls that `call` makes in the deferred `model`, in call order.
+
+    Args:
+        least: the smallest value of each letter of the inputs' sizes, where that is not 1.
 
     Raises:
         PlanError: it cannot run without data.
@@ -62,9 +66,12 @@ def find_dense_sites(
     def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         sites.append(site_of_call(names[module], query, key, value))
 
+    known = least or {}
     examples = {
         name: torch.zeros(
-            [size if isinstance(size, int) else 2 for size in spec.sizes], dtype=spec.dtype, device="meta"
+            [size if isinstance(size, int) else max(2, known.get(size, 1)) for size in spec.sizes],
+            dtype=spec.dtype,
+            device="meta",
         )
         for name, spec in inputs.items()
     }

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ts_parallel.checkpoint.load import Slice
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.graph.trace import InputSpec, TracedModel, trace
-from ts_parallel.partition.model.encoder import MOST_ITEMS, longest_text
+from ts_parallel.partition.model.encoder import CTC, MOST_ITEMS, longest_text
 from ts_parallel.partition.program import KEPT, TensorParallelPlan
 from ts_parallel.partition.tensor_parallel.plan import heads_of_rank
 
@@ -79,11 +79,15 @@ def call_of_seq2seq(task: str, config: PretrainedConfig, dtype: torch.dtype) -> 
     Raises:
         PlanError: the task is speech's, and the model not Whisper, whose inputs alone are known.
     """
-    limits = {"B": MOST_ITEMS, "S": longest_text(config), "T": longest_answer(config), "P": longest_answer(config)}
+    positions = longest_answer(config)
+    limits = {"B": MOST_ITEMS, "S": longest_text(config), "T": positions, "P": positions - 1}
     if task != SPEECH:
         return Seq2SeqCall(AutoModelForSeq2SeqLM, _TEXT, limits)
     if config.model_type != "whisper":
-        raise PlanError(f"task {SPEECH!r} serves models of type 'whisper', this one is {config.model_type!r}")
+        raise PlanError(
+            f"task {SPEECH!r} serves models of type 'whisper', this one is {config.model_type!r}; those that hear as "
+            f"wav2vec2 does are of task {CTC!r}"
+        )
     # Its two convolutions halve the frames once.
     features = InputSpec(("B", config.num_mel_bins, 2 * config.max_source_positions), dtype)
     return Seq2SeqCall(AutoModelForSpeechSeq2Seq, {"input_features": features}, limits)

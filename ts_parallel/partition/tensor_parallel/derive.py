@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,8 +23,15 @@ _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
 _OUTPUT_NAMES = {"o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "o", "out"}
 
 
-def derive_styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dict[str, str]:
-    """Module name → `colwise` or `rowwise`, of a model whose attention calls are `sites`."""
+def derive_styles(
+    model: PreTrainedModel, sites: Iterable[AttentionSite], whole: Collection[str] = ()
+) -> dict[str, str]:
+    """Module name → `colwise` or `rowwise`, of a model whose attention calls are `sites`.
+
+    Args:
+        whole: the attention modules that are not to be split.
+    """
+    sites = tuple(sites)
     calls = Counter(site.module_name for site in sites)
     attention = {site.module_name: site for site in sites}
     hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)
@@ -35,7 +42,7 @@ def derive_styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dic
             linears[name.rpartition(".")[0]][name] = module
     styles: dict[str, str] = {}
     for name, site in attention.items():
-        if calls[name] > 1 or _has_norm_of(model.get_submodule(name), site.num_heads * site.value_dim):
+        if name in whole or calls[name] > 1 or _has_norm_of(model.get_submodule(name), site.num_heads * site.value_dim):
             continue
         styles |= _attention_styles(linears[name], site) or _attention_styles(
             linears[name] | _beside(name, linears), site
@@ -46,13 +53,21 @@ def derive_styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dic
             for name, found in linears.items()
             if _layer_of(name) == layer and not _is_inside(name, attention)
         }
-        mlps = {name: _mlp_styles(found, hidden_size) for name, found in own.items()}
+        # Where layers grow (Swin), the model's own size is that of the last of them.
+        widths = (
+            hidden_size,
+            *sorted({site.num_heads * site.value_dim for site in sites if _layer_of(site.module_name) == layer}),
+        )
+        mlps = {
+            name: next(filter(None, (_mlp_styles(found, width) for width in widths)), {}) for name, found in own.items()
+        }
         mlps = {name: found for name, found in mlps.items() if found}
         rest = {name: module for found in own.values() for name, module in found.items() if name not in styles}
         # BERT and its kin keep the two linears of an MLP in modules of their own.
         for name, found in (mlps or {layer: _mlp_styles(rest, hidden_size)}).items():
             closing = [model.get_submodule(linear) for linear, style in found.items() if style == "rowwise"]
-            if not any(_has_norm_of(model.get_submodule(name), in_and_out_features(one)[0]) for one in closing):
+            owner, inner = model.get_submodule(name), [in_and_out_features(one)[0] for one in closing]
+            if not any(_has_norm_of(owner, width) or _has_convolution_of(owner, width) for width in inner):
                 styles |= found
     return styles
 
@@ -61,6 +76,12 @@ def _has_norm_of(owner: nn.Module, width: int) -> bool:
     """Whether a module of `owner` that is no linear has weights for `width` features side by side."""
     children = (child for child in owner.children() if not is_linear(child))
     return any(weight.shape[-1:] == (width,) for child in children for weight in child.parameters(recurse=False))
+
+
+def _has_convolution_of(owner: nn.Module, width: int) -> bool:
+    """Whether features go through a convolution between linears, as SegFormer's do."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(isinstance(module, kinds) and width in module.weight.shape[:2] for module in owner.modules())
 
 
 def _is_inside(name: str, attention: Mapping[str, AttentionSite]) -> bool:

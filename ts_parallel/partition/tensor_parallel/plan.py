@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -41,6 +41,8 @@ _KEY_VALUE_NAME = re.compile(r"(^|_)(k|v|kv|key|value)(_|$)")
 _CONCATENATED_QKV = {"c_attn", "qkv_proj", "Wqkv"}
 # … except in these families where each query head has its own key/value head.
 _SIDE_BY_SIDE_UNLESS_SHARED = {"gpt_bigcode"}
+# Biases of places, which have a column for each head (Swin, BEiT).
+_BIAS_TABLE = ".relative_position_bias_table"
 _FUSED_GATE_UP = {"gate_up_proj"}
 # Families whose own plan gathers what can stay split once the fused parts are cut one by one.
 _BETTER_STYLES = {
@@ -54,12 +56,17 @@ _BETTER_STYLES = {
 
 
 def plan_tensor_parallel(
-    model: PreTrainedModel, sites: Iterable[AttentionSite], size: int, expert_parallel: bool = False
+    model: PreTrainedModel,
+    sites: Iterable[AttentionSite],
+    size: int,
+    expert_parallel: bool = False,
+    whole: Collection[str] = (),
 ) -> TensorParallelPlan:
     """The plan for `size` ranks of a deferred, unsharded `model` whose attention calls are `sites`.
 
     Args:
         expert_parallel: whether each rank keeps some of a mixture's experts whole, instead of a part of each.
+        whole: attention modules that every rank keeps whole, where the plan is derived.
 
     Raises:
         PlanError: a parameter cannot be cut into `size` parts; the message names it and the sizes that would work. Or
@@ -68,7 +75,7 @@ def plan_tensor_parallel(
     sites = tuple(sites)
     attention = {site.module_name: site for site in sites}
     experts = _experts_of(model) if expert_parallel else []
-    styles = {} if size == 1 else _styles(model, sites)
+    styles = {} if size == 1 else _styles(model, sites, whole)
     if size > 1 and experts:
         inside = tuple(f"{name}." for name in experts)
         styles = {name: style for name, style in styles.items() if not name.startswith(inside)}
@@ -101,7 +108,7 @@ def _names_of_parameters(model: nn.Module) -> dict[torch.Tensor, list[str]]:
     return names
 
 
-def _styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dict[str, str]:
+def _styles(model: PreTrainedModel, sites: Iterable[AttentionSite], whole: Collection[str]) -> dict[str, str]:
     """Name of a module, or of a parameter that belongs to no linear → style, for every part of the model."""
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
     shipped: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
@@ -111,7 +118,7 @@ def _styles(model: PreTrainedModel, sites: Iterable[AttentionSite]) -> dict[str,
     _refuse_idle(better, names)  # our own entries; a shipped plan has some for parts that a model may lack
     shipped |= better
     inside = [pattern for pattern in shipped if not pattern.startswith("lm_head")]
-    styles = _match(shipped, names) if inside else derive_styles(model, sites)
+    styles = _match(shipped, names) if inside else derive_styles(model, sites, whole)
     embedding, head = _embedding_of(model), model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is embedding and isinstance(module, nn.Embedding):
@@ -255,6 +262,8 @@ class _Cuts:
         site = self._site_of(name)
         if site is None or not self.is_split(site.module_name) or not parameter.ndim:
             return {}
+        if name.endswith(_BIAS_TABLE) and parameter.shape[-1] == site.num_heads:
+            return {name: tuple(Slice(1, (own,)) for own in self._heads(name, 0, site.num_heads, site.num_heads, site))}
         count, owner = parameter.shape[0], modules[name.rpartition(".")[0]]
         # One row as long as a head is the weight of a norm over a head, even where there are as many heads.
         if count not in (site.num_heads, site.num_kv_heads) or parameter.shape in ((site.head_dim,), (site.value_dim,)):

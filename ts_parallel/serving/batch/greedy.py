@@ -38,9 +38,10 @@ from ts_parallel.partition.model.seq2seq import DECODE, ENCODE, HIDDEN, MASK, PA
 
 logger = logging.getLogger(__name__)
 
-PROMPT, MOST_TOKENS, TIMED = "prompt", "max_new_tokens", "is_timed"
+PROMPT, MOST_TOKENS, TIMED, FIRST = "prompt", "max_new_tokens", "is_timed", "first_token"
 """What an item brings beside the encoder's inputs: the first tokens of the decoder, `[N]`, and a number. Of speech also
-whether its answer has timestamps."""
+whether its answer has timestamps; of texts the token that its answer begins with, `NO_TOKEN` where the model's rules
+say it."""
 DETECT, NO_TOKEN = -1, -2
 """In a prompt: the most likely language; filled up to the longest of a micro-batch. Answers are filled up likewise."""
 
@@ -109,9 +110,16 @@ class Rules:
         """The most likely one, of logits `[V]`."""
         return self._languages[int(logits[self._languages].argmax())]
 
-    def processors(self, prompt_length: int, max_length: int, is_timed: bool = False) -> LogitsProcessorList:
-        """In the order in which `generate` applies them, for an answer that has `max_length` tokens with its prompt."""
+    def processors(
+        self, prompt_length: int, max_length: int, is_timed: bool = False, first: int = NO_TOKEN
+    ) -> LogitsProcessorList:
+        """In the order in which `generate` applies them, for an answer that has `max_length` tokens with its prompt.
+
+        Args:
+            first: the token that it begins with; `NO_TOKEN`: the model's own, if it has one.
+        """
         own, made = self._own, LogitsProcessorList()
+        forced = own.forced_bos_token_id if first == NO_TOKEN else first
         eos = torch.tensor(sorted(self.eos_ids))
         if own.repetition_penalty not in (None, 1.0):
             made.append(RepetitionPenaltyLogitsProcessor(own.repetition_penalty))
@@ -123,8 +131,8 @@ class Rules:
             made.append(MinLengthLogitsProcessor(own.min_length, eos))
         if own.min_new_tokens and self.eos_ids:
             made.append(MinNewTokensLengthLogitsProcessor(prompt_length, own.min_new_tokens, eos))
-        if own.forced_bos_token_id is not None:
-            made.append(ForcedBOSTokenLogitsProcessor(own.forced_bos_token_id))
+        if forced is not None:
+            made.append(ForcedBOSTokenLogitsProcessor(forced))
         if own.forced_eos_token_id is not None:
             made.append(ForcedEOSTokenLogitsProcessor(max_length, own.forced_eos_token_id))
         if own.remove_invalid_values:
@@ -132,7 +140,7 @@ class Rules:
         if own.suppress_tokens:
             made.append(SuppressTokensLogitsProcessor(own.suppress_tokens))
         if own.begin_suppress_tokens:
-            is_after_forced = prompt_length == 1 and own.forced_bos_token_id is not None
+            is_after_forced = prompt_length == 1 and forced is not None
             begin = prompt_length + is_after_forced
             made.append(SuppressTokensAtBeginLogitsProcessor(own.begin_suppress_tokens, begin))
         if is_timed:
@@ -143,11 +151,18 @@ class Rules:
 class Answer:
     """One item's tokens, the prompt's first."""
 
-    def __init__(self, prompt: Sequence[int], max_new_tokens: int, rules: Rules, is_timed: bool = False) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        rules: Rules,
+        is_timed: bool = False,
+        first: int = NO_TOKEN,
+    ) -> None:
         self._prompt = [token for token in prompt if token != NO_TOKEN]
         self._max_length = len(self._prompt) + max_new_tokens
         self._rules = rules
-        self._processors = rules.processors(len(self._prompt), self._max_length, is_timed)
+        self._processors = rules.processors(len(self._prompt), self._max_length, is_timed, first)
         self._logprobs = 0.0
         self.tokens: list[int] = []
         self.is_done = False
@@ -274,9 +289,10 @@ class GreedyRunner:
             given = dict(inputs)
             prompts, limits = given.pop(PROMPT).tolist(), given.pop(MOST_TOKENS).tolist()
             timed = given.pop(TIMED).tolist() if TIMED in given else [False] * len(prompts)
+            firsts = given.pop(FIRST).tolist() if FIRST in given else [NO_TOKEN] * len(prompts)
             answers = [
-                Answer(prompt, limit, self._rules, is_timed)
-                for prompt, limit, is_timed in zip(prompts, limits, timed, strict=True)
+                Answer(prompt, limit, self._rules, is_timed, first)
+                for prompt, limit, is_timed, first in zip(prompts, limits, timed, firsts, strict=True)
             ]
             shared = {MASK: given[MASK]} if MASK in given else {}
             begun.append(_MicroBatch(next(self._numbers), shared, answers))

@@ -25,6 +25,7 @@ from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.serving.batch.answers import AnswerLimits, answer_inputs
 from ts_parallel.serving.batch.greedy import (
+    FIRST,
     MOST_TOKENS,
     NO_TOKEN,
     PROMPT,
@@ -34,6 +35,7 @@ from ts_parallel.serving.batch.greedy import (
     read_generation_config,
 )
 from ts_parallel.serving.batch.jobs import known_fields
+from ts_parallel.serving.batch.languages import FIELDS, Languages
 from ts_parallel.serving.batch.micro_batching import Collator, Inputs, Runner
 from ts_parallel.serving.batch.speech import requests
 from ts_parallel.serving.batch.speech.prompts import SpeechPrompts
@@ -155,6 +157,7 @@ class Text2TextInput:
         self._tokenizer = tokenizer
         self._longest = min(getattr(tokenizer, "model_max_length", call.limits["S"]), call.limits["S"])
         self._prompt = [int(generation.decoder_start_token_id)]
+        self._languages = Languages(tokenizer, self._prompt[0], num_tokens)
         self._padding = generation.pad_token_id or 0
         self._limits = limits
         self._num_tokens = num_tokens
@@ -166,7 +169,8 @@ class Text2TextInput:
                 is unknown or out of its limits.
         """
         text = item.text()
-        fields = known_fields(item, ("text", "input_ids", MOST_TOKENS)) if text is None else {"text": text}
+        known = ("text", "input_ids", MOST_TOKENS, *FIELDS)
+        fields = known_fields(item, known) if text is None else {"text": text}
         ids = self._token_ids(fields)
         if not ids:
             raise RequestError("the text is empty", "text")
@@ -174,10 +178,12 @@ class Text2TextInput:
             raise RequestError(f"the text has {len(ids)} tokens, the model takes at most {self._longest}", "text")
         if not all(0 <= token < self._num_tokens for token in ids):
             raise RequestError(f"the model's token ids are 0 to {self._num_tokens - 1}", "input_ids")
+        prompt, first = self._languages.begin(fields, self._prompt)
         return {
             "input_ids": torch.tensor(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.int64),
-            **answer_inputs(self._prompt, self._limits.of(fields, self._prompt)),
+            **answer_inputs(prompt, self._limits.of(fields, prompt)),
+            FIRST: torch.tensor(first),
         }
 
     def collator(self) -> Collator:
@@ -195,5 +201,4 @@ class Text2TextInput:
             raise RequestError(f"'text' must be a text, got {type(text).__name__}", "text")
         if self._tokenizer is None:
             raise RequestError("the model's folder has no tokenizer: send 'input_ids'", "text")
-        encoded: list[int] = self._tokenizer(text)["input_ids"]
-        return encoded
+        return self._languages.encode(text, fields)

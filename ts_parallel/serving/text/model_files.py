@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ts_parallel.checkpoint.formats.placeholders import refuse_placeholders
 from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.engine.vocabulary import Vocabulary
 from ts_parallel.errors import CheckpointError
+
+_SENTENCEPIECE = ("*.model", "*.spm")
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,49 @@ class SamplingDefaults:
 
 
 def read_tokenizer(folder: Path) -> Any:
+    """
+    Raises:
+        CheckpointError: the folder has none that can be used, or one that a library is missing for.
+    """
     folder = settings_folder(folder)
     refuse_placeholders(folder)
+    _refuse_without_sentencepiece(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"no usable tokenizer in {folder}: {str(error).splitlines()[0]}") from None
     names = sorted(tokenizer.vocab_files_names.values())
     if names and not any((folder / name).is_file() for name in names):
         # transformers makes a tokenizer with an empty vocabulary then.
         raise CheckpointError(f"no usable tokenizer in {folder}: it has none of {names}")
     return tokenizer
+
+
+def _refuse_without_sentencepiece(folder: Path) -> None:
+    """transformers would ask for another library, or make a tokenizer with an empty vocabulary."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    models = [file for pattern in _SENTENCEPIECE for file in sorted(folder.glob(pattern)) if _is_sentencepiece(file)]
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if models and missing:
+        names = " and ".join(name.removeprefix("google.") for name in missing)
+        raise CheckpointError(
+            f"{models[0]} is a SentencePiece model, which needs {names}: pip install 'ts-parallel[sentencepiece]', or "
+            "let the tokenizer be saved with a tokenizer.json"
+        )
+
+
+def _is_sentencepiece(file: Path) -> bool:
+    """Whether it begins with a message of protobuf; tiktoken's files of that name are text."""
+    with file.open("rb") as stream:
+        return stream.read(1) == b"\n"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # of its parent
+        return False
 
 
 def read_eos_ids(folder: Path, model_config: PretrainedConfig, tokenizer: Any) -> frozenset[int]:

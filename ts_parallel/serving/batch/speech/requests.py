@@ -134,7 +134,7 @@ class SpeechApi:
             features = numbers_field(fields[FEATURES], FEATURES)
             seconds = features.shape[-1] * SECONDS_OF_FRAME if features.dim() else 0.0
         else:
-            samples = self._samples(fields)
+            samples = samples_of(fields, self._model.most_seconds)
             features, seconds = self._extract(samples), len(samples) / SAMPLE_RATE
         if features.dim() != 2 or features.shape[0] != self._mel_bins or features.shape[1] < self._window:
             raise RequestError(
@@ -146,16 +146,6 @@ class SpeechApi:
         if features.shape[1] > max(most, self._window):
             raise RequestError(f"input_features has {features.shape[1]} frames, at most {most} are taken", FEATURES)
         return features, seconds
-
-    def _samples(self, fields: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        if "file" in fields:
-            if not isinstance(fields["file"], bytes):
-                raise RequestError(f"'file' must be a file's bytes, in a form, got {echo(fields['file'])}", "file")
-            return read_audio(fields["file"], self._model.most_seconds)
-        samples = numbers_field(fields["audio"], "audio")
-        if samples.dim() != 1:
-            raise RequestError(f"'audio' must be one list of samples, got {samples.dim()} dims", "audio")
-        return checked_samples(samples.numpy(), self._model.most_seconds, "audio")
 
     def _extract(self, samples: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
         extractor = self._model.extractor
@@ -192,13 +182,29 @@ class SpeechApi:
 _SECONDS = "seconds"
 
 
+def samples_of(fields: Mapping[str, Any], most_seconds: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Of a `file` or of `audio`.
+
+    Raises:
+        RequestError: it is none, or too long.
+    """
+    if "file" in fields:
+        if not isinstance(fields["file"], bytes):
+            raise RequestError(f"'file' must be a file's bytes, in a form, got {echo(fields['file'])}", "file")
+        return read_audio(fields["file"], most_seconds)
+    samples = numbers_field(fields["audio"], "audio")
+    if samples.dim() != 1:
+        raise RequestError(f"'audio' must be one list of samples, got {samples.dim()} dims", "audio")
+    return checked_samples(samples.numpy(), most_seconds, "audio")
+
+
 def read_extractor(folder: Path) -> Any:
     """None where the folder has none.
 
     Raises:
         CheckpointError: it cannot be used.
     """
-    if not (folder / "preprocessor_config.json").is_file():
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return None
     try:
         extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -217,11 +223,11 @@ def _fields_of(item: RawRequest) -> dict[str, Any]:
     Raises:
         RequestError: one is unknown, or has a value that cannot be had.
     """
-    if isinstance(item.body, (bytes, bytearray)) and _is_sound(bytes(item.body[:64]), item.content_type):
+    if isinstance(item.body, (bytes, bytearray)) and is_sound(bytes(item.body[:64]), item.content_type):
         return _of_route({"file": bytes(item.body)}, item.route)
     fields = item.fields()
     if "multipart/" in item.content_type:
-        fields = {name: _form_value(name, value) for name, value in fields.items()}
+        fields = {name: form_value(name, value) for name, value in fields.items()}
     fields = known_names({name: value for name, value in fields.items() if value is not None}, _FIELDS)
     if fields.get("temperature", 0) != 0:
         raise RequestError(
@@ -240,7 +246,7 @@ def _fields_of(item: RawRequest) -> dict[str, Any]:
     return _of_route(fields, item.route)
 
 
-def _is_sound(begin: bytes, content_type: str) -> bool:
+def is_sound(begin: bytes, content_type: str) -> bool:
     """Whether a body is a file, and no JSON that could not be parsed; a WAV file says it whatever it was called."""
     return begin.startswith(b"RIFF") or not ("json" in content_type or begin.lstrip().startswith(b"{"))
 
@@ -249,7 +255,7 @@ def _of_route(fields: dict[str, Any], route: str) -> dict[str, Any]:
     return {**fields, "task": fields.get("task", "translate")} if route == TRANSLATIONS else fields
 
 
-def _form_value(name: str, value: Any) -> Any:
+def form_value(name: str, value: Any) -> Any:
     """A form has bytes alone."""
     if name == "file" or not isinstance(value, (bytes, bytearray)):
         return bytes(value) if isinstance(value, bytearray) else value
