@@ -38,7 +38,7 @@ CACHE_VARIABLE = "TS_PARALLEL_CACHE"
 _MOST_FILES = 200
 _LIBRARIES = ("torch", "transformers")
 _TIES = "tie_word_embeddings"
-_SETTINGS = ("config*.json", "modules.json", "[0-9]_*/config.json")
+_SETTINGS = ("config*.json", "modules.json", "[0-9]_*/config.json", "preprocessor_config.json", "processor_config.json")
 
 Pickles = Mapping[tuple[int, int], bytes]
 """Tensor-parallel rank and pipeline rank → its pickled program."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from programs import keep_for_ranks
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from whole_model import build_rank_model
 
+from ts_parallel.config import BatchConfig
 from ts_parallel.errors import CheckpointError, ConfigError, PlanError
 from ts_parallel.partition.build import cut_dense, shard_dense
 from ts_parallel.partition.load import RankModel
-from ts_parallel.partition.model.encoder import ModelCall, call_of_task, longest_text
+from ts_parallel.partition.model.encoder import TASKS, ModelCall, call_of_task, longest_text
 from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.runtime.stage import Stage
@@ -266,6 +267,10 @@ def test_pooling_that_cannot_be_read_is_refused_with_its_file(text: str | None, 
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(CheckpointError, match=f"cannot read {file}"):
         call_of_task("text_embedding", tmp_path, config_of("bert"), torch.float32)
+
+
+def test_every_task_can_be_configured() -> None:
+    assert set(get_args(BatchConfig.model_fields["task"].annotation)) == set(TASKS)
 
 
 def test_unknown_task_is_refused_with_those_that_are_known(tmp_path: Path) -> None:

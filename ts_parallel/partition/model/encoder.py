@@ -137,7 +137,7 @@ def _of_processed_images(
     auto_class: Any, folder: Path, config: PretrainedConfig, dtype: torch.dtype, call: Call
 ) -> ModelCall:
     """Images are as large as the folder's processor makes them: all alike, or each as it needs."""
-    size = _size_of_processor(folder / "preprocessor_config.json")
+    size = _size_of_processor(folder)
     inputs = _pixels(config, size or ("Y", "X"), dtype)
     sides = {} if size else {"Y": _MOST_PIXELS, "X": _MOST_PIXELS}
     return ModelCall(auto_class, inputs, {"B": MOST_ITEMS, **sides}, call, dict.fromkeys(sides, _LEAST_PIXELS))
@@ -184,9 +184,12 @@ def _image_size(config: PretrainedConfig) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _size_of_processor(file: Path) -> tuple[int, int] | None:
+def _size_of_processor(folder: Path) -> tuple[int, int] | None:
     """Height and width of every image that it makes; None where they depend on the image, or there is no processor."""
-    settings = read_json(file) if file.is_file() else {}
+    alone, together = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(alone) if alone.is_file() else {}
+    if not alone.is_file() and together.is_file():
+        settings = read_json(together).get("image_processor")
     size = settings.get("size") if isinstance(settings, dict) and settings.get("do_resize", True) else None
     if isinstance(size, int):  # as older versions of transformers wrote a square
         return size, size

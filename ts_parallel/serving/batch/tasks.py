@@ -100,7 +100,7 @@ def _text_task(name: str, folder: Path, call: ModelCall, config: PretrainedConfi
         return Task(text, embeddings.as_list, collator, embeddings.open, embedding.ROUTES)
     if name == "fill_mask":
         masks = MaskApi(reader, api.most_items)
-        return Task(text, as_lists, masks.collator(), masks.open)
+        return Task(lambda item: masks.marked(text(item)), as_lists, masks.collator(), masks.open)
     collator = reader.collator(trims_by="input_ids")
     if name == "token_classification":
         return Task(text, as_lists, collator, EntityApi(reader, config, api.most_items).open)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.model.encoder import MASKED
 from ts_parallel.serving.batch.jobs import Done, Inputs, Work, count_field, known_fields, within_most
@@ -53,12 +55,19 @@ class MaskApi:
 
         return Work([partial(self.read, text) for text in texts], finish)
 
-    def read(self, text: str) -> Inputs:
+    def read(self, text: str) -> dict[str, torch.Tensor]:
         """
         Raises:
             RequestError: it has no mask, or more tokens than the model takes.
         """
-        inputs = self._reader.read(text)
+        return self.marked(self._reader.read(text))
+
+    def marked(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """A text's inputs with the places of its masks.
+
+        Raises:
+            RequestError: it has none.
+        """
         places = (inputs["input_ids"] == self._mask).nonzero().squeeze(-1)
         if not len(places):
             raise RequestError(f"the text has no mask, which is {self._reader.tokenizer.mask_token!r}", "text")
