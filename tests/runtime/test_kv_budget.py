@@ -8,33 +8,24 @@ import pytest
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.partition.program import AttentionSite
-from ts_parallel.runtime.kv_budget import bytes_beside_weights, bytes_per_token, count_blocks
+from ts_parallel.runtime.kv_budget import bytes_beside_weights, count_blocks
 
 CPU = torch.device("cpu")
 
 
-def site(num_kv_heads: int, head_dim: int, value_dim: int) -> AttentionSite:
-    return AttentionSite("attention", 4, num_kv_heads, head_dim, value_dim, None, 1.0, None, False)
-
-
-SITES = (site(2, 3, 5), site(1, 4, 4))  # 16 and 8 elements a token
-
-
-def test_token_takes_the_keys_and_values_of_all_sites() -> None:
-    assert bytes_per_token(SITES, torch.float32) == 96
-    assert bytes_per_token(SITES, torch.bfloat16) == 48
+ELEMENTS = (16, 24)  # a token's, on two ranks
 
 
 @pytest.mark.parametrize(("num_bytes", "num_blocks"), [(96 * 8, 2), (96 * 12 - 1, 2), (96 * 12, 3)])
 def test_only_whole_blocks_are_counted(num_bytes: int, num_blocks: int) -> None:
-    assert count_blocks([SITES], torch.float32, 4, num_bytes, max_model_len=8) == num_blocks
+    assert count_blocks(ELEMENTS, torch.float32, 4, num_bytes, max_model_len=8) == num_blocks
 
 
 def test_memory_too_small_for_one_request_is_refused_with_what_to_change() -> None:
-    assert count_blocks([SITES], torch.float32, 4, 96 * 12, max_model_len=12) == 3
+    assert count_blocks(ELEMENTS, torch.float32, 4, 96 * 12, max_model_len=12) == 3
+    assert count_blocks(ELEMENTS, torch.bfloat16, 4, 48 * 12, max_model_len=12) == 3
     with pytest.raises(ConfigError, match="1152 bytes holds 12 tokens of 96 bytes, fewer than max_model_len 13: raise"):
-        count_blocks([SITES], torch.float32, 4, 96 * 12, max_model_len=13)
+        count_blocks(ELEMENTS, torch.float32, 4, 96 * 12, max_model_len=13)
 
 
 def test_part_of_the_smallest_gpu_is_what_the_heaviest_rank_leaves_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

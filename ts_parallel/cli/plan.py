@@ -20,7 +20,6 @@ from ts_parallel.partition.model.model_config import choose_dtype, read_model_co
 from ts_parallel.partition.program import PipelinePlace
 from ts_parallel.partition.strangers import refuse_strangers
 from ts_parallel.runtime.backends.choose import own_dtype
-from ts_parallel.runtime.kv_budget import bytes_per_token
 
 
 @takes_handler_keys(
@@ -72,8 +71,9 @@ def _ranks(staged: StagedModel, kv_cache_memory: int, dtype: torch.dtype) -> Tab
     for number, stage in enumerate(staged.stages):
         first, end = edges[number : number + 2]
         share = sum(weights[first + (number > 0) : end + 1 + (number == len(staged.stages) - 1)])
-        plan, per_token = staged.plan_of([stage]), bytes_per_token(stage.sites, dtype)
+        plan = staged.plan_of([stage])
         for rank in range(plan.size):
+            per_token = plan.kv_elements_per_token(stage.sites, rank) * dtype.itemsize
             table.add_row(
                 str(number * plan.size + rank),
                 str(number),

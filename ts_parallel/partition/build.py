@@ -321,6 +321,10 @@ def program_of(staged: StagedModel, place: PipelinePlace, sources: Sources) -> R
             tuple(site for stage in staged.stages[rank :: place.num_ranks] for site in stage.sites)
             for rank in range(place.num_ranks)
         ),
+        kv_elements_of_ranks=tuple(
+            _most_kv_elements(plan, [site for stage in staged.stages[rank :: place.num_ranks] for site in stage.sites])
+            for rank in range(place.num_ranks)
+        ),
         bytes_of_ranks=tuple(
             _most_bytes(staged.plan_of(staged.stages[rank :: place.num_ranks])) for rank in range(place.num_ranks)
         ),
@@ -350,6 +354,10 @@ def _write(stage: StageGraph, kept: Mapping[Node, str]) -> StageCode:
 
 def _most_bytes(plan: TensorParallelPlan) -> int:
     return max(plan.local_bytes(rank) for rank in range(plan.size))
+
+
+def _most_kv_elements(plan: TensorParallelPlan, sites: Sequence[AttentionSite]) -> int:
+    return max(plan.kv_elements_per_token(sites, rank) for rank in range(plan.size))
 
 
 def _head(model: PreTrainedModel, plan: TensorParallelPlan) -> str | None:
@@ -420,6 +428,7 @@ def build_eager_model(
 def eager_program(sharded: ShardedModel) -> RankProgram:
     """The facts of a model whose own modules run; it has no stages."""
     model, plan = sharded.model, sharded.plan
+    sites = find_attention_sites(model)
     return RankProgram(
         architecture=type(model).__name__,
         dtype=model.dtype,
@@ -428,7 +437,8 @@ def eager_program(sharded: ShardedModel) -> RankProgram:
         stages=(),
         inputs_by_stage=(),
         outputs=(),
-        sites_of_ranks=(find_attention_sites(model),),
+        sites_of_ranks=(sites,),
+        kv_elements_of_ranks=(_most_kv_elements(plan, sites),),
         bytes_of_ranks=(_most_bytes(plan),),
         head=_head(model, plan),
         max_positions=max_positions_of(model.config),

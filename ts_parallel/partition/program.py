@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -83,6 +83,36 @@ class AttentionSite:
     def kv_elements_per_token(self) -> int:
         return self.num_kv_heads * (self.head_dim + self.value_dim)
 
+    def kv_heads_of(self, rank: int, size: int) -> range:
+        """The key/value heads that one of `size` ranks keeps, the first ranks one more where they do not divide. Where
+        there are fewer of them than ranks, neighbouring ranks keep the same one."""
+        if size > self.num_kv_heads:
+            first = rank * self.num_kv_heads // size
+            return range(first, first + 1)
+        return part_of(self.num_kv_heads, rank, size)
+
+    def heads_of(self, rank: int, size: int) -> range:
+        """The query heads that one of `size` ranks keeps: those that read its key/value heads. Ranks that keep the same
+        one share what reads it, the first of them one more where it does not divide."""
+        kept, group = self.kv_heads_of(rank, size), self.num_heads // self.num_kv_heads
+        first, end = kept.start * group, kept.stop * group
+        if size <= self.num_kv_heads:
+            return range(first, end)
+        sharing = [other for other in range(size) if self.kv_heads_of(other, size) == kept]
+        own = part_of(group, sharing.index(rank), len(sharing))
+        return range(first + own.start, first + own.stop)
+
+    def of_rank(self, rank: int, size: int) -> AttentionSite:
+        """The same call with the heads that one of `size` ranks keeps."""
+        heads, kv_heads = self.heads_of(rank, size), self.kv_heads_of(rank, size)
+        return replace(self, num_heads=len(heads), num_kv_heads=len(kv_heads))
+
+
+def part_of(count: int, rank: int, size: int) -> range:
+    """Of `count` things in a row as many to each of `size` ranks, to the first ones one more where they do not
+    divide."""
+    return range(*(place * (count // size) + min(place, count % size) for place in (rank, rank + 1)))
+
 
 @dataclass(frozen=True)
 class ParameterPlan:
@@ -123,6 +153,12 @@ class TensorParallelPlan:
 
     def local_bytes(self, rank: int) -> int:
         return sum(parameter.local_bytes(rank) for parameter in self.parameters.values())
+
+    def kv_elements_per_token(self, sites: Iterable[AttentionSite], rank: int) -> int:
+        """How many numbers the keys and values of one token are on a rank, over `sites`, which may be another rank's."""
+        wholes = [(self.attention.get(site.module_name), site) for site in sites]
+        own = [site if whole is None else whole.of_rank(rank, self.size) for whole, site in wholes]
+        return sum(site.kv_elements_per_token for site in own)
 
     def only(self, names: Collection[str]) -> TensorParallelPlan:
         """The same plan for the parameters that have one of `names`."""
@@ -365,7 +401,10 @@ class RankProgram:
     outputs: tuple[Crossing, ...]
     """What the last stage of the whole model makes; of a model in parts, what the last stage of each makes."""
     sites_of_ranks: tuple[tuple[AttentionSite, ...], ...]
-    """The attention calls of each pipeline rank, with the heads that one tensor-parallel rank has."""
+    """The attention calls of each pipeline rank, with the heads that this tensor-parallel rank has."""
+    kv_elements_of_ranks: tuple[int, ...]
+    """How many numbers the keys and values of one token are on each pipeline rank, on the tensor-parallel rank that has
+    most: all ranks have as many blocks."""
     bytes_of_ranks: tuple[int, ...] = ()
     """Bytes of parameters of each pipeline rank, on the tensor-parallel rank that has most."""
     head: str | None = None

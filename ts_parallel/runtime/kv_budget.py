@@ -7,12 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ts_parallel.errors import ConfigError
-from ts_parallel.partition.program import AttentionSite
-
-
-def bytes_per_token(sites: Sequence[AttentionSite], dtype: torch.dtype) -> int:
-    """Bytes of KV memory that one token takes on one rank, over all sites."""
-    return sum(site.kv_elements_per_token for site in sites) * dtype.itemsize
 
 
 def bytes_beside_weights(utilization: float, bytes_of_ranks: Sequence[int]) -> int:
@@ -37,7 +31,7 @@ def bytes_beside_weights(utilization: float, bytes_of_ranks: Sequence[int]) -> i
 
 
 def count_blocks(
-    sites_of_ranks: Sequence[Sequence[AttentionSite]],
+    kv_elements_of_ranks: Sequence[int],
     dtype: torch.dtype,
     block_size: int,
     num_bytes: int,
@@ -45,10 +39,13 @@ def count_blocks(
 ) -> int:
     """How many blocks fit in `num_bytes` of each rank: as many as on the rank where a token takes most.
 
+    Args:
+        kv_elements_of_ranks: how many numbers a token's keys and values are on each rank.
+
     Raises:
         ConfigError: not even one request of `max_model_len` tokens would fit.
     """
-    per_token = max(bytes_per_token(sites, dtype) for sites in sites_of_ranks)
+    per_token = max(kv_elements_of_ranks) * dtype.itemsize
     num_blocks = num_bytes // (per_token * block_size)
     if num_blocks * block_size < max_model_len:
         raise ConfigError(

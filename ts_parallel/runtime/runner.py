@@ -43,7 +43,7 @@ class Runner:
     ) -> None:
         program, dtype = part.program, part.program.dtype
         refuse_unpageable(program, max_model_len)
-        self.num_blocks = count_blocks(program.sites_of_ranks, dtype, block_size, kv_cache_bytes, max_model_len)
+        self.num_blocks = count_blocks(program.kv_elements_of_ranks, dtype, block_size, kv_cache_bytes, max_model_len)
         self.block_size = block_size
         self.dtype = dtype
         self._topology = topology

@@ -295,25 +295,77 @@ def test_one_rank_keeps_everything_as_it_is(family: str) -> None:
     assert {entry.slices for entry in plan.parameters.values()} == {None}
 
 
-def test_query_heads_that_ranks_cannot_share_are_refused() -> None:
+def heads(num_heads: int, num_kv_heads: int, size: int) -> list[tuple[list[int], list[int]]]:
+    site = AttentionSite("attention", num_heads, num_kv_heads, 8, 8, None, 1.0, None, False)
+    return [(list(site.heads_of(rank, size)), list(site.kv_heads_of(rank, size))) for rank in range(size)]
+
+
+def test_heads_are_cut_between_those_that_read_the_same_key_value_head() -> None:
+    assert heads(9, 3, 2) == [([0, 1, 2, 3, 4, 5], [0, 1]), ([6, 7, 8], [2])]
+    assert heads(14, 2, 4) == [([0, 1, 2, 3], [0]), ([4, 5, 6], [0]), ([7, 8, 9, 10], [1]), ([11, 12, 13], [1])]
+    assert heads(4, 4, 3) == [([0, 1], [0, 1]), ([2], [2]), ([3], [3])]
+    assert heads(6, 3, 4) == [([0], [0]), ([1], [0]), ([2, 3], [1]), ([4, 5], [2])]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (4, 4), (4, 1), (6, 3), (9, 3), (14, 2), (12, 4)])
+def test_every_rank_has_the_key_value_heads_that_its_query_heads_read(num_heads: int, num_kv_heads: int) -> None:
+    for size in range(1, num_heads + 1):
+        every = heads(num_heads, num_kv_heads, size)
+        assert [head for own, _ in every for head in own] == list(range(num_heads))
+        assert {head for _, own in every for head in own} == set(range(num_kv_heads))
+        for own, kv_heads in every:
+            assert own and len(own) % len(kv_heads) == 0
+            group = len(own) // len(kv_heads)  # as many query heads for each, as the model's code and kernels count
+            assert [kv_heads[place // group] for place in range(len(own))] == [
+                head * num_kv_heads // num_heads for head in own
+            ]
+
+
+def test_heads_that_do_not_divide_are_cut_alike_in_all_linears_of_an_attention_module() -> None:
+    plan = plan_of("llama", 2, hidden_size=72, head_dim=8, num_attention_heads=9, num_key_value_heads=3)
+    own = {name: plan.parameters[f"model.layers.0.self_attn.{name}_proj.weight"].slices for name in "qkvo"}
+    kv_heads = (Slice(0, ((0, 16),)), Slice(0, ((16, 8),)))
+    assert own["k"] == own["v"] == kv_heads
+    assert own["q"] == (Slice(0, ((0, 48),)), Slice(0, ((48, 24),)))
+    assert own["o"] == (Slice(1, ((0, 48),)), Slice(1, ((48, 24),)))
+
+
+def test_fused_projections_are_cut_between_heads_that_do_not_divide() -> None:
+    qkv = plan_of("phi3", 3).parameters["model.layers.0.self_attn.qkv_proj.weight"]  # 4 heads, 2 key/value heads
+    pieces = [((0, 16), (64, 16), (96, 16)), ((16, 16), (64, 16), (96, 16)), ((32, 32), (80, 16), (112, 16))]
+    assert [kept.pieces for kept in slices_of(qkv)] == pieces
+    c_attn = plan_of("gpt2", 3).parameters["transformer.h.0.attn.c_attn.weight"]
+    pieces = [((0, 32), (64, 32), (128, 32)), ((32, 16), (96, 16), (160, 16)), ((48, 16), (112, 16), (176, 16))]
+    assert [kept.pieces for kept in slices_of(c_attn)] == pieces
+
+
+def test_features_that_do_not_divide_are_cut_where_kernels_want_it() -> None:
+    def parts(width: int, size: int) -> list[int]:
+        entry = plan_of("llama", size, intermediate_size=width).parameters["model.layers.0.mlp.up_proj.weight"]
+        return [kept.length for kept in slices_of(entry)]
+
+    assert parts(4864, 3) == [1664, 1600, 1600]  # in panels of 64
+    assert parts(8960, 3) == [3008, 3008, 2944]
+    assert parts(1000, 3) == [336, 336, 328]
+    assert parts(129, 2) == [64, 65]
+    assert parts(5, 4) == [2, 1, 1, 1]
+
+
+def test_more_ranks_than_heads_are_refused_with_the_sizes_that_work() -> None:
     message = (
-        r"'model\.layers\.0\.self_attn\.q_proj\.weight' has 4 query heads, which 3 ranks cannot share: "
-        r"tensor_parallel_size must be one of \[1, 2, 4\]"
+        r"'model\.layers\.0\.self_attn\.q_proj\.weight' has 4 query heads and 2 key/value heads, which 5 ranks cannot "
+        r"share: tensor_parallel_size must be one of \[1, 2, 3, 4\]"
     )
     with pytest.raises(PlanError, match=message):
-        plan_of("llama", 3)
+        plan_of("llama", 5)
 
 
-def test_key_value_heads_that_ranks_cannot_share_are_refused() -> None:
-    message = r"k_proj\.weight' has 6 key/value heads, which 4 ranks cannot share: .* one of \[1, 2, 3, 6, 12\]"
+def test_vocabulary_leaves_no_rank_without_rows() -> None:
+    entry = plan_of("llama", 4, vocab_size=5).parameters["model.embed_tokens.weight"]
+    assert [kept.length for kept in slices_of(entry)] == [2, 1, 1, 1]
+    message = r"dim 0 of 'model\.embed_tokens\.weight' has 3 rows, which 4 ranks cannot share: .* at most 3"
     with pytest.raises(PlanError, match=message):
-        plan_of("llama", 4, hidden_size=96, num_attention_heads=12, num_key_value_heads=6)
-
-
-def test_vocabulary_with_a_rank_too_many_is_refused() -> None:
-    message = r"dim 0 of 'model\.embed_tokens\.weight' has 5 rows, which 4 ranks cannot share: .* \[1, 2, 3, 5\]"
-    with pytest.raises(PlanError, match=message):
-        plan_of("llama", 4, vocab_size=5)
+        plan_of("llama", 4, vocab_size=3)
 
 
 def test_style_that_is_not_known_is_refused_by_name() -> None:

@@ -192,7 +192,8 @@ def check(config: HandlerConfig, folder: Path, startup: Startup | None = None) -
     refuse_unpageable(program, max_model_len)
     refuse_unquantizable(config.quantization, torch.device(config.device), program.dtype)
     if config.gpu_memory_utilization is None:  # else the ranks find out what is free beside the weights
-        count_blocks(program.sites_of_ranks, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
+        per_token = program.kv_elements_of_ranks
+        count_blocks(per_token, program.dtype, config.block_size, config.kv_cache_memory, max_model_len)
     if config.adapter_path is not None:
         read_adapter(Path(config.adapter_path), index, program.stored_names)
     read_eos_ids(settings, model_config, read_tokenizer(settings))

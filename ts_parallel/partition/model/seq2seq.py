@@ -35,7 +35,6 @@ from ts_parallel.errors import PlanError
 from ts_parallel.partition.graph.trace import InputSpec, TracedModel, trace
 from ts_parallel.partition.model.encoder import CTC, MOST_ITEMS, longest_text
 from ts_parallel.partition.program import KEPT, TensorParallelPlan
-from ts_parallel.partition.tensor_parallel.plan import heads_of_rank
 
 SPEECH = "automatic_speech_recognition"
 SEQ2SEQ_TASKS = ("text2text_generation", SPEECH)
@@ -151,7 +150,7 @@ def with_own_biases(model: PreTrainedModel, plan: TensorParallelPlan) -> TensorP
         for leaf, table in model.get_submodule(name).named_children():
             own = f"{name}.{leaf}.weight"
             if isinstance(table, nn.Embedding) and table.weight.shape[1] == site.num_heads and own in parameters:
-                heads = [heads_of_rank(site.num_heads, rank, plan.size) for rank in range(plan.size)]
+                heads = [site.heads_of(rank, plan.size) for rank in range(plan.size)]
                 slices = tuple(Slice(1, ((kept.start, len(kept)),)) for kept in heads)
                 parameters[own] = replace(parameters[own], slices=slices)
     return replace(plan, parameters=parameters)

@@ -35,7 +35,7 @@ def derive_styles(
     calls = Counter(site.module_name for site in sites)
     attention = {site.module_name: site for site in sites}
     hidden_size = getattr(model.config.get_text_config(), "hidden_size", None)
-    layers = {layer for name in attention if (layer := _layer_of(name)) is not None}
+    layers = {layer for name in attention if (layer := layer_of(name)) is not None}
     linears: dict[str, dict[str, nn.Module]] = {name: {} for name, _ in model.named_modules()}
     for name, module in model.named_modules():
         if is_linear(module):
@@ -51,7 +51,7 @@ def derive_styles(
         own = {
             name: found
             for name, found in linears.items()
-            if _layer_of(name) == layer and not _is_inside(name, attention)
+            if layer_of(name) == layer and not _is_inside(name, attention)
         }
         # Where layers grow (Swin), the model's own size is that of the last of them.
         widths = (
@@ -91,13 +91,13 @@ def _is_inside(name: str, attention: Mapping[str, AttentionSite]) -> bool:
 def _beside(attention: str, linears: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
     """The linears in modules beside an attention module, where BERT and its kin keep the closing one."""
     parent = attention.rpartition(".")[0]
-    if _layer_of(parent) == parent:  # what lies beside it there is the layer's MLP
+    if layer_of(parent) == parent:  # what lies beside it there is the layer's MLP
         return {}
     near = [found for owner, found in linears.items() if owner.rpartition(".")[0] == parent and owner != attention]
     return {name: module for found in near for name, module in found.items()}
 
 
-def _layer_of(name: str) -> str | None:
+def layer_of(name: str) -> str | None:
     found = _LAYER.match(name)
     return found[0] if found else None
 

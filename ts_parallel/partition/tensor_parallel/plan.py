@@ -4,6 +4,10 @@ Follows Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053): the
 its output, the second keeps the matching rows of its input, one sum closes the pair. The embedding and the head keep
 rows of the vocabulary.
 
+Heads are cut between those that read the same key/value head, or between the query heads of one; a rank may have one
+more of them than the next, and so of an MLP's features. What is cut by heads in one linear of an attention module is
+so in all of them.
+
 Styles of modules (transformers' names, plus `embedding` and `head`):
     colwise                 keeps a part of the output features
     colwise_gather_output   … and gathers the whole output
@@ -28,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ts_parallel.checkpoint.load import Slice
 from ts_parallel.errors import PlanError
-from ts_parallel.partition.program import AttentionSite, ParameterPlan, TensorParallelPlan
-from ts_parallel.partition.tensor_parallel.derive import derive_styles, in_and_out_features, is_linear
+from ts_parallel.partition.program import AttentionSite, ParameterPlan, TensorParallelPlan, part_of
+from ts_parallel.partition.tensor_parallel.derive import derive_styles, in_and_out_features, is_linear, layer_of
 
 _REPLICATED_STYLES = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params"}
 _MODULE_STYLES = {"colwise", "colwise_gather_output", "rowwise", "rowwise_split_input"}
@@ -44,6 +48,9 @@ _SIDE_BY_SIDE_UNLESS_SHARED = {"gpt_bigcode"}
 # Biases of places, which have a column for each head (Swin, BEiT).
 _BIAS_TABLE = ".relative_position_bias_table"
 _FUSED_GATE_UP = {"gate_up_proj"}
+# So many features at a time go to a rank where they do not divide: a panel and a group of the kernels, or as many of a
+# smaller unit as leave no rank with much more than the next.
+_UNITS, _LEAST_UNITS = (64, 16, 2), 8
 # Families whose own plan gathers what can stay split once the fused parts are cut one by one.
 _BETTER_STYLES = {
     "phi3": {
@@ -179,12 +186,6 @@ def _refuse_idle(patterns: Iterable[str], names: Iterable[str]) -> None:
             raise PlanError(f"the plan's {pattern!r} matches no module; the nearest is {near[0]!r}")
 
 
-def heads_of_rank(num_heads: int, rank: int, size: int) -> range:
-    """The heads that a rank keeps. Where there are fewer heads than ranks, neighbouring ranks keep the same one."""
-    first = rank * num_heads // size
-    return range(first, first + max(1, num_heads // size))
-
-
 class _Cuts:
     """Turns styles into slices. Knows which heads belong to which projection."""
 
@@ -207,7 +208,7 @@ class _Cuts:
         if style == "whole_experts":
             return self._of_whole_experts(name, module)
         if style in ("embedding", "head"):
-            cut = self._cut(f"{name}.weight", module.get_parameter("weight").shape[0], 0)
+            cut = self._vocabulary(f"{name}.weight", module.get_parameter("weight").shape[0])
             own = {f"{name}.weight": cut}
             return own | ({f"{name}.bias": cut} if getattr(module, "bias", None) is not None else {})
         if style not in _MODULE_STYLES or not isinstance(module, (nn.Linear, Conv1D)):
@@ -247,8 +248,8 @@ class _Cuts:
                 f"ranks cannot each keep one: set tensor_parallel_size to at most {count}, or enable_expert_parallel "
                 "to false"
             )
-        starts = [rank * (count // self._size) + min(rank, count % self._size) for rank in range(self._size + 1)]
-        kept = tuple(Slice(0, ((start, end - start),)) for start, end in pairwise(starts))
+        parts = [part_of(count, rank, self._size) for rank in range(self._size)]
+        kept = tuple(Slice(0, ((own.start, len(own)),)) for own in parts)
         stacks = [leaf for leaf, parameter in module.named_parameters(recurse=False) if parameter.shape[0] == count]
         return {f"{name}.{leaf}": kept for leaf in stacks}
 
@@ -276,10 +277,12 @@ class _Cuts:
         return {name: tuple(Slice(0, (piece,)) for piece in self._heads(name, 0, count, count, site))}
 
     def _rows(self, name: str, module: nn.Linear | Conv1D, dim: int, splits_input: bool) -> tuple[Slice, ...]:
-        features, site = module.weight.shape[dim], self._site_of(name)
-        if site is not None and not splits_input and features == site.num_heads * site.value_dim:
-            self._require(site.num_heads % self._size == 0, f"{name}.weight", f"{site.num_heads} heads", site)
-        return self._cut(f"{name}.weight", features, dim)
+        features = module.weight.shape[dim]
+        site = None if splits_input else self._site_of(name) or self._site_beside(name, features)
+        if site is None or features % site.num_heads:
+            return self._cut(f"{name}.weight", features, dim)
+        pieces = self._heads(name, 0, features, site.num_heads, site)
+        return tuple(Slice(dim, (piece,)) for piece in pieces)
 
     def _columns(self, name: str, features: int, gathers: bool) -> tuple[tuple[tuple[int, int], ...], ...]:
         """What each rank keeps of the output features of a linear, cut between heads inside an attention module."""
@@ -288,7 +291,6 @@ class _Cuts:
             groups = 2 if leaf in _FUSED_GATE_UP and not gathers else 1
             return tuple(kept.pieces for kept in self._packed(f"{name}.weight", features, groups, 0))
         heads, kv_heads = site.num_heads, site.num_kv_heads
-        self._require(heads % self._size == 0, f"{name}.weight", f"{heads} query heads", site)
         self._split.add(site.module_name)
         if leaf in _CONCATENATED_QKV and not (self._model_type in _SIDE_BY_SIDE_UNLESS_SHARED and heads == kv_heads):
             widths = (heads * site.head_dim, kv_heads * site.head_dim, kv_heads * site.value_dim)
@@ -306,30 +308,53 @@ class _Cuts:
 
     def _heads(self, name: str, start: int, width: int, count: int, site: AttentionSite) -> list[tuple[int, int]]:
         """`width` features from `start` that belong to `count` heads → `(start, length)` of each rank."""
-        self._require(
-            count % self._size == 0 or self._size % count == 0, f"{name}.weight", f"{count} key/value heads", site
-        )
-        one = width // count
-        kept = [heads_of_rank(count, rank, self._size) for rank in range(self._size)]
-        return [(start + heads.start * one, len(heads) * one) for heads in kept]
+        if not is_possible(site, self._size):
+            works = [size for size in range(1, site.num_heads + 1) if is_possible(site, size)]
+            raise PlanError(
+                f"{name + '.weight'!r} has {site.num_heads} query heads and {site.num_kv_heads} key/value heads, which "
+                f"{self._size} ranks cannot share: tensor_parallel_size must be one of {works}"
+            )
+        if width % count:
+            raise PlanError(
+                f"{name + '.weight'!r} has {width} features, which are no {count} heads: tensor_parallel_size must be 1"
+            )
+        one, kept = width // count, site.heads_of if count == site.num_heads else site.kv_heads_of
+        every = [kept(rank, self._size) for rank in range(self._size)]
+        return [(start + heads.start * one, len(heads) * one) for heads in every]
 
     def _cut(self, name: str, length: int, dim: int) -> tuple[Slice, ...]:
         return self._packed(name, length, 1, dim)
 
     def _packed(self, name: str, length: int, groups: int, dim: int) -> tuple[Slice, ...]:
-        """Each of `groups` equal parts of a dim is cut as `torch.chunk` does: the last rank's may be shorter."""
+        """Of each of `groups` equal parts of a dim alike to each rank; where it does not divide, in units that suit those
+        who multiply by it."""
         part = length // groups
-        starts = _chunk_starts(part, self._size)
-        if starts[-2] >= part:
-            works = [size for size in range(1, 2 * self._size) if _chunk_starts(part, size)[-2] < part]
-            raise PlanError(
-                f"dim {dim} of {name!r} has {part} rows, which {self._size} ranks cannot share: tensor_parallel_size "
-                f"could be one of {works}"
-            )
+        self._require_one_each(name, part, dim)
+        unit = 1
+        if part % self._size:
+            unit = next((unit for unit in _UNITS if part // unit >= _LEAST_UNITS * self._size), 1)
+        parts = [part_of(part // unit, rank, self._size) for rank in range(self._size)]
+        starts = [*(own.start * unit for own in parts), part]
         return tuple(
             Slice(dim, tuple((group * part + start, end - start) for group in range(groups)))
             for start, end in pairwise(starts)
         )
+
+    def _vocabulary(self, name: str, length: int) -> tuple[Slice, ...]:
+        """As `torch.chunk` cuts: the last rank's part may be shorter; but none has nothing."""
+        self._require_one_each(name, length, 0)
+        chunk = -(-length // self._size)
+        if chunk * (self._size - 1) >= length:
+            return self._cut(name, length, 0)
+        starts = [*(rank * chunk for rank in range(self._size)), length]
+        return tuple(Slice(0, ((start, end - start),)) for start, end in pairwise(starts))
+
+    def _require_one_each(self, name: str, length: int, dim: int) -> None:
+        if length < self._size:
+            raise PlanError(
+                f"dim {dim} of {name!r} has {length} rows, which {self._size} ranks cannot share: "
+                f"tensor_parallel_size must be at most {length}"
+            )
 
     def _site_of(self, name: str) -> AttentionSite | None:
         parts = name.split(".")
@@ -342,22 +367,16 @@ class _Cuts:
             None,
         )
 
-    def _require(self, holds: bool, name: str, what: str, site: AttentionSite) -> None:
-        if not holds:
-            works = [size for size in range(1, site.num_heads + 1) if is_possible(site, size)]
-            raise PlanError(
-                f"{name!r} has {what}, which {self._size} ranks cannot share: "
-                f"tensor_parallel_size must be one of {works}"
-            )
+    def _site_beside(self, name: str, features: int) -> AttentionSite | None:
+        """The site that a linear closes which lies in a module beside it, as BERT and its kin have it."""
+        for owner, site in self._attention.items():
+            parent = owner.rpartition(".")[0]
+            is_beside = name.startswith(f"{parent}.") and layer_of(parent) not in (None, parent)
+            if is_beside and features == site.num_heads * site.value_dim:
+                return site
+        return None
 
 
 def is_possible(site: AttentionSite, size: int) -> bool:
     """Whether `size` ranks can share the heads of one attention."""
-    kv_heads = site.num_kv_heads
-    return site.num_heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-
-
-def _chunk_starts(length: int, size: int) -> list[int]:
-    """Where each rank's chunk of a dim begins, and the dim's end."""
-    chunk = -(-length // size)
-    return [min(length, rank * chunk) for rank in range(size)] + [length]
+    return size <= site.num_heads and (size == 1 or site.num_heads % site.num_kv_heads == 0)

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ts_parallel.checkpoint.load import Slice
 from ts_parallel.partition.program import AttentionSite, TensorParallelPlan
-from ts_parallel.partition.tensor_parallel.plan import heads_of_rank
 from ts_parallel.topology import TensorParallelGroup
 
 Forward = Callable[..., torch.Tensor]
@@ -34,7 +33,7 @@ def apply_tensor_parallel(model: PreTrainedModel, plan: TensorParallelPlan, grou
     _shrink_parameters(model, plan, group.rank)
     _choose_experts_kernel(model, plan)
     for name, site in plan.attention.items():
-        _tell_heads(model.get_submodule(name), site, group.size)
+        _tell_heads(model.get_submodule(name), site, site.of_rank(group.rank, group.size))
         _keep_own_heads(model.get_submodule(name), site, group)
     for name, style in plan.styles.items():
         module = model.get_submodule(name)
@@ -72,9 +71,10 @@ def _tell_features(module: nn.Module) -> None:
         module.nx, module.nf = module.weight.shape
 
 
-def _tell_heads(module: nn.Module, site: AttentionSite, size: int) -> None:
-    """Divide the head counts and widths that an attention module keeps, and those of its own copy of the config."""
-    heads, kv_heads = site.num_heads // size, max(1, site.num_kv_heads // size)
+def _tell_heads(module: nn.Module, site: AttentionSite, own: AttentionSite) -> None:
+    """Replace the head counts and widths that an attention module keeps by a rank's `own`, also in its own copy of the
+    config."""
+    heads, kv_heads = own.num_heads, own.num_kv_heads
     widths = {site.num_heads * site.head_dim: heads * site.head_dim}
     for name in _QUERY_HEAD_COUNTS:
         if getattr(module, name, None) == site.num_heads:
@@ -120,8 +120,8 @@ def _keep_own_heads(module: nn.Module, site: AttentionSite, group: TensorParalle
     """Show lists of one module for each head this rank's heads alone."""
     for name, child in list(module.named_modules()):
         if isinstance(child, nn.ModuleList) and len(child) in (site.num_heads, site.num_kv_heads):
-            own = heads_of_rank(len(child), group.rank, group.size)
-            module.set_submodule(name, OwnHeads(child, own))
+            kept = site.heads_of if len(child) == site.num_heads else site.kv_heads_of
+            module.set_submodule(name, OwnHeads(child, kept(group.rank, group.size)))
 
 
 def _forward_of(
