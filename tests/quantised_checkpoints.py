@@ -211,18 +211,22 @@ def gptq(bits: int, is_symmetric: bool, orders: bool, is_first: bool = True) -> 
     return encode
 
 
-def awq(weight: torch.Tensor) -> Coded:
+def awq(is_symmetric: bool) -> Callable[..., Coded]:
     order = (0, 2, 4, 6, 1, 3, 5, 7)
-    scales, zeros, integers = _affine(weight, 4, GROUP, False)
-    scales = scales.half()
-    stored = {
-        ".qweight": pack_words(integers.T, 4, 1, order),
-        ".qzeros": pack_words(zeros.T, 4, 1, order),
-        ".scales": scales.T,
-    }
-    size = (1, GROUP)
-    numbers = integers - spread(zeros, weight.shape, size)
-    return Coded(stored, numbers.half() * spread(scales, weight.shape, size))
+
+    def encode(weight: torch.Tensor) -> Coded:
+        scales, zeros, integers = _affine(weight, 4, GROUP, is_symmetric)
+        scales = scales.half()
+        stored = {
+            ".qweight": pack_words(integers.T, 4, 1, order),
+            ".qzeros": pack_words(zeros.T, 4, 1, order),
+            ".scales": scales.T,
+        }
+        size = (1, GROUP)
+        numbers = integers - spread(zeros, weight.shape, size)
+        return Coded(stored, numbers.half() * spread(scales, weight.shape, size))
+
+    return encode
 
 
 def bnb_int8(weight: torch.Tensor) -> Coded:
@@ -320,6 +324,7 @@ def _gptq(bits: int, **settings: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": True, "sym": True, **settings}
 
 
+_AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP}
 _FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 _BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
@@ -367,11 +372,13 @@ KINDS: dict[str, Kind] = {
     "int8, rows, packed (compressed-tensors)": Kind(
         packed(8, -1, True), _compressed("pack-quantized", num_bits=8, kind="int", strategy="channel")
     ),
+    "GPTQ, 4 bits": Kind(gptq(4, True, False), _gptq(4, desc_act=False)),
     "GPTQ, 4 bits, act-order": Kind(gptq(4, True, True), _gptq(4)),
     "GPTQ, 4 bits, zero points": Kind(gptq(4, False, False), _gptq(4, sym=False, desc_act=False)),
     "GPTQ, 8 bits": Kind(gptq(8, True, False), _gptq(8, desc_act=False), file="quantize_config.json"),
     "GPTQ, second format": Kind(gptq(4, False, True, is_first=False), _gptq(4, sym=False, checkpoint_format="gptq_v2")),
-    "AWQ": Kind(awq, {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": GROUP, "zero_point": True}),
+    "AWQ": Kind(awq(False), {**_AWQ, "zero_point": True}),
+    "AWQ, no zero points": Kind(awq(True), {**_AWQ, "zero_point": False}),
     "bitsandbytes, int8": Kind(bnb_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "bitsandbytes, nf4, quantised twice": Kind(bnb_table(NF4, True, "nf4"), {**_BNB4, "bnb_4bit_quant_type": "nf4"}),
     "bitsandbytes, fp4": Kind(bnb_table(FP4, False, "fp4"), {**_BNB4, "bnb_4bit_quant_type": "fp4"}),

@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM
 SCRIPT = RANKS / "uneven_heads.py"
 MAX_TOKENS = 20
 MOST_TIMES_AS_WRONG = 1.2
-NINE: dict[str, Any] = {  # as many as SmolLM2-135M; and an MLP whose halves differ
+NINE: dict[
+    str, Any
+] = {  # as many as SmolLM2-135M; and an MLP of which one half is even, as kernels want it, and one is not
     **{"hidden_size": 72, "head_dim": 8, "num_attention_heads": 9, "num_key_value_heads": 3},
-    **{"intermediate_size": 130, "vocab_size": 97, "num_hidden_layers": 2},
+    **{"intermediate_size": 131, "vocab_size": 97, "num_hidden_layers": 2},
 }
 FOUR = {"num_hidden_layers": 2, "vocab_size": 97}
 MODELS: dict[int, dict[str, dict[str, Any]]] = {
@@ -35,7 +37,7 @@ MODELS: dict[int, dict[str, dict[str, Any]]] = {
         "qwen2": NINE,
         "qwen3": NINE,  # norms over each head
         "gemma2": {**NINE, "query_pre_attn_scalar": 8},  # windows and a soft cap
-        "mixtral": NINE,
+        "mixtral": {**NINE, "intermediate_size": 136},
         "gpt2": {**FOUR, "hidden_size": 72, "num_attention_heads": 9},  # one projection, as many key/value heads
     },
     3: {"llama": {**FOUR, "intermediate_size": 200}, "phi3": FOUR, "gpt_neox": FOUR, "mixtral": FOUR},

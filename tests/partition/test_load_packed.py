@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, random_model
+from families import FAMILIES, random_model, tiny
 from quantised_checkpoints import KINDS, write
 from safetensors.torch import load_file, save_file
 
@@ -173,3 +174,81 @@ def test_panels_of_codes_hold_the_plain_weights(kind: str, tmp_path: Path, monke
         expected = tensors(programs(tmp_path / "plain")[rank], tmp_path / "plain", rank, packs=False)
         for name, weight in unpacked(packed).items():
             assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "dtype"),
+    [
+        ("int8, rows (compressed-tensors)", "int8", "bfloat16"),
+        ("int8, rows, packed (compressed-tensors)", "int8", "bfloat16"),
+        ("int4, groups (compressed-tensors)", "int4", "bfloat16"),
+        ("int4, groups (compressed-tensors)", "int8", "bfloat16"),
+        ("GPTQ, 4 bits", "int4", "float16"),
+        ("AWQ, no zero points", "int4", "float16"),
+    ],
+)
+def test_integers_of_a_checkpoint_stay_what_they_are(
+    kind: str, quantization: str, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the dtype of its scales: then what they stand for is the weight as it is computed, number by number."""
+    write(tmp_path / "own", tmp_path / "plain", KINDS[kind], getattr(torch, dtype))
+    caplog.set_level("INFO", "ts_parallel.partition.load")
+    made = programs(tmp_path / "own", dtype)
+    anew = []
+    for rank, program in made.items():
+        computed = tensors(program, tmp_path / "own", rank, packs=True)
+        kept = unpacked(tensors(program, tmp_path / "own", rank, packs=True, quantization=quantization))
+        coded = [name for name, own in read_index(tmp_path / "own").items() if own.codes]
+        anew += [(rank, name) for name in coded if not torch.equal(kept[name], unpacked(computed)[name])]
+    if "groups" in kind or quantization == "int4":  # the second rank's columns begin within a group
+        assert {(rank, name.split(".")[-2]) for rank, name in anew} == {(1, "down_proj")}
+    else:
+        assert not anew
+    line = next(record.getMessage() for record in caplog.records if "stay the integers" in record.getMessage())
+    assert line.startswith("14 weights stored as ") and line.endswith(
+        f" stay the integers that they are as {quantization}; activations keep theirs"
+    )
+
+
+def test_scales_of_another_dtype_are_rounded_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "own", tmp_path / "plain", KINDS["GPTQ, 4 bits"], torch.float16)
+    caplog.set_level("INFO", "ts_parallel.partition.load")
+    program = programs(tmp_path / "own")[0]
+    kept = unpacked(tensors(program, tmp_path / "own", 0, packs=True, quantization="int4"))
+    exact = tensors(programs(tmp_path / "plain", "float32")[0], tmp_path / "plain", 0, packs=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(kept[name].float(), exact[name], rtol=2**-7, atol=0)
+    assert "their scales of float16 rounded to bfloat16" in caplog.text
+
+
+def test_panel_with_an_integer_that_kernels_lack_is_made_anew_alone(tmp_path: Path) -> None:
+    """int8 has -128, and no 128."""
+    kind = replace(KINDS["int8, rows (compressed-tensors)"], config=tiny("llama", intermediate_size=512))
+    write(tmp_path / "own", tmp_path / "plain", kind)
+    stored = load_file(tmp_path / "own" / SINGLE_FILE)
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored[name][70, 3] = -128
+    save_file(stored, tmp_path / "own" / SINGLE_FILE)
+    program = programs(tmp_path / "own")[0]
+    computed = unpacked(tensors(program, tmp_path / "own", 0, packs=True))[name]
+    kept = unpacked(tensors(program, tmp_path / "own", 0, packs=True, quantization="int8"))[name]
+    is_equal = (kept == computed).all(dim=1).view(-1, 64).all(dim=1)
+    assert is_equal.tolist() == [True, False, True, True]
+    torch.testing.assert_close(kept, computed, rtol=0, atol=0.02 * float(computed.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["GPTQ, 4 bits, act-order", "GPTQ, 4 bits, zero points", "AWQ", "GPTQ, 8 bits"])
+def test_integers_that_are_none_of_the_kernels_are_made_anew(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "own", tmp_path / "plain", KINDS[kind], torch.float16)
+    caplog.set_level("INFO", "ts_parallel.partition.load")
+    program = programs(tmp_path / "own", "float16")[0]
+    computed = tensors(program, tmp_path / "own", 0, packs=True)
+    made = tensors(program, tmp_path / "own", 0, packs=True, quantization="int4")
+    for name, own in made.items():
+        if isinstance(own, PackedWeight) and own.quantization == "int4":
+            expected = PackedWeight.allocate(own.shape, "int4", torch.float16)
+            expected.put(0, computed[name].unpack())
+            assert torch.equal(own.unpack(), expected.unpack())
+    assert "made int4 anew" in caplog.text and "stay the integers" not in caplog.text

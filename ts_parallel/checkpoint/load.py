@@ -22,12 +22,16 @@ from pathlib import Path
 
 import torch
 
-from ts_parallel.checkpoint.codes.blocks import CodesReader, cut_into_blocks, rows_of_codes
+from ts_parallel.checkpoint.codes.blocks import CodesReader, cut_into_blocks, rows_of_codes, spans_of_rows
+from ts_parallel.checkpoint.codes.integers import Read, RowIntegers
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.stored import Box, Slice, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
-__all__ = ["Box", "LoadItem", "RowItem", "Slice", "byte_ranges", "load_tensors", "refuse_nan", "refuse_nan_in"]
+__all__ = [
+    *("Box", "IntegerItem", "LoadItem", "RowItem", "Slice"),
+    *("byte_ranges", "load_tensors", "refuse_nan", "refuse_nan_in"),
+]
 
 STAGING_BYTES = 2 * 2**20
 # What a row has beside its kept columns is read with them up to so many bytes: a call for each row takes as long.
@@ -66,6 +70,17 @@ class RowItem:
         if self.kept is None:
             return self.source.num_bytes
         return self.source.num_bytes // max(1, self.source.shape[self.kept.dim]) * self.kept.length
+
+
+@dataclass(frozen=True)
+class IntegerItem(RowItem):
+    """`put` gets the rows of which `put_integers`, told their integers and scales, says that they do not fit."""
+
+    put_integers: Callable[[int, torch.Tensor, torch.Tensor], bool]
+    """Told the number of the first row among those kept, int8 `[N, I]`, and the scales `[N, G]` of each `group`."""
+    integers: RowIntegers
+    """What `source` is stored as."""
+    group: int
 
 
 @dataclass(frozen=True)
@@ -342,6 +357,9 @@ class _Reader:
 
 def _decode(reading: _Reading, codes: CodesReader) -> None:
     item = reading.item
+    if isinstance(item, IntegerItem):
+        _hand_over_integers(item, codes.read)
+        return
     if isinstance(item, RowItem):
         for first, rows in rows_of_codes(item.source, item.kept, item.rows_at_once, codes.read):
             item.put(first, rows)
@@ -352,6 +370,19 @@ def _decode(reading: _Reading, codes: CodesReader) -> None:
         for dim, (start, length) in enumerate(place):
             view = view.narrow(dim, start, length)
         view.copy_(codes.read(item.source, box))
+
+
+def _hand_over_integers(item: IntegerItem, read: Read) -> None:
+    for first, spans, (columns,) in spans_of_rows(item.source.shape, item.kept, item.rows_at_once):
+        integers = torch.cat([read(item.integers.integers, (span, columns)) for span in spans])
+        scales = torch.cat([item.integers.read_scales(span, columns, item.group, read) for span in spans])
+        if item.put_integers(first, integers, scales):
+            continue
+        numbers = torch.cat([read(item.source, (span, columns)) for span in spans])
+        for at in range(0, len(integers), item.rows_at_once):
+            own = slice(at, at + item.rows_at_once)
+            if not item.put_integers(first + at, integers[own], scales[own]):
+                item.put(first + at, numbers[own])
 
 
 def _fill(reading: _Reading, reader: _Reader, staging: _Staging) -> None:

@@ -105,6 +105,20 @@ static PyObject *quantize(PyObject *self, PyObject *const *arguments, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+/* kind, panels, integers (int8), num_rows, num_inputs, stride */
+static PyObject *place(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    int64_t number[6];
+    if (!integers(arguments, count, 6, number))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    place_rows((enum number_kind)number[0], (uint8_t *)number[1], (const int8_t *)number[2], number[3], number[4],
+               number[5]);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
 #define PART_SIZE 6
 
 /* panels, bias, num_outputs, kind, scales, pairs_a_group */
@@ -507,6 +521,7 @@ static PyMethodDef methods[] = {
     {"keep_plain", (PyCFunction)(void (*)(void))keep_plain, METH_FASTCALL, NULL},
 #endif
     {"quantize", (PyCFunction)(void (*)(void))quantize, METH_FASTCALL, NULL},
+    {"place", (PyCFunction)(void (*)(void))place, METH_FASTCALL, NULL},
     {"embedding", (PyCFunction)(void (*)(void))embedding, METH_FASTCALL, NULL},
     {"make_linear", (PyCFunction)(void (*)(void))make_linear, METH_FASTCALL, NULL},
     {"linear", (PyCFunction)(void (*)(void))linear, METH_FASTCALL, NULL},

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from ts_parallel.native.kernel_calls import Kernels
 
 PANEL = 64
-INT4_GROUP = 64  # inputs of an output that share a scale; of int8, all inputs do
+INT4_GROUP = 64  # inputs of an output that share a scale, if nobody says how many; of int8, all inputs do
 _PLAIN, _CODED = 0, 3  # `enum number_kind` of numbers/numbers.h
 _INTEGERS = {"int8": 1, "int4": 2}
+_BOUNDS = {"int8": (-127, 127), "int4": (-8, 7)}
+_MOST_OFF = 2**-8  # that a scale may be, of itself, where it comes in another dtype
 _MOST_INPUTS = 2**18 - 2  # an exception (numbers/coded.h) has 17 bits for its pair
 
 
@@ -70,14 +72,23 @@ class PackedWeight:
     """`int8` or `int4`; None where the numbers are all there, of bfloat16 coded."""
     scales: torch.Tensor | None = field(default=None, repr=False)
     """`[⌈O / 64⌉, groups of inputs, 64]` of the integers."""
+    group: int = 0
+    """Neighbouring inputs of an output that share a scale."""
     plain: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     """By their number, bfloat16 `[I / 2, 64, 2]` each: panels whose numbers are too far from each other for codes."""
 
     @staticmethod
     def allocate(
-        shape: tuple[int, int], quantization: str | None = None, dtype: torch.dtype = torch.bfloat16
+        shape: tuple[int, int],
+        quantization: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        group: int | None = None,
     ) -> PackedWeight:
-        """Memory for a weight of this shape, whose rows, of this dtype, are to be `put`."""
+        """Memory for a weight of this shape, whose rows, of this dtype, are to be `put`.
+
+        Args:
+            group: inputs that share a scale, an even number; None: as many as suit the integers.
+        """
         num_outputs, num_inputs = shape
         num_panels, num_pairs = -(-num_outputs // PANEL), num_inputs // 2
         if quantization is None:
@@ -87,10 +98,11 @@ class PackedWeight:
                 num_bytes = num_pairs * 2 * PANEL * dtype.itemsize
             return PackedWeight(_memory.take((num_panels, num_bytes), torch.uint8), shape, dtype)
         num_bytes = {"int8": PANEL * 2, "int4": PANEL}[quantization]
-        num_groups = 1 if quantization == "int8" else -(-num_inputs // INT4_GROUP)
+        group = group or (num_inputs if quantization == "int8" else INT4_GROUP)
+        num_groups = -(-num_inputs // group)
         panels = _memory.take((num_panels, num_pairs * num_bytes), torch.uint8)
         scales = _memory.take((num_panels, num_groups, PANEL), dtype)
-        return PackedWeight(panels, shape, dtype, quantization, scales)
+        return PackedWeight(panels, shape, dtype, quantization, scales, group)
 
     @property
     def kernels(self) -> Kernels:
@@ -109,17 +121,13 @@ class PackedWeight:
         Addresses are among it: whoever has it keeps this.
         """
         scales = 0 if self.scales is None else self.scales.data_ptr()
-        return self.panels.data_ptr(), 0, self.shape[0], self._kind, scales, self._inputs_a_group // 2
+        return self.panels.data_ptr(), 0, self.shape[0], self._kind, scales, self.group // 2
 
     @property
     def _kind(self) -> int:
         if self.quantization is not None:
             return _INTEGERS[self.quantization]
         return _CODED if _is_coded(self.dtype) else _PLAIN
-
-    @property
-    def _inputs_a_group(self) -> int:
-        return INT4_GROUP if self.quantization == "int4" else self.shape[1]
 
     def put(self, first: int, rows: torch.Tensor) -> bool:
         """Lay the `rows` `[N, I]` down, of which `first`, a multiple of 64, is the first; the last panel may be open.
@@ -136,8 +144,26 @@ class PackedWeight:
         if self.scales is None:
             return self.kernels.pack(panel.data_ptr(), *source)
         scales = self.scales[first // PANEL : -(-(first + len(rows)) // PANEL)]
-        self.kernels.quantize(self._kind, panel.data_ptr(), scales.data_ptr(), self._inputs_a_group, *source)
+        self.kernels.quantize(self._kind, panel.data_ptr(), scales.data_ptr(), self.group, *source)
         return bool(scales.isnan().any())  # where a number is, its scale is too
+
+    def put_integers(self, first: int, integers: torch.Tensor, scales: torch.Tensor) -> bool:
+        """Lay down rows that are int8 `integers` `[N, I]` times `scales` `[N, groups]` of any dtype, as `put` does.
+
+        Returns: whether they can be so; nothing is laid down where an integer is none of this size, or a scale is lost
+            when it is rounded to the weight's dtype.
+        """
+        assert self.scales is not None and self.quantization is not None
+        rounded, (least, most) = scales.to(self.dtype), _BOUNDS[self.quantization]
+        is_close = (rounded.float() - scales.float()).abs() <= _MOST_OFF * scales.float().abs()  # nor is NaN
+        if integers.min() < least or integers.max() > most or not is_close.all():
+            return False
+        integers, num_panels = integers.contiguous(), -(-len(integers) // PANEL)
+        panel, own = self.panels[first // PANEL], self.scales[first // PANEL : first // PANEL + num_panels]
+        self.kernels.place(self._kind, panel.data_ptr(), integers.data_ptr(), *integers.shape, integers.stride(0))
+        missing = num_panels * PANEL - len(integers)
+        own.copy_(torch.nn.functional.pad(rounded, (0, 0, 0, missing)).view(num_panels, PANEL, -1).mT)
+        return True
 
     def _put_coded(self, first: int, rows: torch.Tensor) -> bool:
         has_nan, number, layout, kernels = False, first // PANEL, (self.shape[1], rows.stride(0)), self.kernels

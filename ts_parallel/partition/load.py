@@ -2,7 +2,8 @@
 
 program → memory for this rank's parameters → their bytes, in the order of the file → each in the form that runs best.
 A weight that is laid out in panels gets there a few rows at a time, so it is nowhere in memory as the file has it: nor
-in full precision, where its numbers become small integers on the way.
+in full precision, where its numbers become small integers on the way. Those that are stored as such integers stay the
+integers that they are.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ts_parallel.checkpoint.codes.integers import RowIntegers, row_integers_of
 from ts_parallel.checkpoint.index import CheckpointIndex
-from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
+from ts_parallel.checkpoint.load import IntegerItem, LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.errors import CheckpointError
 from ts_parallel.huge_pages import make_tensor
@@ -28,6 +30,7 @@ from ts_parallel.topology import TensorParallelGroup
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 1.0  # of a load
+_BITS = {"int8": 8, "int4": 4}
 
 
 class PackedRows(Protocol):
@@ -40,6 +43,11 @@ class PackedRows(Protocol):
         """Lay down `rows` `[N, I]`, whole panels of them, or the last ones, from row `first` on; whether one is NaN."""
         ...
 
+    def put_integers(self, first: int, integers: torch.Tensor, scales: torch.Tensor, /) -> bool:
+        """The same of rows that are int8 `integers` `[N, I]` times `scales` `[N, G]`, of a weight that becomes integers.
+        Nothing is laid down where they are not what it could be: then it returns False."""
+        ...
+
 
 class WeightLayout(Protocol):
     """How weights that linears alone read are to lie: a backend's."""
@@ -50,8 +58,11 @@ class WeightLayout(Protocol):
         """Whether this one can."""
         ...
 
-    def allocate(self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None, /) -> PackedRows:
-        """Memory for one of `shape` (O, I), whose numbers become small integers where there is a `quantization`."""
+    def allocate(
+        self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None, group: int | None = None, /
+    ) -> PackedRows:
+        """Memory for one of `shape` (O, I), whose numbers become small integers where there is a `quantization`, of which
+        each `group` of a row's inputs shares a scale; None: as many as suit it."""
         ...
 
 
@@ -110,15 +121,16 @@ def load_program(
     }
     if merge is not None:
         _refuse_rows(sources)
-    _tell(program, sources, quantization, group, stage)
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
         if layout and name in packed and merge is None and _come_in_panels(own, local[name], layout.rows_of_panel):
-            tensors[name] = _allocate(local[name], layout, packed[name])
-            items += [_packing(item, local[name], tensors[name], layout.rows_of_panel) for item in own]
+            integers = _integers_of(own, packed[name])
+            tensors[name] = _allocate(local[name], layout, packed[name], integers)
+            items += [_packing(item, local[name], tensors[name], layout.rows_of_panel, integers) for item in own]
         else:
             items += own
+    _tell(program, sources, items, quantization, group, stage)
     del local
     waiting = Counter(item.name for item in items if isinstance(item, LoadItem))
     progress = load_progress(group, stage)
@@ -148,25 +160,47 @@ def _refuse_rows(sources: Sources) -> None:
 
 
 def _tell(
-    program: RankProgram, sources: Sources, quantization: str | None, group: TensorParallelGroup, stage: int
+    program: RankProgram,
+    sources: Sources,
+    items: Sequence[LoadItem | RowItem],
+    quantization: str | None,
+    group: TensorParallelGroup,
+    stage: int,
 ) -> None:
     if group.rank:
         return
-    _tell_of_codes(sources, quantization)
+    _tell_of_codes(sources, items, quantization, program.dtype)
     if program.untied and not stage:
         names = ", ".join(program.untied)
         logger.info("%s: tied by config.json, but stored with values of their own, so they are not tied", names)
 
 
-def _tell_of_codes(sources: Sources, quantization: str | None) -> None:
-    """Say what becomes of a quantised checkpoint: its weights are computed, and nothing else is quantised."""
-    forms = sorted({source.stored.form for own in sources.values() for source in own if source.stored.form})
-    if not forms:
-        return
-    again = f" and made {quantization} anew, which rounds them a second time" if quantization else ""
-    logger.info(
-        "weights stored as %s are computed as they are read%s; activations keep theirs", ", ".join(forms), again
-    )
+def _tell_of_codes(
+    sources: Sources, items: Sequence[LoadItem | RowItem], quantization: str | None, dtype: torch.dtype
+) -> None:
+    """Say what becomes of a quantised checkpoint: its weights are computed, or stay integers, and nothing else is
+    quantised."""
+    stored = {source.stored.name: source.stored.form for own in sources.values() for source in own}
+    kept = {item.source.name: item for item in items if isinstance(item, IntegerItem)}
+    if forms := sorted({form for name, form in stored.items() if form and name not in kept}):
+        again = f" and made {quantization} anew, which rounds them a second time" if quantization else ""
+        logger.info(
+            "weights stored as %s are computed as they are read%s; activations keep theirs", ", ".join(forms), again
+        )
+    if kept:
+        rounded = {_short(item.integers.scales.dtype) for item in kept.values()} - {_short(dtype)}
+        note = f", their scales of {', '.join(sorted(rounded))} rounded to {_short(dtype)}" if rounded else ""
+        logger.info(
+            "%d weights stored as %s stay the integers that they are as %s%s; activations keep theirs",
+            len(kept),
+            ", ".join(sorted({item.source.form for item in kept.values()})),
+            quantization,
+            note,
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_progress(group: TensorParallelGroup, stage: int = 0) -> Progress:
@@ -202,23 +236,55 @@ def _come_in_panels(items: Sequence[LoadItem], weight: torch.Tensor, panel: int)
     return True
 
 
-def _packing(item: LoadItem, weight: torch.Tensor, packed: PackedRows, panel: int) -> RowItem:
-    """The same bytes into `packed` instead of `weight`."""
+@dataclass(frozen=True)
+class _Integers:
+    """What all of a weight's items are stored as, by the source's name."""
+
+    by_source: Mapping[str, RowIntegers]
+    group: int
+    """Inputs that a rank keeps, of which none has two scales."""
+
+
+def _integers_of(items: Sequence[LoadItem], quantization: str | None) -> _Integers | None:
+    """None where a weight that is to become such integers is not stored as ones that are as small."""
+    if quantization is None:
+        return None
+    found = {item.source.name: row_integers_of(item.source) for item in items}
+    own = {name: integers for name, integers in found.items() if integers and integers.num_bits <= _BITS[quantization]}
+    groups = {own[item.source.name].group_of(item.kept) for item in items if item.source.name in own}
+    if len(own) < len(found) or len(groups) != 1 or None in groups:
+        return None
+    return _Integers(own, next(group for group in groups if group is not None))
+
+
+def _packing(
+    item: LoadItem, weight: torch.Tensor, packed: PackedRows, panel: int, integers: _Integers | None
+) -> RowItem:
+    """The same bytes into `packed` instead of `weight`, as the integers that they are where they are those."""
     start, source, dtype = _first_row(item, weight), item.source, weight.dtype
 
     def put(first: int, rows: torch.Tensor) -> None:
         if packed.put(start + first, rows.to(dtype)):
             refuse_nan_in(rows, source)
 
-    return RowItem(put, source, item.kept, panel)
+    def put_integers(first: int, rows: torch.Tensor, scales: torch.Tensor) -> bool:
+        return packed.put_integers(start + first, rows, scales)
+
+    if integers is None:
+        return RowItem(put, source, item.kept, panel)
+    own = integers.by_source[source.name]
+    return IntegerItem(put, source, item.kept, panel, put_integers, own, integers.group)
 
 
-def _allocate(weight: torch.Tensor, layout: WeightLayout, quantization: str | None) -> PackedRows:
-    return layout.allocate((weight.shape[0], weight.shape[1]), weight.dtype, quantization)
+def _allocate(
+    weight: torch.Tensor, layout: WeightLayout, quantization: str | None, integers: _Integers | None
+) -> PackedRows:
+    group = integers.group if integers else None
+    return layout.allocate((weight.shape[0], weight.shape[1]), weight.dtype, quantization, group)
 
 
 def _pack(weight: torch.Tensor, layout: WeightLayout, quantization: str | None) -> PackedRows:
-    packed = _allocate(weight, layout, quantization)
+    packed = _allocate(weight, layout, quantization, None)
     packed.put(0, weight)
     return packed
 

@@ -91,6 +91,56 @@ def test_rows_are_quantized_a_few_panels_at_a_time_and_from_a_part_of_each(quant
     assert torch.equal(packed.unpack(), pack(wide[:, 100:200].contiguous(), quantization).unpack())
 
 
+def integers_and_scales(
+    shape: tuple[int, int], group: int, quantization: str, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a weight that a checkpoint has so: int8, scales, and its numbers in float64."""
+    least, most = {"int8": (-127, 127), "int4": (-8, 7)}[quantization]
+    integers = torch.randint(least, most + 1, shape, dtype=torch.int8)
+    integers[0, :2] = torch.tensor([least, most])
+    steps = (torch.rand(shape[0], -(-shape[1] // group)) - 0.3).to(scale_dtype) / 64  # some are negative
+    return integers, steps, integers.double() * steps.double().repeat_interleave(group, dim=1)[:, : shape[1]]
+
+
+@both
+@pytest.mark.parametrize("shape", [(1, 2), (64, 64), (100, 70), (200, 320)])
+@pytest.mark.parametrize("group", [8, 32, 128, 1000])
+def test_integers_that_are_stored_stay_what_they_are(
+    group: int, shape: tuple[int, int], quantization: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    integers, steps, numbers = integers_and_scales(shape, group, quantization, dtype)
+    packed = PackedWeight.allocate(shape, quantization, dtype, group)
+    for first in range(0, shape[0], 128):
+        assert packed.put_integers(first, integers[first : first + 128], steps[first : first + 128])
+    assert torch.equal(packed.unpack(), numbers.to(dtype))
+    hidden = normal(1, 40, shape[1], dtype=dtype)
+    exact = F.linear(hidden.double(), numbers)
+    product = make_linears(LinearLayer("w", None), {"w": packed})(hidden)
+    torch.testing.assert_close(product.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    for num_tokens in (1, 2, 7, 12):
+        own = make_linears(LinearLayer("w", None), {"w": packed})(hidden[:, :num_tokens])
+        assert torch.equal(own, product[:, :num_tokens])
+
+
+@both
+def test_integers_that_do_not_fit_are_not_laid_down(quantization: str) -> None:
+    torch.manual_seed(0)
+    shape = (130, 64)
+    integers, steps, numbers = integers_and_scales(shape, 32, quantization, torch.float32)
+    packed = PackedWeight.allocate(shape, quantization, torch.float16, 32)
+    assert packed.put_integers(0, integers, steps)
+    before = packed.unpack()
+    torch.testing.assert_close(before.double(), numbers, rtol=2**-10, atol=0)  # scales rounded, integers as they were
+    too_small, too_large, lost, nan = integers.clone(), integers.clone(), steps.clone(), steps.clone()
+    too_small[129, 63], too_large[0, 5] = {"int8": (-128, 0), "int4": (-9, 8)}[quantization]
+    lost[70, 1], nan[3, 0] = 1e-7, torch.nan
+    for rows, scales in ((too_small, steps), (integers, lost), (integers, nan)):
+        assert not packed.put_integers(0, rows, scales)
+    assert quantization == "int8" or not packed.put_integers(0, too_large, steps)
+    assert torch.equal(packed.unpack(), before)
+
+
 @both
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("shape", [(100, 70), (768, 64), (33, 320), (1, 2)])

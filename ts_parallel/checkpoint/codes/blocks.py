@@ -163,14 +163,22 @@ def rows_of_codes(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The kept rows of a computed `source` `[O, I]` in groups of a multiple of `rows_at_once`, each with the number of
     its first."""
-    rows, columns = (kept.pieces if kept and kept.dim == dim else ((0, source.shape[dim]),) for dim in (0, 1))
+    for first, own, columns in spans_of_rows(source.shape, kept, rows_at_once):
+        found = [torch.cat([read(source, (span, each)) for each in columns], dim=1) for span in own]
+        yield first, found[0] if len(found) == 1 else torch.cat(found)
+
+
+def spans_of_rows(
+    shape: tuple[int, ...], kept: Slice | None, rows_at_once: int
+) -> Iterator[tuple[int, list[tuple[int, int]], tuple[tuple[int, int], ...]]]:
+    """The kept rows of a tensor `[O, I]` in groups of a multiple of `rows_at_once`: the number of the first of each, and
+    the `(start, length)` of its rows and of what is kept of each row."""
+    rows, columns = (kept.pieces if kept and kept.dim == dim else ((0, shape[dim]),) for dim in (0, 1))
     width = sum(length for _, length in columns)
     step = max(1, NUMBERS_AT_ONCE // (max(1, width) * rows_at_once)) * rows_at_once
     num_rows = sum(length for _, length in rows)
     for first in range(0, num_rows, step):
-        own = list(_overlapping(rows, first, min(first + step, num_rows)))
-        found = [torch.cat([read(source, (span, each)) for each in columns], dim=1) for span in own]
-        yield first, found[0] if len(found) == 1 else torch.cat(found)
+        yield first, list(_overlapping(rows, first, min(first + step, num_rows))), columns
 
 
 def _overlapping(pieces: Sequence[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ts_parallel.checkpoint.codes.kinds.numbers import Read
+from ts_parallel.checkpoint.codes.integers import HasRowIntegers, Read, RowIntegers
 from ts_parallel.checkpoint.stored import Box, StoredTensor
 
 
@@ -30,3 +30,11 @@ class PairedRows:
         stored = rows - place + place % half * 2 + place // half
         first, last = int(stored.min()), int(stored.max())
         return read(self.source, ((first, last - first + 1), *others))[stored - first]
+
+    def row_integers(self, read: Read) -> RowIntegers | None:
+        codes = self.source.codes
+        own = codes.row_integers(read) if isinstance(codes, HasRowIntegers) else None
+        if own is None:
+            return None
+        integers, scales = (replace(each, codes=PairedRows(each, self.head)) for each in (own.integers, own.scales))
+        return replace(own, integers=integers, scales=scales)

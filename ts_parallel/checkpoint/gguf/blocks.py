@@ -6,11 +6,11 @@ N blocks. A block's bytes come as uint8 `[..., N, bytes]`, its numbers go as flo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ts_parallel.checkpoint.codes.kinds.numbers import Read
+from ts_parallel.checkpoint.codes.integers import Read, RowIntegers
 from ts_parallel.checkpoint.stored import Box, StoredTensor
 
 
@@ -21,6 +21,10 @@ class BlockType:
     """Numbers of a block."""
     num_bytes: int
     decode: Callable[[torch.Tensor], torch.Tensor]
+    num_bits: int = 0
+    """Of its integers, where its numbers are those times the float16 number that it begins with."""
+    integers: Callable[[torch.Tensor], torch.Tensor] = lambda octets: octets
+    """Those, as int8."""
 
 
 def _half(octets: torch.Tensor, at: int) -> torch.Tensor:
@@ -39,16 +43,24 @@ def _fifth_bits(octets: torch.Tensor, at: int) -> torch.Tensor:
     return bits.flatten(-2) << 4
 
 
+def _integers_of_q4_0(octets: torch.Tensor) -> torch.Tensor:
+    return _nibbles(octets[..., 2:]).to(torch.int8) - 8
+
+
 def _q4_0(octets: torch.Tensor) -> torch.Tensor:
-    return _half(octets, 0) * (_nibbles(octets[..., 2:]).float() - 8)
+    return _half(octets, 0) * _integers_of_q4_0(octets).float()
 
 
 def _q4_1(octets: torch.Tensor) -> torch.Tensor:
     return _half(octets, 0) * _nibbles(octets[..., 4:]).float() + _half(octets, 2)
 
 
+def _integers_of_q5_0(octets: torch.Tensor) -> torch.Tensor:
+    return (_nibbles(octets[..., 6:]) | _fifth_bits(octets, 2)).to(torch.int8) - 16
+
+
 def _q5_0(octets: torch.Tensor) -> torch.Tensor:
-    return _half(octets, 0) * ((_nibbles(octets[..., 6:]) | _fifth_bits(octets, 2)).float() - 16)
+    return _half(octets, 0) * _integers_of_q5_0(octets).float()
 
 
 def _q5_1(octets: torch.Tensor) -> torch.Tensor:
@@ -56,8 +68,12 @@ def _q5_1(octets: torch.Tensor) -> torch.Tensor:
     return _half(octets, 0) * numbers + _half(octets, 2)
 
 
+def _integers_of_q8_0(octets: torch.Tensor) -> torch.Tensor:
+    return octets[..., 2:].contiguous().view(torch.int8)
+
+
 def _q8_0(octets: torch.Tensor) -> torch.Tensor:
-    return _half(octets, 0) * octets[..., 2:].contiguous().view(torch.int8).float()
+    return _half(octets, 0) * _integers_of_q8_0(octets).float()
 
 
 def _pairs_of_bits(octets: torch.Tensor) -> torch.Tensor:
@@ -132,11 +148,11 @@ PLAIN: Mapping[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 28: torc
 """ggml's number of a type → the dtype that it is."""
 
 BLOCKS: Mapping[int, BlockType] = {
-    2: BlockType("Q4_0", 32, 18, _q4_0),
+    2: BlockType("Q4_0", 32, 18, _q4_0, 4, _integers_of_q4_0),
     3: BlockType("Q4_1", 32, 20, _q4_1),
-    6: BlockType("Q5_0", 32, 22, _q5_0),
+    6: BlockType("Q5_0", 32, 22, _q5_0, 5, _integers_of_q5_0),
     7: BlockType("Q5_1", 32, 24, _q5_1),
-    8: BlockType("Q8_0", 32, 34, _q8_0),
+    8: BlockType("Q8_0", 32, 34, _q8_0, 8, _integers_of_q8_0),
     10: BlockType("Q2_K", 256, 84, _q2_k),
     11: BlockType("Q3_K", 256, 110, _q3_k),
     12: BlockType("Q4_K", 256, 144, _q4_k),
@@ -165,9 +181,40 @@ class GgmlBlocks:
         return tuple(range(len(self.octets.shape)))
 
     def decode(self, box: Box, read: Read) -> torch.Tensor:
+        return self._numbers(box, read, BLOCKS[self.kind].decode)
+
+    def row_integers(self, read: Read) -> RowIntegers | None:
+        own = BLOCKS[self.kind]
+        if not own.num_bits:
+            return None
+        rows, width = self.octets.shape[0], self.octets.shape[1] // own.num_bytes
+        whole = StoredTensor(self.octets.name, torch.int8, (rows, width * own.size), self.octets.parts)
+        integers = replace(whole, codes=_IntegersOfBlocks(self.octets, self.kind))
+        scales = replace(whole, dtype=torch.float16, shape=(rows, width), codes=_ScalesOfBlocks(self.octets, self.kind))
+        return RowIntegers(own.num_bits, integers, scales, own.size)
+
+    def _numbers(self, box: Box, read: Read, decode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         own = BLOCKS[self.kind]
         start, length = box[-1]
         first, end = start // own.size, -(-(start + length) // own.size)
-        octets = read(self.octets, (*box[:-1], (first * own.num_bytes, (end - first) * own.num_bytes)))
-        numbers = own.decode(octets.view(*octets.shape[:-1], end - first, own.num_bytes)).flatten(-2)
+        numbers = decode(self._blocks((*box[:-1], (first, end - first)), read)).flatten(-2)
         return numbers.narrow(-1, start - first * own.size, length)
+
+    def _blocks(self, box: Box, read: Read) -> torch.Tensor:
+        """The bytes `[..., N, bytes]` of a box whose last dim counts blocks."""
+        *others, (first, count) = box
+        size = BLOCKS[self.kind].num_bytes
+        octets = read(self.octets, (*others, (first * size, count * size)))
+        return octets.view(*octets.shape[:-1], count, size)
+
+
+@dataclass(frozen=True)
+class _IntegersOfBlocks(GgmlBlocks):
+    def decode(self, box: Box, read: Read) -> torch.Tensor:
+        return self._numbers(box, read, BLOCKS[self.kind].integers)
+
+
+@dataclass(frozen=True)
+class _ScalesOfBlocks(GgmlBlocks):
+    def decode(self, box: Box, read: Read) -> torch.Tensor:
+        return self._blocks(box, read)[..., :2].contiguous().view(torch.float16).squeeze(-1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ts_parallel.checkpoint.codes.kinds.numbers import Read
+from ts_parallel.checkpoint.codes.integers import Read
+from ts_parallel.checkpoint.codes.kinds.numbers import Transposed
 from ts_parallel.checkpoint.codes.rows import PairedRows
 from ts_parallel.checkpoint.gguf.blocks import BLOCKS, OTHERS, PLAIN, GgmlBlocks
 from ts_parallel.checkpoint.gguf.header import GgufHeader, GgufTensor, check_ends, read_header
@@ -84,7 +85,7 @@ def _changed(stored: StoredTensor, change: Change, header: GgufHeader) -> Stored
     codes: Any
     shape = stored.shape
     if change is Change.TRANSPOSED:
-        codes, shape = _Transposed(stored), tuple(reversed(stored.shape))
+        codes, shape = Transposed(stored), tuple(reversed(stored.shape))
     elif change is Change.ONE_ADDED:
         codes = _OneAdded(stored)
     else:
@@ -109,17 +110,3 @@ class _OneAdded:
 
     def decode(self, box: Box, read: Read) -> torch.Tensor:
         return read(self.source, box).float() - 1
-
-
-@dataclass(frozen=True)
-class _Transposed:
-    source: StoredTensor
-    """`[I, O]`"""
-
-    @property
-    def cut_order(self) -> tuple[int, ...]:
-        return (1, 0)
-
-    def decode(self, box: Box, read: Read) -> torch.Tensor:
-        rows, columns = box
-        return read(self.source, (columns, rows)).mT

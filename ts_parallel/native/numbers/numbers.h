@@ -138,6 +138,21 @@ static inline void place_integers(enum number_kind kind, const int8_t integers[P
                 }
 }
 
+/* The panels of `num_rows` rows of a weight that is integers already, which begin with a whole panel. */
+static void place_rows(enum number_kind kind, uint8_t *to, const int8_t *from, int64_t num_rows, int64_t num_inputs,
+                       int64_t stride)
+{
+    for (int64_t first = 0; first < num_rows; first += PANEL)
+        for (int64_t at = 0, count; at < num_inputs; at += count, to += count / 2 * bytes_of_pair(kind)) {
+            int8_t integers[PANEL][32] = {0};
+            int64_t own = num_rows - first < PANEL ? num_rows - first : PANEL;
+            count = num_inputs - at < 32 ? num_inputs - at : 32;
+            for (int64_t row = 0; row < own; row++)
+                memcpy(integers[row], from + (first + row) * stride + at, (size_t)count);
+            place_integers(kind, integers, count / 2, to);
+        }
+}
+
 /* The panels of `num_rows` rows of a weight, which begin with a whole panel, as integers with scales. */
 static void quantize_rows(enum number_kind kind, uint8_t *to, bits16 *scales, int64_t inputs_a_group,
                           const bits16 *from, int64_t num_rows, int64_t num_inputs, int64_t stride)

@@ -56,7 +56,7 @@ def derive_styles(
         # Where layers grow (Swin), the model's own size is that of the last of them.
         widths = (
             hidden_size,
-            *sorted({site.num_heads * site.value_dim for site in sites if _layer_of(site.module_name) == layer}),
+            *sorted({site.num_heads * site.value_dim for site in sites if layer_of(site.module_name) == layer}),
         )
         mlps = {
             name: next(filter(None, (_mlp_styles(found, width) for width in widths)), {}) for name, found in own.items()

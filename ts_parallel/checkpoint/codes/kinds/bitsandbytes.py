@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ts_parallel.checkpoint.codes.blocks import read_whole
-from ts_parallel.checkpoint.codes.kinds.numbers import Read
+from ts_parallel.checkpoint.codes.integers import Read, RowIntegers
 from ts_parallel.checkpoint.codes.kinds.scheme import INSTEAD, Made, lacks, made, misfit, refuse_unknown
 from ts_parallel.checkpoint.stored import Box, CheckpointIndex, StoredTensor
 from ts_parallel.errors import CheckpointError
@@ -85,6 +85,28 @@ class _RowsOfInt8:
         rows = box[0]
         whole = read(self.largest, tuple((0, size) for size in self.largest.shape)).view(-1).float()
         return read(self.numbers, box) * whole.narrow(0, *rows).unsqueeze(1) * _INVERSE_OF_127
+
+    def row_integers(self, read: Read) -> RowIntegers:
+        rows, columns = self.numbers.shape
+        scales = StoredTensor(
+            self.largest.name, torch.float32, (rows, 1), self.largest.parts, _StepsOfRows(self.largest)
+        )
+        return RowIntegers(8, self.numbers, scales, columns)
+
+
+@dataclass(frozen=True)
+class _StepsOfRows:
+    """`[O, 1]`"""
+
+    largest: StoredTensor
+
+    @property
+    def cut_order(self) -> tuple[int, ...]:
+        return (0, 1)
+
+    def decode(self, box: Box, read: Read) -> torch.Tensor:
+        whole = read(self.largest, tuple((0, size) for size in self.largest.shape)).view(-1, 1).float()
+        return whole.narrow(0, *box[0]) * _INVERSE_OF_127
 
 
 def _of_four_bits(name: str, state: StoredTensor, index: CheckpointIndex, dtype: torch.dtype) -> Made:

@@ -9,12 +9,13 @@ scales' dtype.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ts_parallel.checkpoint.codes.kinds.numbers import PackedIntegers, Read
+from ts_parallel.checkpoint.codes.integers import Read, RowIntegers
+from ts_parallel.checkpoint.codes.kinds.numbers import PackedIntegers, transposed
 from ts_parallel.checkpoint.codes.kinds.scheme import INSTEAD, Made, lacks, made, misfit, refuse_unknown
 from ts_parallel.checkpoint.stored import Box, CheckpointIndex, StoredTensor
 from ts_parallel.errors import CheckpointError
@@ -123,6 +124,18 @@ class GroupedIntegers:
         cells = ((first, last - first + 1), outputs)
         scales, zeros = read(self.scales, cells), read(self.zeros, cells)
         return ((integers - zeros[groups - first]) * scales[groups - first]).mT
+
+    def row_integers(self, read: Read) -> RowIntegers | None:
+        packed, (num_inputs, num_groups) = self.integers.codes, (self.integers.shape[0], self.scales.shape[0])
+        if not isinstance(packed, PackedIntegers) or num_inputs % num_groups:
+            return None
+        group, zero = num_inputs // num_groups, 2 ** (packed.bits - 1)
+        if (read(self.zeros, tuple((0, size) for size in self.zeros.shape)) != zero).any():
+            return None
+        if not torch.equal(self._groups((0, num_inputs), read), torch.arange(num_inputs) // group):
+            return None
+        signed = replace(self.integers, dtype=torch.int8, codes=replace(packed, offset=zero))
+        return RowIntegers(packed.bits, transposed(signed), transposed(self.scales), group)
 
     def _groups(self, inputs: tuple[int, int], read: Read) -> torch.Tensor:
         start, length = inputs

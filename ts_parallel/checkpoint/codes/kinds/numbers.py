@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ts_parallel.checkpoint.codes.integers import Read, RowIntegers
 from ts_parallel.checkpoint.stored import Box, StoredTensor
-
-Read = Callable[[StoredTensor, Box], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,15 @@ class ScaledNumbers:
         if self.zeros is not None:
             numbers = numbers - self._spread(read(self.zeros, self._cells(self.zeros, box)), box)
         return numbers * self._spread(read(self.scales, self._cells(self.scales, box)), box)
+
+    def row_integers(self, read: Read) -> RowIntegers | None:
+        are_of_rows = len(self.scales.shape) == 2 and self.scales.shape[0] == self.numbers.shape[0]
+        if self.numbers.dtype != torch.int8 or not are_of_rows or self.block[0] != 1:
+            return None
+        if self.zeros is not None and read(self.zeros, tuple((0, size) for size in self.zeros.shape)).any():
+            return None
+        num_bits = self.numbers.codes.bits if isinstance(self.numbers.codes, PackedIntegers) else 8
+        return RowIntegers(num_bits, self.numbers, self.scales, self.block[1])
 
     def _cells(self, grid: StoredTensor, box: Box) -> Box:
         """Those of the grid that `box` touches."""
@@ -125,3 +132,23 @@ class PackedIntegers:
             integers = integers.view(*integers.shape[:-1], -1, count)[..., list(self.order)].flatten(-2)
         integers = integers.movedim(-1, self.dim).narrow(self.dim, start - first * count, length)
         return (integers.to(torch.int16) - self.offset).to(torch.int8 if self.offset else torch.int16)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The other way round."""
+
+    source: StoredTensor
+    """`[I, O]`"""
+
+    @property
+    def cut_order(self) -> tuple[int, ...]:
+        return (1, 0)
+
+    def decode(self, box: Box, read: Read) -> torch.Tensor:
+        rows, columns = box
+        return read(self.source, (columns, rows)).mT
+
+
+def transposed(stored: StoredTensor) -> StoredTensor:
+    return replace(stored, shape=(stored.shape[1], stored.shape[0]), codes=Transposed(stored))

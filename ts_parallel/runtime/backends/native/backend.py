@@ -39,8 +39,10 @@ class _Panels:
     def takes(self, weight: torch.Tensor) -> bool:
         return can_pack(weight)
 
-    def allocate(self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None) -> PackedWeight:
-        return PackedWeight.allocate(shape, quantization, dtype)
+    def allocate(
+        self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None, group: int | None = None
+    ) -> PackedWeight:
+        return PackedWeight.allocate(shape, quantization, dtype, group)
 
 
 class NativeBackend(TorchBackend):
