@@ -26,7 +26,7 @@ PANEL = 64
 INT4_GROUP = 64  # inputs of an output that share a scale, if nobody says how many; of int8, all inputs do
 _PLAIN, _CODED = 0, 3  # `enum number_kind` of numbers/numbers.h
 _INTEGERS = {"int8": 1, "int4": 2}
-_BOUNDS = {"int8": (-127, 127), "int4": (-8, 7)}
+_BOUNDS = {"int8": (-128, 127), "int4": (-8, 7)}
 _MOST_OFF = 2**-8  # that a scale may be, of itself, where it comes in another dtype
 _MOST_INPUTS = 2**18 - 2  # an exception (numbers/coded.h) has 17 bits for its pair
 

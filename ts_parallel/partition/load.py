@@ -44,8 +44,8 @@ class PackedRows(Protocol):
         ...
 
     def put_integers(self, first: int, integers: torch.Tensor, scales: torch.Tensor, /) -> bool:
-        """The same of rows that are int8 `integers` `[N, I]` times `scales` `[N, G]`, of a weight that becomes integers.
-        Nothing is laid down where they are not what it could be: then it returns False."""
+        """The same of rows that are int8 `integers` `[N, I]` times `scales` `[N, G]`, of a weight that becomes
+        integers. Nothing is laid down where they are not what it could be: then it returns False."""
         ...
 
 
@@ -61,8 +61,8 @@ class WeightLayout(Protocol):
     def allocate(
         self, shape: tuple[int, int], dtype: torch.dtype, quantization: str | None, group: int | None = None, /
     ) -> PackedRows:
-        """Memory for one of `shape` (O, I), whose numbers become small integers where there is a `quantization`, of which
-        each `group` of a row's inputs shares a scale; None: as many as suit it."""
+        """Memory for one of `shape` (O, I), whose numbers become small integers where there is a `quantization`. Each
+        `group` of a row's inputs shares a scale; None: as many as suit it."""
         ...
 
 

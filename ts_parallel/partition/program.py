@@ -155,7 +155,7 @@ class TensorParallelPlan:
         return sum(parameter.local_bytes(rank) for parameter in self.parameters.values())
 
     def kv_elements_per_token(self, sites: Iterable[AttentionSite], rank: int) -> int:
-        """How many numbers the keys and values of one token are on a rank, over `sites`, which may be another rank's."""
+        """How many numbers a token's keys and values are on a rank, over `sites`, which may be another rank's."""
         wholes = [(self.attention.get(site.module_name), site) for site in sites]
         own = [site if whole is None else whole.of_rank(rank, self.size) for whole, site in wholes]
         return sum(site.kv_elements_per_token for site in own)

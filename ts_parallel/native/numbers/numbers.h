@@ -2,7 +2,7 @@
  *
  * A pair is two input features of a panel's 64 outputs, four vectors of 16 outputs with both of an output side by side.
  * PLAIN stores the vectors as they are multiplied, CODED the same bits in fewer, where they are bfloat16 (coded.h). INT8
- * stores a byte of each number, its sign and its magnitude, in the order of coded.h. INT4 stores 32 times 16 bits: number
+ * stores a byte of each number, as instructions/ like to read it, in the order of coded.h. INT4 stores 32 times 16 bits: number
  * i of all four vectors from the lowest bits up, each 8 more than it means. Small integers are exact in 16 bits. The
  * scales of one or more pairs, one of each output, have 16 bits, are chosen before the integers, and multiplied by what
  * the integers sum to.
@@ -132,7 +132,7 @@ static inline void place_integers(enum number_kind kind, const int8_t integers[P
                     int integer = integers[16 * vector + lane][2 * pair + j], place = 32 * vector + 2 * lane + j;
                     uint8_t *both = &to[4 * lane + 2 * j + vector / 2];
                     if (kind == INT8)
-                        to[place / 64 * 64 + byte_of(place)] = (uint8_t)(integer < 0 ? 0x80 - integer : integer);
+                        to[place / 64 * 64 + byte_of(place)] = byte_of_integer(integer);
                     else
                         *both = (uint8_t)(vector % 2 ? *both | (integer + 8) << 4 : integer + 8);
                 }

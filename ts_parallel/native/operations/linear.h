@@ -420,7 +420,7 @@ static void look_up(const struct linear_part *part, int64_t num_inputs, const in
                 int64_t place = 2 * row + j;
                 int byte = from[panel.kind == INT8 ? place / 64 * 64 + byte_of(place) : 4 * lane + 2 * j + vector / 2];
                 if (panel.kind == INT8)
-                    both[j] = byte & 0x80 ? 0x80 - byte : byte;
+                    both[j] = integer_of_byte((uint8_t)byte);
                 else
                     both[j] = (byte >> vector % 2 * 4 & 15) - 8;
             }

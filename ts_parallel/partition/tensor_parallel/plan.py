@@ -326,8 +326,8 @@ class _Cuts:
         return self._packed(name, length, 1, dim)
 
     def _packed(self, name: str, length: int, groups: int, dim: int) -> tuple[Slice, ...]:
-        """Of each of `groups` equal parts of a dim alike to each rank; where it does not divide, in units that suit those
-        who multiply by it."""
+        """Of each of `groups` equal parts of a dim as much to each rank; where it does not divide, in units that suit
+        those who multiply by it."""
         part = length // groups
         self._require_one_each(name, part, dim)
         unit = 1
