@@ -15,6 +15,7 @@ from sse_server import END, Answer, Cut, Recorder, event, whole
 from ts_parallel.errors import RequestError
 from ts_parallel.gateway.dialects.responses import ResponseStore, UnknownResponseError
 from ts_parallel.gateway.dialects.responses_input import messages_of, parse_turn
+from ts_parallel.gateway.dialects.responses_tools import chat_name
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
 FUNCTION: Any = {
@@ -265,6 +266,73 @@ def test_tool_that_takes_a_text_is_a_function_to_the_model(client: Any, recorder
     again = messages_of([made.model_dump(), {"type": "custom_tool_call_output", "call_id": "call_0", "output": "ok"}])
     assert json.loads(again[0]["tool_calls"][0]["function"]["arguments"]) == {"input": text}
     assert again[1] == {"role": "tool", "tool_call_id": "call_0", "content": "ok"}
+
+
+LIST: Any = {"type": "function", "name": "list", "description": "Lists", "parameters": {"type": "object"}}
+CRM: Any = {"type": "namespace", "name": "crm", "description": "Customers", "tools": [LIST]}
+SEARCH: Any = {"type": "tool_search", "execution": "client", "description": "Finds", "parameters": {"type": "object"}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_function_of_a_namespace_is_called_by_both_names(client: Any, recorder: Recorder, is_stream: bool) -> None:
+    calls = [call(0, "crm__list", "{}"), call(1, "list", "{}")]
+    answer = streamed({"tool_calls": calls}, finish_reason="tool_calls")
+    recorder.answers["chat"] = answer if is_stream else at_once({"tool_calls": calls}, "tool_calls")
+    made: Any = client.responses.create(model="demo", input="a", tools=[CRM, LIST], stream=is_stream)
+    response = list(made)[-1].response if is_stream else made
+    assert [(own.namespace, own.name) for own in response.output] == [("crm", "list"), (None, "list")]
+    assert [tool["function"]["name"] for tool in recorder.bodies[-1]["tools"]] == ["crm__list", "list"]
+    client.responses.create(model="demo", input=[own.model_dump(exclude_none=True) for own in response.output])
+    (message,) = recorder.bodies[-1]["messages"]
+    assert [own["function"]["name"] for own in message["tool_calls"]] == ["crm__list", "list"]
+
+
+def test_names_of_namespaces_are_no_longer_than_a_functions() -> None:
+    names = {chat_name(name, "mcp__" + "x" * 70) for name in ("one", "two")}
+    assert len(names) == 2 and {len(own) for own in names} == {64}
+    assert chat_name("one", "mcp__") == "mcp__one" and chat_name("one") == chat_name("one", None) == "one"
+    with pytest.raises(RequestError, match="two tools are called 'crm__list'"):
+        parse_turn({"input": "a", "tools": [CRM, CRM]})
+
+
+def test_search_for_tools_is_the_clients_and_what_it_brings_is_offered(client: Any, recorder: Recorder) -> None:
+    deferred = {**LIST, "name": "later", "defer_loading": True}
+    calls = [call(0, "tool_search", '{"query": "customers", "limit": 3}')]
+    recorder.answers["chat"] = at_once({"tool_calls": calls}, "tool_calls")
+    asked: Any = client.responses.create(model="demo", input="a", tools=[SEARCH, deferred, FUNCTION])
+    assert [tool["function"]["name"] for tool in recorder.bodies[-1]["tools"]] == ["tool_search", "mul"]
+    (search,) = asked.output
+    assert (search.type, search.execution, search.call_id) == ("tool_search_call", "client", "call_0")
+    assert search.arguments == {"query": "customers", "limit": 3}
+    found: Any = {"type": "tool_search_output", "call_id": "call_0", "execution": "client", "tools": [CRM, deferred]}
+    recorder.answers["chat"] = at_once({"tool_calls": [call(0, "crm__list", "{}")]}, "tool_calls")
+    own: Any = {"model": "demo", "tools": [SEARCH, deferred]}
+    follow = client.responses.create(input=[found], previous_response_id=asked.id, **own)
+    anew = client.responses.create(input=[search.model_dump(), found], **own)
+    assert [(made.output[0].namespace, made.output[0].name) for made in (follow, anew)] == [("crm", "list")] * 2
+    for sent in recorder.bodies[-2:]:
+        assert [tool["function"]["name"] for tool in sent["tools"]] == ["tool_search", "crm__list", "later"]
+        *_, said, told = sent["messages"]
+        assert json.loads(said["tool_calls"][0]["function"]["arguments"]) == search.arguments
+        assert told["role"] == "tool" and [tool["name"] for tool in json.loads(told["content"])] == [
+            "crm__list",
+            "later",
+        ]
+    client.responses.create(input="b", previous_response_id=follow.id, **own)  # which remembers what was found
+    names = [tool["function"]["name"] for tool in recorder.bodies[-1]["tools"]]
+    assert names == ["tool_search", "crm__list", "later"]
+
+
+def test_search_that_a_server_would_run_is_not_needed() -> None:
+    """All that it could find is known and offered."""
+    deferred = {**LIST, "defer_loading": True}
+    fields = parse_turn({"input": "a", "tools": [{"type": "tool_search"}, deferred]}).fields
+    assert [tool["function"]["name"] for tool in fields["tools"]] == ["list"]
+
+
+def test_choice_among_tools_knows_those_of_namespaces() -> None:
+    named = parse_turn({"input": "a", "tools": [CRM], "tool_choice": {"type": "function", "name": "list"}}).fields
+    assert named["tool_choice"] == {"type": "function", "function": {"name": "crm__list"}}
 
 
 def test_items_of_one_turn_are_one_message() -> None:

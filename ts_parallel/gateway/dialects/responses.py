@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class _Remembered:
     response: dict[str, Any]
     messages: list[dict[str, Any]]
     """Of all turns up to this answer's, without instructions."""
+    found: list[dict[str, Any]]
+    """Tools that searches have brought."""
     num_bytes: int
 
 
@@ -46,11 +48,14 @@ class ResponseStore:
         self._num_bytes = 0
         self._by_id: OrderedDict[str, _Remembered] = OrderedDict()
 
-    def keep(self, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-        size = len(json.dumps([response, messages]))
+    def keep(
+        self, response: dict[str, Any], messages: list[dict[str, Any]], found: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        own = [response, messages, *([list(found)] if found else [])]
+        size = len(json.dumps(own))
         if size > self._most_bytes:
             return
-        self._by_id[response["id"]] = _Remembered(response, messages, size)
+        self._by_id[response["id"]] = _Remembered(response, messages, list(found), size)
         self._num_bytes += size
         while len(self._by_id) > self._most or self._num_bytes > self._most_bytes:
             self._num_bytes -= self._by_id.popitem(last=False)[1].num_bytes
@@ -90,13 +95,16 @@ class Responses:
         body = read_fields(await request.body())
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
-        turn = parse_turn(body)
         before: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
         if body.get("previous_response_id") is not None:
-            before = self._store.find(body["previous_response_id"], "previous_response_id").messages
+            last = self._store.find(body["previous_response_id"], "previous_response_id")
+            before, found = last.messages, last.found
+        turn = parse_turn(body, found)
         answer = await ask_chat(upstream, turn.chat_fields(before), headers_to_pass(request))
         writer = ResponseWriter(body, upstream.name, turn)
-        made = _Made(answer, writer, [*before, *turn.messages], self._store if body.get("store", True) else None)
+        messages = [*before, *turn.messages]
+        made = _Made(answer, writer, messages, turn.found, self._store if body.get("store", True) else None)
         if body.get("stream"):
             return EventStream(made.stream())
         await made.whole()
@@ -117,11 +125,17 @@ class _Made:
     """One response in the making. Owns the answer that it is made of."""
 
     def __init__(
-        self, answer: ChatAnswer, writer: ResponseWriter, messages: list[dict[str, Any]], store: ResponseStore | None
+        self,
+        answer: ChatAnswer,
+        writer: ResponseWriter,
+        messages: list[dict[str, Any]],
+        found: list[dict[str, Any]],
+        store: ResponseStore | None,
     ) -> None:
         self._answer = answer
         self._writer = writer
         self._messages = messages
+        self._found = found
         self._store = store
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
@@ -162,7 +176,7 @@ class _Made:
     def _keep(self) -> None:
         response = self._writer.response
         if self._store is not None and response["status"] != "failed":
-            self._store.keep(response, [*self._messages, *messages_of(response["output"])])
+            self._store.keep(response, [*self._messages, *messages_of(response["output"])], self._found)
 
 
 def _bytes(event: Event) -> bytes:

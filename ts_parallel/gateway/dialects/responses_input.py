@@ -1,17 +1,15 @@
-"""Bodies of OpenAI's `v1/responses` as fields of a chat completion: items become messages, tools their other shape."""
+"""Bodies of OpenAI's `v1/responses` as fields of a chat completion: items become messages."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ts_parallel.errors import RequestError
 from ts_parallel.gateway.dialects.chat import texts_of
-
-logger = logging.getLogger(__name__)
+from ts_parallel.gateway.dialects.responses_tools import SEARCH, Tools, chat_name, objects, parse_tools
 
 # Fields that say what is to be kept, counted or shown, and nothing of the answer's text.
 _NEUTRAL = frozenset(
@@ -22,13 +20,6 @@ _REFUSED = ("background", "conversation", "prompt", "context_management")
 # Fields that a chat completion has under the same name are passed as they are, and so is what is not known here: the
 # model's server refuses or ignores it. These have another name there.
 _RENAMED = {"max_output_tokens": "max_completion_tokens"}
-# Tools that OpenAI's own servers run. A model that is not told of them answers without.
-_HOSTED = (
-    "code_interpreter computer_use_preview file_search image_generation local_shell mcp shell web_search "
-    "web_search_preview"
-).split()
-_CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-_said: set[str] = set()  # of which the log has told once
 
 
 @dataclass(frozen=True)
@@ -40,8 +31,9 @@ class Turn:
     messages: list[dict[str, Any]]
     """Without the instructions, which are of one turn only."""
     instructions: str | None
-    custom_tools: frozenset[str] = field(default_factory=frozenset)
-    """Names of those that take a text in place of arguments."""
+    tools: Tools = field(default_factory=Tools)
+    found: list[dict[str, Any]] = field(default_factory=list)
+    """Tools that searches have brought, in this turn and before."""
 
     def chat_fields(self, before: list[dict[str, Any]]) -> dict[str, Any]:
         """With the messages of the turns before."""
@@ -49,8 +41,11 @@ class Turn:
         return {**self.fields, "messages": [*head, *before, *self.messages]}
 
 
-def parse_turn(body: Mapping[str, Any]) -> Turn:
+def parse_turn(body: Mapping[str, Any], found: Sequence[dict[str, Any]] = ()) -> Turn:
     """
+    Args:
+        found: tools that searches of the turns before have brought.
+
     Raises:
         RequestError: a field cannot be honoured.
     """
@@ -68,12 +63,13 @@ def parse_turn(body: Mapping[str, Any]) -> Turn:
     fields |= _format_fields(body.get("text")) | _reasoning_fields(body.get("reasoning"))
     if "message.output_text.logprobs" in (body.get("include") or ()) or body.get("top_logprobs"):
         fields |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
-    tools, custom = _tools(body.get("tools"))
-    if tools:
-        fields |= {"tools": tools, **_tool_choice(body.get("tool_choice"), tools)}
+    own_found = [*found, *_found_in(body.get("input"))]
+    tools = parse_tools(body.get("tools"), own_found)
+    if tools.functions:
+        fields |= {"tools": tools.functions, **tools.choice(body.get("tool_choice"))}
     else:
         fields.pop("parallel_tool_calls", None)
-    return Turn(fields, messages_of(body.get("input")), instructions, custom)
+    return Turn(fields, messages_of(body.get("input")), instructions, tools, own_found)
 
 
 def _format_fields(text: Any) -> dict[str, Any]:
@@ -99,37 +95,11 @@ def _reasoning_fields(reasoning: Any) -> dict[str, Any]:
     return {} if effort is None else {"reasoning_effort": effort}
 
 
-def _tools(tools: Any) -> tuple[list[dict[str, Any]], frozenset[str]]:
-    """Chat's shape of them, and the names of those that take a text."""
-    made, custom = [], set()
-    for number, tool in enumerate(_list(tools, "tools")):
-        kind = tool.get("type")
-        if kind == "function":
-            function = {key: tool[key] for key in ("name", "description", "parameters", "strict") if tool.get(key)}
-            made.append({"type": "function", "function": {"parameters": {"type": "object"}, **function}})
-        elif kind == "custom":
-            custom.add(str(tool.get("name")))
-            own = {"name": tool.get("name"), "description": tool.get("description") or ""}
-            made.append({"type": "function", "function": {**own, "parameters": _CUSTOM_PARAMETERS}})
-        elif str(kind).startswith(tuple(_HOSTED)):
-            _say_once(f"tools of type {kind!r} are left out: they run on OpenAI's servers alone")
-        else:
-            raise RequestError(f"tools.{number}: a tool is of type function or custom, got {kind!r}", "tools")
-    return made, frozenset(custom)
-
-
-def _tool_choice(choice: Any, tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """Chat's shape of the choice; where only some tools are allowed, those alone are offered."""
-    if choice is None or isinstance(choice, str):
-        return {} if choice is None else {"tool_choice": choice}
-    kind, name = choice.get("type"), choice.get("name")
-    if kind in ("function", "custom"):
-        return {"tool_choice": {"type": "function", "function": {"name": name}}}
-    if kind == "allowed_tools":
-        names = {tool.get("name") for tool in _list(choice.get("tools"), "tool_choice")}
-        allowed = [tool for tool in tools if tool["function"].get("name") in names]
-        return {"tools": allowed, "tool_choice": choice.get("mode", "auto")}
-    raise RequestError(f"tool_choice of type {kind!r} cannot be made here: name a function", "tool_choice")
+def _found_in(items: Any) -> list[dict[str, Any]]:
+    """The tools that a client's searches have brought."""
+    outputs = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    outputs = [item for item in outputs if item.get("type") == f"{SEARCH}_output"]
+    return [tool for item in outputs for tool in objects(item.get("tools"), "input")]
 
 
 def messages_of(items: Any) -> list[dict[str, Any]]:
@@ -142,7 +112,7 @@ def messages_of(items: Any) -> list[dict[str, Any]]:
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     messages: list[dict[str, Any]] = []
-    for number, item in enumerate(_list(items, "input")):
+    for number, item in enumerate(objects(items, "input")):
         kind = item.get("type", "message")
         if kind not in _READERS:
             raise RequestError(f"input.{number}: an item of type {kind!r} cannot be read", "input")
@@ -188,13 +158,15 @@ def _part(part: Any, place: str) -> dict[str, Any]:
 
 
 def _call(item: dict[str, Any], place: str) -> dict[str, Any]:
-    arguments = item.get("arguments")
-    if item.get("type") == "custom_tool_call":
+    kind, name, arguments = item["type"], item.get("name"), item.get("arguments")
+    if kind == "custom_tool_call":
         arguments = json.dumps({"input": item.get("input", "")})
-    if not isinstance(item.get("name"), str) or not isinstance(arguments, str):
+    elif kind == f"{SEARCH}_call":
+        name, arguments = SEARCH, json.dumps(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, str):
         raise RequestError(f"{place}: a call has a name and its arguments as a text", "input")
-    call = {"id": item.get("call_id"), "type": "function", "function": {"name": item["name"], "arguments": arguments}}
-    return {"role": "assistant", "tool_calls": [call]}
+    function = {"name": chat_name(name, item.get("namespace")), "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "type": "function", "function": function}]}
 
 
 def _output(item: dict[str, Any], place: str) -> dict[str, Any]:
@@ -205,6 +177,13 @@ def _output(item: dict[str, Any], place: str) -> dict[str, Any]:
     }
 
 
+def _search_output(item: dict[str, Any], place: str) -> dict[str, Any]:
+    """What a search has brought, in words: the tools themselves are offered from then on."""
+    found = parse_tools(None, objects(item.get("tools"), "input")).functions
+    told = [{key: own["function"].get(key) for key in ("name", "description")} for own in found]
+    return {"role": "tool", "tool_call_id": item.get("call_id"), "content": json.dumps(told)}
+
+
 def _reasoning(item: dict[str, Any], place: str) -> dict[str, Any]:
     return {"role": "assistant", "reasoning_content": texts_of(item.get("content"), f"{place}.content")}
 
@@ -213,21 +192,9 @@ _READERS: Mapping[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
     "message": _message,
     "function_call": _call,
     "custom_tool_call": _call,
+    f"{SEARCH}_call": _call,
     "function_call_output": _output,
     "custom_tool_call_output": _output,
+    f"{SEARCH}_output": _search_output,
     "reasoning": _reasoning,
 }
-
-
-def _list(value: Any, name: str) -> list[dict[str, Any]]:
-    if value is None and name != "input":
-        return []
-    if not isinstance(value, list) or not all(isinstance(own, dict) for own in value):
-        raise RequestError(f"{name!r} must be a list of objects" + (" or a text" if name == "input" else ""), name)
-    return value
-
-
-def _say_once(text: str) -> None:
-    if text not in _said and len(_said) < 100:
-        _said.add(text)
-        logger.warning(text)

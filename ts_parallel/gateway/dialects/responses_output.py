@@ -11,6 +11,7 @@ from typing import Any
 from ts_parallel.errors import RequestError
 from ts_parallel.gateway.dialects.chat import CallPiece, Delta, Usage
 from ts_parallel.gateway.dialects.responses_input import Turn
+from ts_parallel.gateway.dialects.responses_tools import SEARCH, Tool
 
 Event = dict[str, Any]
 
@@ -47,7 +48,7 @@ class ResponseWriter:
 
     def __init__(self, body: Mapping[str, Any], model: str, turn: Turn) -> None:
         repeated = {name: default if body.get(name) is None else body[name] for name, default in _REPEATED.items()}
-        self._custom_tools = turn.custom_tools
+        self._tools = turn.tools
         self._number = 0
         self._item: _Item | None = None
         self._call_index: int | None = None
@@ -118,8 +119,8 @@ class ResponseWriter:
         if not isinstance(self._item, _Call) or piece.index != self._call_index:
             yield from self._close()
             self._call_index = piece.index
-            kind = _CustomCall if piece.name in self._custom_tools else _Call
-            yield from self._open(kind(piece.id or new_id("call"), piece.name or ""))
+            tool = self._tools.called(piece.name or "")
+            yield from self._open(_CALLS[tool.kind](piece.id or new_id("call"), tool))
         assert isinstance(self._item, _Call)
         if piece.arguments:
             yield from self._tell(self._item.add(piece.arguments))
@@ -217,15 +218,8 @@ class _Reasoning(_Text):
 class _Call(_Item):
     """A call of a function."""
 
-    def __init__(self, call_id: str, name: str) -> None:
-        self.body = {
-            "id": new_id("fc"),
-            "type": "function_call",
-            "status": "in_progress",
-            "call_id": call_id,
-            "name": name,
-            "arguments": "",
-        }
+    def __init__(self, call_id: str, tool: Tool) -> None:
+        self.body = _body_of_call("fc", "function_call", call_id, tool) | {"arguments": ""}
 
     def add(self, arguments: str) -> Iterator[Event]:
         self.body["arguments"] += arguments
@@ -239,16 +233,9 @@ class _Call(_Item):
 class _CustomCall(_Call):
     """A call of a tool that takes a text, which the model writes as a function's one argument: known at its end."""
 
-    def __init__(self, call_id: str, name: str) -> None:
+    def __init__(self, call_id: str, tool: Tool) -> None:
         self._arguments = ""
-        self.body = {
-            "id": new_id("ctc"),
-            "type": "custom_tool_call",
-            "status": "in_progress",
-            "call_id": call_id,
-            "name": name,
-            "input": "",
-        }
+        self.body = _body_of_call("ctc", "custom_tool_call", call_id, tool) | {"input": ""}
 
     def add(self, arguments: str) -> Iterator[Event]:
         self._arguments += arguments
@@ -262,6 +249,34 @@ class _CustomCall(_Call):
         self.body["input"] = found if isinstance(found, str) else self._arguments
         yield {"type": "response.custom_tool_call_input.delta", "delta": self.body["input"]}
         yield {"type": "response.custom_tool_call_input.done", "input": self.body["input"]}
+
+
+class _SearchCall(_Call):
+    """A search for tools, which the client runs: its arguments are an object, known at its end."""
+
+    def __init__(self, call_id: str, tool: Tool) -> None:
+        self._arguments = ""
+        own = {"id": new_id("tsc"), "type": f"{SEARCH}_call", "status": "in_progress", "call_id": call_id}
+        self.body = {**own, "execution": "client", "arguments": {}}
+
+    def add(self, arguments: str) -> Iterator[Event]:
+        self._arguments += arguments
+        yield from ()
+
+    def end(self) -> Iterator[Event]:
+        try:
+            self.body["arguments"] = json.loads(self._arguments)
+        except ValueError:  # it was cut off
+            self.body["arguments"] = {"query": self._arguments}
+        yield from ()
+
+
+_CALLS: Mapping[str, type[_Call]] = {"function": _Call, "custom": _CustomCall, SEARCH: _SearchCall}
+
+
+def _body_of_call(prefix: str, kind: str, call_id: str, tool: Tool) -> dict[str, Any]:
+    body = {"id": new_id(prefix), "type": kind, "status": "in_progress", "call_id": call_id, "name": tool.name}
+    return body if tool.namespace is None else {**body, "namespace": tool.namespace}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
