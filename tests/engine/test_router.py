@@ -192,6 +192,23 @@ def test_mailbox_is_forgotten_when_nobody_has_emptied_it_for_long(clock: SimpleN
     assert router.wait(0)
 
 
+@pytest.mark.parametrize("stream_interval", [0, 1000])
+def test_mailbox_that_somebody_waits_for_is_not_forgotten(clock: SimpleNamespace, stream_interval: float) -> None:
+    """However long a prompt takes, or tokens are held back."""
+    router = TokenRouter(stream_interval)
+    router.open("a")
+    if stream_interval:
+        router.deliver([TokenOutput("a", 1, None)])
+        assert router.wait(0) and router.take("a").token_ids == [1]
+        router.deliver([TokenOutput("a", 2, None)])
+    for _ in range(5):
+        clock.now += 50
+        assert not router.wait(0)
+        assert router.forget(60) == []
+    clock.now += 61
+    assert router.forget(60) == ["a"]
+
+
 def test_forgotten_mailbox_has_an_error_for_a_reader_who_comes_back(clock: SimpleNamespace) -> None:
     router = TokenRouter()
     router.open("a", 1000.0)

@@ -146,16 +146,20 @@ class TokenRouter:
 
     def wait(self, seconds: float) -> bool:
         """Whether it is time to empty the mailboxes, at the latest after `seconds`: one holds something, and the tokens
-        in it begin or end an answer, or nothing was told of for `stream_interval`."""
+        in it begin or end an answer, or nothing was told of for `stream_interval`. Whoever waits in vain reads none the
+        less: a prompt may take minutes before there is anything."""
         with self._changed:
             quiet = self._told_at + self._stream_interval - time.monotonic()
             if quiet > 0 and not self._is_pressing.wait_for(lambda: self._has_pressing, min(quiet, seconds)):
                 if quiet >= seconds:
+                    self._note_reader()
                     return False
                 seconds -= quiet
             has_mail = self._changed.wait_for(self._has_mail, seconds)
             if has_mail:
                 self._told_at, self._has_pressing = time.monotonic(), False
+            else:
+                self._note_reader()
             return has_mail
 
     def full(self, num_tokens: int) -> set[str]:
@@ -164,7 +168,7 @@ class TokenRouter:
             return {name for name, mailbox in self._mailboxes.items() if len(mailbox.token_ids) >= num_tokens}
 
     def forget(self, seconds: float) -> list[str]:
-        """Fail the requests whose mailbox nobody has emptied for `seconds`, each once; which those are.
+        """Fail the requests whose mailbox nobody has emptied or waited for in `seconds`, each once; which those are.
 
         Their mailboxes stay: one whose reader comes back after all holds an error then, and is not missing.
         """
@@ -180,6 +184,11 @@ class TokenRouter:
             if forgotten:
                 self._press()
             return forgotten
+
+    def _note_reader(self) -> None:
+        now = time.monotonic()
+        for name in self._emptied_at:
+            self._emptied_at[name] = now
 
     def _press(self) -> None:
         """Wake also who waits out the interval, which nothing else does: it takes the interpreter from the engine."""
