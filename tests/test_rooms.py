@@ -75,6 +75,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "page": set(),
         "upstream": {"floor"},
     },
+    "cli.client": {"floor": {"talk"}, "talk": set()},
     "serving.openai": {"floor": {"fields"}, "fields": set()},
     "serving.chat": {"floor": {"calls"}, "calls": set()},
     "serving.batch": {

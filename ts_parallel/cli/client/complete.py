@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
 
 from ts_parallel.cli.client.remote import URL, APIKey, ServedModel, Timeout, base_url, find_model
 from ts_parallel.cli.client.stream_client import Client, Piece, RemoteError
+from ts_parallel.cli.client.talk.conversation import Conversation, command_of, help_text
+from ts_parallel.cli.client.talk.shown import Shown
+from ts_parallel.cli.client.talk.typed import messages
 from ts_parallel.errors import ConfigError
 
 _MAX_TOKENS = 128  # of a completion; OpenAI's own default of 16 ends most answers midway
@@ -25,8 +29,12 @@ def complete(
         typer.Argument(help="What to complete, by default standard input up to its end, less one last line end."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Read lines until the end of input, each a turn of one conversation.")
+        bool,
+        typer.Option("--chat", help="Read lines until the end of input, each a turn of one conversation; /help tells."),
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the first turn of a chat: its system message.")
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help=f"Most tokens of an answer, by default {_MAX_TOKENS}; in a chat the server's."),
@@ -46,19 +54,21 @@ def complete(
         prompt = _read_prompt()
     if not prompt and not chat:
         raise ConfigError("the prompt is empty")
+    if system is not None and not chat:
+        raise ConfigError("--system is for chats: give --chat too")
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     body = {
         "model": model or find_model(client),
         **{key: value for key, value in settings.items() if value is not None},
     }
     if chat:
-        raise typer.Exit(converse(client, body, prompt))
+        raise typer.Exit(converse(client, body, prompt, system))
     _, is_interrupted = show(client.complete({**body, "prompt": prompt}))
     raise typer.Exit(_INTERRUPTED if is_interrupted else 0)
 
 
-def converse(client: Client, body: dict[str, Any], first: str | None) -> int:
-    """Answer `first`, where it is given, and each line of standard input until its end, the turns before as history.
+def converse(client: Client, body: dict[str, Any], first: str | None, system: str | None = None) -> int:
+    """Answer `first`, where it is given, and each message of standard input until its end, the turns before as history.
 
     A turn that the server refuses is said on standard error and leaves no trace in the history; of an answer that
     Ctrl-C ended, the history keeps what had come.
@@ -69,12 +79,17 @@ def converse(client: Client, body: dict[str, Any], first: str | None) -> int:
     Raises:
         RemoteError: the server cannot be reached, has no chat, or failed in the middle of an answer.
     """
-    history: list[dict[str, str]] = []
+    conversation = Conversation(system)
     status = 0
-    for line in _lines(first):
-        question = {"role": "user", "content": line}
+    for message in chain([first] if first else [], messages()):
         try:
-            answer, _ = show(client.chat({**body, "messages": [*history, question]}))
+            question = _question(message, conversation)
+        except _End:
+            break
+        if question is None:
+            continue
+        try:
+            answer, _ = show(client.chat({**body, "messages": conversation.ask(question)}))
         except RemoteError as error:
             if error.status in _NO_SUCH_ROUTE:
                 raise RemoteError(
@@ -82,31 +97,67 @@ def converse(client: Client, body: dict[str, Any], first: str | None) -> int:
                 ) from None
             if error.status is None:
                 raise
-            print(f"ts-parallel: {error}", file=sys.stderr)
+            _say(f"ts-parallel: {error}")
             status = 1
             continue
-        if answer:
-            history += [question, {"role": "assistant", "content": answer}]
+        conversation.answer(answer)
     return status
+
+
+class _End(Exception):
+    """Nothing more is to be asked."""
+
+
+def _question(message: str, conversation: Conversation) -> str | None:
+    """What is to be asked; None where a message was a command and that is all.
+
+    Raises:
+        _End: it was the command to end.
+    """
+    try:
+        command = command_of(message)
+    except ValueError as error:
+        _say(f"ts-parallel: {error}")
+        return None
+    if command is None:
+        return message
+    name, text = command
+    if name == "/quit":
+        raise _End
+    if name == "/retry":
+        if (question := conversation.take_back()) is None:
+            _say("ts-parallel: nothing was asked yet")
+        return question
+    if name == "/clear":
+        conversation.clear()
+    elif name == "/system":
+        conversation.system = text or None
+    else:
+        _say(help_text())
+    return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def show(pieces: Generator[Piece, None, None]) -> tuple[str, bool]:
     """Print an answer as it comes, closed by a line end; returns its text and whether Ctrl-C ended it."""
     texts: list[str] = []
+    shown = Shown()
     try:
         # Closed here and not by the garbage collector, so that the server hears at once that nobody reads on.
         with closing(pieces):
             for piece in pieces:
                 texts.append(piece.text)
-                print(piece.text, end="", flush=True)
+                shown.add(piece.text, piece.reasoning)
     except KeyboardInterrupt:
-        print()
+        shown.end()
         return "".join(texts), True
     except RemoteError:
-        if texts:
-            print()
+        shown.break_off()
         raise
-    print()
+    shown.end()
     return "".join(texts), False
 
 
@@ -115,18 +166,3 @@ def _read_prompt() -> str:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is no text: {error}") from None
-
-
-def _lines(first: str | None) -> Iterator[str]:
-    """The turns of whoever types; a mark asks for each where that is a person."""
-    if first:
-        yield first
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"standard input is no text: {error}") from None
-        if line.strip():
-            yield line

@@ -47,6 +47,7 @@ class Piece:
     finish_reason: str | None
     usage: Usage | None  # counted up to this piece; the last one of an answer is the answer's
     has_choice: bool  # False for the event that brings the usage alone
+    reasoning: str = ""  # what a model of chats thinks before it answers
 
 
 class Client:
@@ -206,9 +207,11 @@ def _piece(moment: float, data: str) -> Piece:
         if event.get("error"):
             raise RemoteError(_complaint(data)[0])
         choice = event["choices"][0] if event.get("choices") else {}
-        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        delta = choice.get("delta") or {}
+        text = choice.get("text") or delta.get("content") or ""
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
         usage = _usage(event["usage"]) if event.get("usage") else None
-        return Piece(moment, str(text), choice.get("finish_reason"), usage, bool(choice))
+        return Piece(moment, str(text), choice.get("finish_reason"), usage, bool(choice), str(reasoning))
     except (ValueError, AttributeError, KeyError, TypeError):
         raise RemoteError(f"the stream has an event that is none of OpenAI's: {_one_line(data)}") from None
 
