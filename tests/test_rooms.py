@@ -35,8 +35,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "machine",
         "errors",
     },
-    "serving": {"engine", "runtime", "step_plan", "partition", "checkpoint", "topology", "config", "machine", "errors"},
-    "gateway": {"config", "machine", "errors"},
+    "serving": {
+        "engine",
+        "runtime",
+        "step_plan",
+        "partition",
+        "checkpoint",
+        "topology",
+        "config",
+        "machine",
+        "long_json",
+        "errors",
+    },
+    "gateway": {"config", "machine", "long_json", "errors"},
     "engine": {"step_plan", "errors"},
     "runtime": {"step_plan", "partition", "topology", "shared_memory", "native", "errors"},
     "step_plan": set(),
@@ -48,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "huge_pages": set(),
     "config": {"errors"},
     "machine": set(),
+    "long_json": set(),
     "errors": set(),
 }
 
@@ -124,6 +136,7 @@ KEEPS_OUT: dict[str, set[str]] = {
     "shared_memory": {"torch.nn", "transformers"},
     "config": {"torch", "transformers"},
     "machine": {"torch", "transformers"},
+    "long_json": {"torch", "transformers", "numpy"},
     "errors": {"torch", "transformers"},
 }
 

@@ -21,6 +21,7 @@ API_KEY_VARIABLE = "TS_PARALLEL_API_KEY"
 ARCHIVE_VERSION = "1.0"
 """Of every archive that this package writes, and so a part of its model's URL."""
 _NEAR, _A_SLIP = 0.6, 0.88  # how alike two words are, from 0 to 1, by difflib
+_LONGEST_SLIP = 100  # letters of a word that may have been meant to be another
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -344,5 +345,7 @@ def check_origin(origin: str | None) -> None:
 def did_you_mean(word: object, known: Mapping[str, Any], is_slip: bool = False) -> str:
     """`": did you mean 'max_tokens'?"`, or nothing where no known word is near; with `is_slip`, but a letter or two
     away."""
+    if len(str(word)) > _LONGEST_SLIP:
+        return ""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=_A_SLIP if is_slip else _NEAR)
     return f": did you mean {near[0]!r}?" if near else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -162,19 +163,74 @@ def test_metrics_have_the_models_figures_and_the_gateways(served: Served) -> Non
     assert figure(text, "ts_parallel_gateway_requests_open") == 1  # this one
 
 
+def own_figure(served: Served, name: str) -> float:
+    text = httpx.get(f"{served.direct}/metrics").text
+    (found,) = re.findall(rf"^vllm:{name}.*}} ([\d.]+)$", text, re.MULTILINE)
+    return float(found)
+
+
+def aborted(served: Served) -> float:
+    return own_figure(served, 'request_success_total{.*finished_reason="abort"')
+
+
 def test_client_that_leaves_ends_its_request_in_the_engine(served: Served) -> None:
-    """Of one that waits for a whole answer TorchServe tells nobody that it has left."""
-
-    def aborted() -> float:
-        text = httpx.get(f"{served.direct}/metrics").text
-        (found,) = re.findall(r'^vllm:request_success_total{.*finished_reason="abort".*} (\d+)$', text, re.MULTILINE)
-        return float(found)
-
-    before = aborted()
+    before = aborted(served)
     body = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{served.gateway}/v1/completions", json=body, timeout=60) as answer:
         next(answer.iter_raw())
-    wait_until(lambda: aborted() == before + 1, seconds=30)
+    wait_until(lambda: aborted(served) == before + 1, seconds=30)
+    assert own_figure(served, "kv_cache_usage_perc") == 0
+
+
+LONG = {"ignore_eos": True, "temperature": 0}
+WHOLE: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": PROMPT, "max_tokens": 480, "n": 8, **LONG},
+    "/v1/chat/completions": {"messages": ASK, "max_tokens": 450, "n": 8, **LONG},
+    "/v1/responses": {"input": PROMPT, "max_output_tokens": 450, **LONG},
+    "/v1/messages": {"messages": ASK, "max_tokens": 450, **LONG},
+}
+
+
+@pytest.mark.parametrize("route", WHOLE)
+def test_client_that_leaves_a_whole_answer_ends_its_request_in_the_engine(served: Served, route: str) -> None:
+    """Others are answered meanwhile, so slowly that it is at work when its client leaves, and are whole."""
+    before, others = aborted(served), threading.Event()
+    body = {"prompt": "a", "max_tokens": 480, "n": 16, "ignore_eos": True, "temperature": 1, "logprobs": 5}
+
+    def ask_on() -> list[int]:
+        statuses = []
+        while not others.is_set():
+            statuses.append(httpx.post(f"{served.gateway}/v1/completions", json=body, timeout=120).status_code)
+        return statuses
+
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(ask_on)
+        wait_until(lambda: own_figure(served, "num_requests_running") >= 16)
+        try:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{served.gateway}{route}", json={"model": "demo", **WHOLE[route]}, timeout=0.3)
+            wait_until(lambda: aborted(served) > before, seconds=30)
+        finally:
+            others.set()
+        assert set(asking.result()) == {200}
+    assert aborted(served) == before + WHOLE[route].get("n", 1)
+    wait_until(lambda: own_figure(served, "kv_cache_usage_perc") == 0)
+
+
+def test_whole_answer_that_takes_long_is_what_it_is_without_the_gateway(served: Served) -> None:
+    """It begins before its end is known, so an error's status comes another way."""
+    body = {"prompt": PROMPT, "max_tokens": 480, "n": 32, "ignore_eos": True, "temperature": 0, "logprobs": 5}
+    direct, passed = (
+        httpx.post(f"{own}/v1/completions", json=body, timeout=120) for own in (served.direct, served.gateway)
+    )
+    assert direct.status_code == passed.status_code == 200
+    assert direct.json()["choices"] == passed.json()["choices"] and direct.json()["usage"] == passed.json()["usage"]
+    cut = {**body, "timeout": 0.8}
+    direct, passed = (
+        httpx.post(f"{own}/v1/completions", json=cut, timeout=120) for own in (served.direct, served.gateway)
+    )
+    assert direct.status_code == passed.status_code == 504
+    assert direct.json()["error"] == passed.json()["error"]
 
 
 def gateway_of(served: Served) -> psutil.Process:

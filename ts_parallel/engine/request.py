@@ -171,14 +171,7 @@ def make_request(
     """
     if len(prompt_ids) == 0:
         raise RequestError("the prompt is empty", prompt_field)
-    room = max_model_len - len(prompt_ids)
-    least, wanted = (0, "") if params.max_tokens == 0 else (1, " with at least one for the answer")
-    if room < least:
-        raise ContextLengthError(
-            f"This model's maximum context length is {max_model_len} tokens (max_model_len){wanted}, but the prompt "
-            f"has {len(prompt_ids)} tokens: shorten it",
-            prompt_field,
-        )
+    room = room_behind(len(prompt_ids), params.max_tokens, max_model_len, prompt_field)
     max_tokens = room if params.max_tokens is None else params.max_tokens
     if params.clamps_max_tokens:
         max_tokens = min(max_tokens, room)
@@ -206,6 +199,23 @@ def make_request(
         scores_prompt=params.scores_prompt,
         guide=guide,
     )
+
+
+def room_behind(num_tokens: int, max_tokens: int | None, max_model_len: int, prompt_field: str = "prompt") -> int:
+    """For how many tokens there is room behind a prompt.
+
+    Raises:
+        ContextLengthError: for none, or not even for the prompt.
+    """
+    room = max_model_len - num_tokens
+    least, wanted = (0, "") if max_tokens == 0 else (1, " with at least one for the answer")
+    if room < least:
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens (max_model_len){wanted}, but the prompt "
+            f"has {num_tokens} tokens: shorten it",
+            prompt_field,
+        )
+    return room
 
 
 def _known_sampling(sampling: SamplingParams, vocabulary: Vocabulary) -> SamplingParams:

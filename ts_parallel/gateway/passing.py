@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ts_parallel import long_json
 from ts_parallel.errors import RequestError
 from ts_parallel.gateway.counters import PROMETHEUS, Counters, joined
 from ts_parallel.gateway.guard import given_key
@@ -25,7 +26,7 @@ from ts_parallel.gateway.refusals import (
 )
 from ts_parallel.gateway.streams import EventStream
 from ts_parallel.gateway.upstream.events import failed_events, is_stream, whole_events
-from ts_parallel.gateway.upstream.exchange import Exchange
+from ts_parallel.gateway.upstream.exchange import MAY_LEAVE, Exchange
 from ts_parallel.gateway.upstream.models import Upstream, Upstreams
 
 
@@ -46,10 +47,10 @@ class Passing:
 
     async def _post(self, request: Request, generates_text: bool) -> Response:
         body = await request.body()
-        fields = read_fields(body)
+        fields = await read_fields(body)
         upstream = self._upstreams.named(fields.get("model"))
         if fields.get("model") and upstream.served_name != upstream.name:
-            body = json.dumps({**fields, "model": upstream.served_name}).encode()
+            body = await written({**fields, "model": upstream.served_name})
         return await self.pass_on(request, upstream.name, body, generates_text=generates_text)
 
     async def pass_on(
@@ -76,19 +77,21 @@ class Passing:
         if is_stream(exchange) and exchange.status < 400:
             return EventStream(_passed(exchange, upstream))
         try:
-            answer = await exchange.read_all()
+            status, answer = await exchange.read_whole()
         finally:
             exchange.close()
-        if exchange.status >= 400:
-            return self._refused(request, upstream, exchange, answer)
-        return Response(answer, exchange.status, media_type=exchange.headers.get("content-type", "application/json"))
+        if status >= 400:
+            return self._refused(request, upstream, exchange, status, answer)
+        return Response(answer, status, media_type=exchange.headers.get("content-type", "application/json"))
 
-    def _refused(self, request: Request, upstream: Upstream, exchange: Exchange, answer: bytes) -> Response:
+    def _refused(
+        self, request: Request, upstream: Upstream, exchange: Exchange, status: int, answer: bytes
+    ) -> Response:
         """The model's own refusals as they are, TorchServe's in OpenAI's shape."""
-        error = upstream.refusal_of(exchange.status, answer)
+        error = upstream.refusal_of(status, answer)
         if isinstance(error, UpstreamRefusal) and answer.lstrip().startswith(b'{"error"'):
-            headers = {**headers_of(exchange.status), **_kept(exchange, "retry-after")}
-            return Response(answer, exchange.status, headers, media_type="application/json")
+            headers = {**headers_of(status), **_kept(exchange, "retry-after")}
+            return Response(answer, status, headers, media_type="application/json")
         upstream.is_ready = upstream.is_ready and not isinstance(error, UnavailableError)
         return refusal(request.url.path, error)
 
@@ -141,14 +144,15 @@ async def _passed(exchange: Exchange, upstream: Upstream) -> AsyncGenerator[byte
         exchange.close()
 
 
-def read_fields(body: bytes) -> dict[str, Any]:
-    """A body as a JSON object.
+async def read_fields(body: bytes) -> dict[str, Any]:
+    """A body as a JSON object. A long one is read in a thread: others are answered meanwhile.
 
     Raises:
         RequestError: it is none.
     """
     try:
-        fields = json.loads(body)
+        is_long = len(body) >= long_json.LONG
+        fields = await asyncio.to_thread(long_json.loads, body) if is_long else json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -156,9 +160,16 @@ def read_fields(body: bytes) -> dict[str, Any]:
     return fields
 
 
+async def written(fields: Mapping[str, Any]) -> bytes:
+    """As JSON; how long it is is not known before, so always in a thread where there is any list."""
+    if any(isinstance(own, list) for own in fields.values()):
+        return (await asyncio.to_thread(long_json.dumps, dict(fields))).encode()
+    return json.dumps(fields).encode()
+
+
 def headers_to_pass(request: Request, content_type: str = "application/json") -> dict[str, str]:
     """What an upstream is to know of a request beside its body; its key reaches those that have none of their own."""
-    headers = {"Content-Type": content_type, "X-Request-Id": request.scope["request_id"]}
+    headers = {"Content-Type": content_type, "X-Request-Id": request.scope["request_id"], **MAY_LEAVE}
     key = given_key(request.headers)
     return headers if key is None else {**headers, "Authorization": f"Bearer {key}"}
 

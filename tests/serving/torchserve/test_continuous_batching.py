@@ -106,6 +106,7 @@ class FrontEnd:
         self.tokenizer = Letters()
         self.decoder = TextDecoder(self.tokenizer)
         self.num_opened = 0
+        self.may_leave: set[str] = set()
         self.jobs: dict[str, Any] = {}
         self._drain = ContinuousBatchingDrain(self.engine, self._open_job)
 
@@ -133,6 +134,7 @@ class FrontEnd:
             i: {"url_path": routes[name]} for i, name in names.items() if name in routes
         }
         headers |= {i: {"data": {"content-type": ""}} for i, name in names.items() if name.startswith("grpc")}
+        headers |= {i: {"X-Client-May-Leave": "true"} for i, name in names.items() if name in self.may_leave}
         context = Context(dict(names), headers)
         bodies = self._drain.round_trip([{"body": self.jobs[name]} for name in names.values()], context)
         assert len(bodies) == len(names)
@@ -327,6 +329,46 @@ def test_job_that_came_by_grpc_is_answered_in_one_piece_that_says_so(front_end: 
         assert front_end.trips_until("stream").keys() == {"stream"}
     front_end.let_through(7)
     assert front_end.trips_until("grpc")["grpc"] == Sent("abc", 200, "OK", TEXT, False)
+
+
+def test_whole_answer_whose_client_may_leave_begins_with_nothing(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchServe looks whether a client is still there only when it is sent something."""
+    monkeypatch.setattr(continuous_batching, "_SECONDS_BETWEEN_BEATS", 0.05)
+    front_end.may_leave |= {"whole", "stream"}
+    front_end.jobs |= {"whole": ("whole", 2), "stream": ("text", 2), "other": ("whole", 2)}
+    beat = Sent("", 200, "OK", JSON, True)
+    assert front_end.trips_until("whole") == {"whole": beat}
+    assert front_end.trips_until("whole") == {"whole": beat}
+    front_end.let_through(6)
+    sent: dict[str, Sent] = {}
+    while front_end.jobs:
+        sent |= front_end.trips_until(next(iter(front_end.jobs)))
+    assert [json.loads(sent[name].body)["text"] for name in ("whole", "other")] == ["ab", "ab"]
+    assert (sent["whole"].ts_stream_next, sent["other"].ts_stream_next) == (False, None)
+    assert not front_end._drain._beats
+
+
+def test_whole_answer_that_comes_soon_is_no_stream_though_its_client_may_leave(front_end: FrontEnd) -> None:
+    front_end.may_leave.add("whole")
+    front_end.jobs["whole"] = ("whole", 2)
+    front_end.let_through(2)
+    assert front_end.trips_until("whole")["whole"].ts_stream_next is None
+    assert not front_end._drain._beats
+
+
+def test_error_after_a_beginning_of_nothing_has_its_status_in_its_body(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous_batching, "_SECONDS_BETWEEN_BEATS", 0.05)
+    front_end.may_leave.add("whole")
+    front_end.jobs["whole"] = ("whole", 20)
+    front_end.trips_until("whole")
+    front_end.runner.fails = True
+    front_end.let_through(1)
+    *_, last = front_end.read_to_the_end("whole")
+    assert json.loads(last.body)["error"]["status"] == 500 and last.ts_stream_next is False
 
 
 def test_client_that_left_is_aborted_and_the_others_go_on(front_end: FrontEnd) -> None:

@@ -20,6 +20,8 @@ LIMIT = 3 * BYTES_OF_A_MESSAGE
 class Job:
     """Says the replies it was given, one each time it is asked."""
 
+    is_whole = False
+
     def __init__(self, replies: Iterable[Reply]) -> None:
         self._replies = list(replies)
 
@@ -137,6 +139,15 @@ def test_whole_answer_of_the_limit_is_sent_and_a_larger_one_is_413() -> None:
     error = json.loads(front_end.texts["b"])["error"]
     assert error["status"] == 413 and str(LIMIT + 1) in error["message"] and str(LIMIT) in error["message"]
     assert front_end.door.aborted == ["a", "b"]
+
+
+def test_large_whole_answer_leaves_in_parts_and_the_others_between_them() -> None:
+    text = "aé🙂" * (BYTES_OF_A_MESSAGE // 4)
+    front_end = FrontEnd(a=[Reply.whole(text)], b=pieces("b", "b", "b"))
+    trips = front_end.to_the_end()
+    assert front_end.texts == {"a": text, "b": "bbb"} and front_end.statuses["a"] == 200
+    assert max(sum(trip.values()) for trip in trips) <= BYTES_OF_A_MESSAGE + 4
+    assert [set(trip) for trip in trips[:3]] == [{"a", "b"}] * 2 + [{"b"}]
 
 
 def test_rest_of_a_stream_is_dropped_with_its_client() -> None:

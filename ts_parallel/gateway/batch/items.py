@@ -45,11 +45,12 @@ async def ask_one(upstream: Upstream, body: bytes, headers: Mapping[str, str], p
         RequestError: it is refused, or answered by what is no JSON.
     """
     async with upstream.asked("POST", route, body, headers) as exchange:
-        if exchange.status >= 400:
-            error = await upstream.refused(exchange)
-            error.args = (f"{place}{error}",)
-            raise error
         try:
-            return json.loads(await exchange.read_all())
+            body = await upstream.whole(exchange)
+        except RequestError as error:
+            error.args = (f"{place}{error}",)
+            raise
+        try:
+            return json.loads(body)
         except ValueError:
             raise UpstreamError(f"{place}the model's answer is no JSON") from None

@@ -72,7 +72,7 @@ class KServe:
         upstream = self._named(request)
         if "inference-header-content-length" in request.headers:
             raise RequestError("binary tensors are not supported: send them as JSON")
-        body = read_fields(await request.body())
+        body = await read_fields(await request.body())
         inputs = body.get("inputs")
         if not isinstance(inputs, list) or not inputs or not all(isinstance(own, dict) for own in inputs):
             raise RequestError("'inputs' must be a list of at least one tensor", "inputs")

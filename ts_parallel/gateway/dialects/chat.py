@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ts_parallel.errors import RequestError
+from ts_parallel.gateway.passing import written
 from ts_parallel.gateway.refusals import UpstreamError
 from ts_parallel.gateway.upstream.events import bodies_of_events, is_stream
 from ts_parallel.gateway.upstream.exchange import Exchange
@@ -67,7 +68,7 @@ class ChatAnswer:
                     is_finished = is_finished or delta.finish_reason is not None
                     yield delta
             else:
-                delta = _delta(_object(await self._exchange.read_all()), "message")
+                delta = _delta(_object(await self._upstream.whole(self._exchange)), "message")
                 is_finished = delta.finish_reason is not None
                 yield delta
         except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -93,13 +94,13 @@ async def ask_chat(upstream: Upstream, fields: Mapping[str, Any], headers: Mappi
     own = {**fields, "model": upstream.served_name}
     if own.get("stream"):  # the counts are wanted with the first event already
         own["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-    exchange = await upstream.ask("POST", _ROUTE, json.dumps(own).encode(), headers)
-    if exchange.status < 400:
-        return ChatAnswer(upstream, exchange)
-    try:
-        raise await upstream.refused(exchange)
-    finally:
-        exchange.close()
+    exchange = await upstream.ask("POST", _ROUTE, await written(own), headers)
+    if exchange.status >= 400:
+        try:
+            await upstream.whole(exchange)  # which raises what it says
+        finally:
+            exchange.close()
+    return ChatAnswer(upstream, exchange)
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ts_parallel.errors import RequestError
 from ts_parallel.gateway.dialects.chat import ChatAnswer, ask_chat
 from ts_parallel.gateway.dialects.messages_input import chat_fields, prompt_fields, stop_sequences
 from ts_parallel.gateway.dialects.messages_output import Event, MessageWriter
-from ts_parallel.gateway.passing import headers_to_pass, read_fields
+from ts_parallel.gateway.passing import headers_to_pass, read_fields, written
 from ts_parallel.gateway.refusals import UpstreamError, json_answer
 from ts_parallel.gateway.streams import EventStream, named_event
 from ts_parallel.gateway.upstream.models import Upstreams
@@ -26,7 +26,7 @@ class Messages:
 
     async def create(self, request: Request) -> Response:
         """`POST /v1/messages`."""
-        body = read_fields(await request.body())
+        body = await read_fields(await request.body())
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
         fields = chat_fields(body)
@@ -47,15 +47,14 @@ class Messages:
 
     async def count(self, request: Request) -> Response:
         """`POST /v1/messages/count_tokens`."""
-        body = read_fields(await request.body())
+        body = await read_fields(await request.body())
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
-        asked = json.dumps({**prompt_fields(body), "add_generation_prompt": True}).encode()
+        asked = await written({**prompt_fields(body), "add_generation_prompt": True})
         async with upstream.asked("POST", "tokenize", asked, headers_to_pass(request)) as exchange:
-            if exchange.status >= 400:
-                raise await upstream.refused(exchange)
+            counted = await upstream.whole(exchange)
             try:
-                return json_answer({"input_tokens": json.loads(await exchange.read_all())["count"]})
+                return json_answer({"input_tokens": json.loads(counted)["count"]})
             except (ValueError, LookupError, TypeError):
                 raise UpstreamError("the model counts tokens in no shape that is known") from None
 

@@ -92,7 +92,7 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
-        body = read_fields(await request.body())
+        body = await read_fields(await request.body())
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
         before: list[dict[str, Any]] = []

@@ -7,6 +7,8 @@ already when it is written to, and to close it tells TorchServe that nobody wait
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 import httptools
@@ -15,6 +17,10 @@ from ts_parallel.errors import RequestError
 from ts_parallel.gateway.refusals import SilentUpstreamError, UnavailableError, UpstreamError
 
 _SECONDS_TO_CONNECT = 5.0
+# Has the model end a request whose client leaves before its whole answer is there. For that such an answer may begin
+# before it is known how it ends.
+MAY_LEAVE: Mapping[str, str] = {"X-Client-May-Leave": "true"}
+_BEGAN_EARLY = "ts_stream_next"  # TorchServe's own header
 _MOST_BYTES_AHEAD = 1 << 18  # of an answer that is not read yet; beyond it the upstream has to wait
 
 
@@ -105,6 +111,22 @@ class Exchange(asyncio.Protocol):
         while piece := await self.read():
             pieces.append(piece)
         return b"".join(pieces)
+
+    async def read_whole(self) -> tuple[int, bytes]:
+        """Status and body of a whole answer. Where its head had to come before its end (`MAY_LEAVE`), an error in the
+        body has the status.
+
+        Raises:
+            UpstreamError, SilentUpstreamError: as `read`.
+        """
+        body = await self.read_all()
+        if self.status != 200 or _BEGAN_EARLY not in self.headers or not body.startswith(b'{"error"'):
+            return self.status, body
+        try:
+            status = json.loads(body)["error"]["status"]
+        except (ValueError, LookupError, TypeError):
+            return self.status, body
+        return (status if isinstance(status, int) and 400 <= status < 600 else self.status), body
 
     def close(self) -> None:
         """Nobody waits for the answer any more."""

@@ -105,15 +105,18 @@ class Upstream:
             what = f"its task is {task}, and this" if task else "this"
             raise NotFoundError(f"{self._who} generates no text: {what} route is for models that do", "model")
 
-    async def refused(self, exchange: Exchange) -> RequestError:
-        """What an answer of status 400 or more says.
+    async def whole(self, exchange: Exchange) -> bytes:
+        """The body of a whole answer.
 
         Raises:
-            RequestError: it does not come to its end.
+            RequestError: it is a refusal, or does not come to its end.
         """
-        error = self.refusal_of(exchange.status, await exchange.read_all())
+        status, body = await exchange.read_whole()
+        if status < 400:
+            return body
+        error = self.refusal_of(status, body)
         self.is_ready = self.is_ready and not isinstance(error, (UnavailableError, UpstreamError))
-        return error
+        raise error
 
     def refusal_of(self, status: int, body: bytes) -> RequestError:
         """OpenAI's shape and TorchServe's own; what is the gateway's fault, or passes by itself, is called so."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, WrapValidator, model_validator
 
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.chat.tools import Offer, offer_of
@@ -13,8 +13,8 @@ from ts_parallel.serving.openai.fields.conversation import ConversationBody
 from ts_parallel.serving.openai.fields.foreign import ForeignFields
 from ts_parallel.serving.openai.fields.generation import MOST_LOGPROBS, GenerationBody
 from ts_parallel.serving.openai.fields.messages import plain_messages
-from ts_parallel.serving.openai.fields.reading import validated
-from ts_parallel.serving.text.forms import StrictModel
+from ts_parallel.serving.openai.fields.reading import in_parts, validated
+from ts_parallel.serving.text.forms import FIRST_COUNTS, Numbers, StrictModel, Texts
 
 B = TypeVar("B", bound=StrictModel)
 
@@ -71,7 +71,7 @@ class _OpenAIBody(GenerationBody):
 class CompletionBody(_OpenAIBody):
     """`POST v1/completions`: https://platform.openai.com/docs/api-reference/completions/create."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[str | Numbers | Texts | Annotated[list[Numbers], FIRST_COUNTS], WrapValidator(in_parts)]
     max_tokens: int | None = Field(default=16, ge=-1)
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = False
@@ -152,7 +152,7 @@ class TokenizeChatBody(ConversationBody):
 class DetokenizeBody(StrictModel):
     """`POST detokenize`."""
 
-    tokens: list[int]
+    tokens: Annotated[Numbers, WrapValidator(in_parts)]
     model: str | None = None
 
 

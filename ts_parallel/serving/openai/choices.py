@@ -251,6 +251,10 @@ class GenerationJob:
         body += self._answer.fail(error)
         return self._reply(body, not self._has_begun, True)
 
+    @property
+    def is_whole(self) -> bool:
+        return not self._answer.is_stream
+
     def _reply(self, body: str, is_first: bool, is_last: bool) -> Reply:
         answer = self._answer
         return Reply(body, is_first, is_last, content_type=answer.content_type, is_stream=answer.is_stream)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ts_parallel import long_json
 from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
-from ts_parallel.engine.request import make_request
+from ts_parallel.engine.request import make_request, room_behind
 from ts_parallel.errors import BusyError, ContextLengthError, EngineError, NotFoundError, RequestError
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.serving.chat.tools import Offer, offer_of
@@ -73,7 +74,6 @@ logger = logging.getLogger(__name__)
 _ONE_MODEL = "v1/models/"
 # What a client may call its own request, so that the answer's id has it.
 _OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_TOKENS_AT_ONCE = 10_000
 _READY_ROUTES = ("health", "metrics", "v1/models", "v1/limits")  # what they say is there, whatever the body
 
 GeneratingBody = NativeBody | CompletionBody | ChatBody
@@ -192,8 +192,8 @@ class GenerationService:
         tokens = self._encoder.encode(text, body.add_special_tokens)
         others = f'"count": {len(tokens)}, "max_model_len": {self._max_model_len}'
         if body.return_token_strs:
-            others += f', "token_strs": {json.dumps(self._tokenizer.convert_ids_to_tokens(tokens))}'
-        return Reply.whole(f'{{"tokens": [{_joined(tokens)}], {others}}}')
+            others += f', "token_strs": {long_json.dumps(self._tokenizer.convert_ids_to_tokens(tokens))}'
+        return Reply.whole(f'{{"tokens": {long_json.dumps(tokens)}, {others}}}')
 
     def _detokenize(self, request_id: str, request: RawRequest) -> Reply:
         # Also what `tokenize` says that the model has not.
@@ -201,7 +201,7 @@ class GenerationService:
         body = parse_plain(DetokenizeBody, request, self._foreign)
         self._names.check(body.model)
         tokens = both.known(body.tokens, "tokens")
-        return Reply.whole(json.dumps({"prompt": self._tokenizer.decode(list(tokens))}))
+        return Reply.whole(json.dumps({"prompt": self._whole_decoder.decode(list(tokens))}))
 
     def _open_native(self, request_id: str, request: RawRequest) -> GenerationJob:
         body = parse_native(request, self._foreign)
@@ -271,7 +271,9 @@ class GenerationService:
     def _prompt_tokens(self, prompt: str | list[int], body: NativeBody | CompletionBody) -> list[int]:
         if isinstance(prompt, str):  # an empty one has no tokens, though a tokenizer may begin each with one of its own
             prompt = self._tokens(prompt, body, "prompt") if prompt else []
-        return body.truncated(prompt, self._max_model_len)
+        tokens = body.truncated(prompt, self._max_model_len)
+        room_behind(len(tokens), body.most_tokens, self._max_model_len)  # before anything is done with all of them
+        return tokens
 
     def _tokens(self, text: str, body: GeneratingBody, parameter: str) -> list[int]:
         if body.truncate_prompt_tokens is None:
@@ -394,12 +396,6 @@ def _name_of(request_id: str, request: RawRequest) -> str:
     """The client's own for a request, where it has one."""
     own = request.headers.get("x-request-id", "")
     return own if _OWN_ID.fullmatch(own) else request_id
-
-
-def _joined(token_ids: Sequence[int]) -> str:
-    """As JSON has them. A part at a time, for between two other threads go on."""
-    parts = range(0, len(token_ids), _TOKENS_AT_ONCE)
-    return ", ".join(", ".join(map(str, token_ids[at : at + _TOKENS_AT_ONCE])) for at in parts)
 
 
 def _usage_options(body: CompletionBody | ChatBody) -> dict[str, Any]:

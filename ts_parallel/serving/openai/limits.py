@@ -15,7 +15,7 @@ from ts_parallel.serving.openai.fields.generation import (
     MOST_LOGPROBS,
     MOST_STOPS,
 )
-from ts_parallel.serving.openai.fields.reading import MOST_LEVELS
+from ts_parallel.serving.openai.fields.reading import MOST_FIELDS, MOST_LEVELS
 from ts_parallel.serving.text.structured_output import LONGEST_FORM, MOST_CHOICES
 
 
@@ -50,6 +50,7 @@ def limits_of(config: HandlerConfig, max_model_len: int, sizes: Mapping[str, int
         "bad_words_characters": Limit("characters of all bad words together", LONGEST_BAD_WORDS),
         "form_characters": Limit("characters of an answer's form", LONGEST_FORM),
         "form_choices": Limit("choices of guided_choice", MOST_CHOICES),
+        "fields": Limit("fields of a body", MOST_FIELDS),
         "levels": Limit("objects and lists in one another", MOST_LEVELS),
     }
     of_bodies = {"max_request_size": "bytes of a request's body", "max_response_size": "bytes of a whole answer"}

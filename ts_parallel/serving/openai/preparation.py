@@ -57,6 +57,10 @@ class PreparedJob:
             return self._opened.advance(delivery)
         return None if delivery.error is None else Reply.refusal(error_of(delivery))
 
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self._opened, GenerationJob) and self._opened.is_whole
+
     def fail(self, error: RequestError) -> Reply:
         return self._opened.fail(error) if isinstance(self._opened, GenerationJob) else Reply.refusal(error)
 

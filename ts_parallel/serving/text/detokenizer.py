@@ -21,6 +21,7 @@ _FEWEST_OF_A_PROMPT = 8  # tokens before an answer that are decoded along, where
 # What transformers' clean-up takes a space away from: its beginning may still turn out to be one of these.
 _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 _MOST_BYTES_OF_A_CHARACTER = 4
+_MANY = 5000  # tokens that are decoded at once
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def _decode_of(tokenizer: Any, skips_special_tokens: bool) -> Callable[[list[int
     decode = tokenizer.backend_tokenizer.decode if hands_on else tokenizer.decode
 
     def text_of(token_ids: list[int]) -> str:
-        text: str = decode(token_ids, skip_special_tokens=skips_special_tokens)
-        return text
+        if hands_on and len(token_ids) > _MANY:  # of a batch alone it lets other threads go on
+            (text,) = tokenizer.backend_tokenizer.decode_batch([token_ids], skip_special_tokens=skips_special_tokens)
+            return str(text)
+        return str(decode(token_ids, skip_special_tokens=skips_special_tokens))
 
     return text_of

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from ts_parallel.errors import RequestError
 
 FormKind = Literal["json", "regex", "choice", "grammar"]
 FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
+
+
+class _FirstCounts(FailFast):
+    """Of a list's wrong items: it has room for a million."""
+
+    __hash__ = object.__hash__  # which a member of a union needs
+
+
+FIRST_COUNTS = _FirstCounts()
+Numbers = Annotated[list[int], FIRST_COUNTS]
+Texts = Annotated[list[str], FIRST_COUNTS]
+Objects = Annotated[list[dict[str, Any]], FIRST_COUNTS]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class StructuredOutputs(StrictModel):
 
     json_: dict[str, Any] | str | bool | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
+    choice: Texts | None = Field(default=None, min_length=1)
     grammar: str | None = None
     json_object: bool | None = None
 

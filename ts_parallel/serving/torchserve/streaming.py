@@ -141,6 +141,10 @@ class StreamJob:
         is_first, self._has_begun = not self._has_begun, True
         return self._reply(body, is_first, news.is_last)
 
+    @property
+    def is_whole(self) -> bool:
+        return False  # it may send a piece at any time
+
     def fail(self, error: RequestError, body: str = "") -> Reply:
         """The last reply, after a last piece."""
         if not self._has_begun and not body:

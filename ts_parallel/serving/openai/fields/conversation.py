@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WrapValidator, field_validator, model_validator
 
 from ts_parallel.errors import RequestError
-from ts_parallel.serving.text.forms import StrictModel
+from ts_parallel.serving.openai.fields.reading import in_parts
+from ts_parallel.serving.text.forms import Objects, StrictModel
 
 # What apply_chat_template takes beside the variables of a template: fields of the body, or the server's own affair.
 _NO_TEMPLATE_VARIABLES = (
@@ -37,8 +38,8 @@ class Thinking(StrictModel):
 class ConversationBody(StrictModel):
     """What a chat template is told."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[Objects, WrapValidator(in_parts)] = Field(min_length=1)
+    tools: Objects | None = None
     add_generation_prompt: bool | None = None
     """Whether the prompt ends where an answer begins; by default unless the last message is to be gone on with."""
     continue_final_message: bool = False
@@ -49,7 +50,7 @@ class ConversationBody(StrictModel):
     enable_thinking: bool | None = None
     thinking: Thinking | None = None
     verbosity: str | None = Field(default=None, max_length=32)
-    documents: list[dict[str, Any]] | None = None
+    documents: Objects | None = None
 
     @field_validator("messages")
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from ts_parallel.config import did_you_mean
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.exchange import echo
+from ts_parallel.serving.openai.fields.reading import refuse_many
 from ts_parallel.serving.text.forms import StrictModel
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ class ForeignFields:
         Raises:
             RequestError: another one would change the answer, or is not to pass.
         """
+        refuse_many(fields, "the body")
         if self._is_strict:
             return self._strictly(body, fields)
         known: dict[str, Any] = {}
@@ -200,6 +202,7 @@ class ForeignFields:
         model = next((kind for kind in kinds if issubclass(kind, StrictModel)), None)
         if model is None or not isinstance(value, dict):
             return value
+        refuse_many(value, name)
         names = {own.alias or key for key, own in model.model_fields.items()}
         others = {key: own for key, own in value.items() if key not in names}
         if name == "stream_options":

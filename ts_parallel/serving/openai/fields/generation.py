@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WrapValidator, field_validator, model_validator
 
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import RequestError
+from ts_parallel.serving.openai.fields.reading import of_numbers
 from ts_parallel.serving.openai.fields.token_details import Wanted
-from ts_parallel.serving.text.forms import FORM_KINDS, Form, ResponseFormat, StrictModel, StructuredOutputs, forms_of
+from ts_parallel.serving.text.forms import (
+    FORM_KINDS,
+    Form,
+    Numbers,
+    ResponseFormat,
+    StrictModel,
+    StructuredOutputs,
+    Texts,
+    forms_of,
+)
 from ts_parallel.serving.text.model_files import SamplingDefaults
 from ts_parallel.step_plan import SamplingParams
 
@@ -44,13 +54,13 @@ class GenerationBody(StrictModel):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     do_sample: bool | None = None
     """False: greedy, as transformers has it."""
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = Field(default=None, min_length=1)
-    bad_words: list[str] | None = None
+    logit_bias: Annotated[dict[str, float] | None, WrapValidator(of_numbers)] = None
+    allowed_token_ids: Numbers | None = Field(default=None, min_length=1)
+    bad_words: Texts | None = None
     seed: int | None = None
     """Any whole number; it counts modulo 2**64."""
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Numbers | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = Field(default=0, ge=0)
@@ -66,7 +76,7 @@ class GenerationBody(StrictModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | bool | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(default=None, min_length=1)
+    guided_choice: Texts | None = Field(default=None, min_length=1)
     guided_grammar: str | None = None
 
     @field_validator("logit_bias")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidatorFunctionWrapHandler
 
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.exchange import echo
 from ts_parallel.serving.text.forms import StrictModel
 
 MOST_LEVELS = 200  # of objects and lists in one another: what reads them is recursive, ours and others'
+MOST_FIELDS = 1000  # of a body, known or not
 _PLAIN = {int, float, bool, type(None)}  # what neither is text nor holds any
+_ITEMS_AT_ONCE = 10_000  # of a list: between two parts other threads go on
 
 B = TypeVar("B", bound=StrictModel)
 
@@ -23,6 +26,7 @@ def validated(body: type[B], fields: Mapping[str, Any]) -> B:
     Raises:
         RequestError: a field is missing or wrong; it says which, and what was wanted.
     """
+    refuse_many(fields, "the body")
     for name, value in fields.items():
         refuse_unreadable(value, name)
     known = body.model_fields
@@ -42,6 +46,66 @@ def validated(body: type[B], fields: Mapping[str, Any]) -> B:
         raise RequestError(f"{place}: {first['msg']}{got}", parameter, _code(first["type"])) from None
 
 
+def refuse_many(fields: Mapping[str, Any], whose: str) -> None:
+    """
+    Raises:
+        RequestError: an object of fields has more than any could mean something.
+    """
+    if len(fields) > MOST_FIELDS:
+        raise RequestError(f"{whose} has {len(fields)} fields, at most {MOST_FIELDS} are read")
+
+
+def in_parts(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """A long list as it is, where all its items are of types that `validate` takes: it would keep all other threads
+    waiting."""
+    if not isinstance(value, list) or _size(value) <= _ITEMS_AT_ONCE:
+        return validate(value)
+    try:
+        validate(_one_of_each_type([value]))
+    except ValidationError:
+        return validate(value)  # for the error to say where
+    return value
+
+
+def of_numbers(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """An object's first value that is no number alone, where there is one: of a million errors only one is told."""
+    if isinstance(value, dict) and len(value) > _ITEMS_AT_ONCE:
+        for name, own in value.items():
+            if type(own) not in (int, float) or not math.isfinite(own):
+                return validate({name: own})
+    return validate(value)
+
+
+def _size(items: Sequence[Any]) -> int:
+    return len(items) + sum(len(own) for own in items if isinstance(own, list))
+
+
+def _one_of_each_type(lists: Sequence[list[Any]]) -> list[Any]:
+    """An item of each type that lists have, and for all lists among them one that has as much."""
+    found: dict[type, Any] = {}
+    for items in lists:
+        for part in _parts(items):
+            for kind in set(map(type, part)) - found.keys():
+                found[kind] = next(own for own in part if type(own) is kind)
+    if list in found:
+        found[list] = _one_of_each_type([own for items in lists for own in items if type(own) is list])
+    return list(found.values())
+
+
+def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for at in range(0, len(items), _ITEMS_AT_ONCE):
+        yield items[at : at + _ITEMS_AT_ONCE]
+
+
+def types_of(items: Sequence[Any]) -> set[type]:
+    if len(items) <= _ITEMS_AT_ONCE:
+        return set(map(type, items))
+    found: set[type] = set()
+    for part in _parts(items):
+        found.update(map(type, part))
+    return found
+
+
 def refuse_unreadable(value: Any, parameter: str) -> None:
     """
     Raises:
@@ -56,7 +120,7 @@ def refuse_unreadable(value: Any, parameter: str) -> None:
         level = []
         for own in parts:
             inner = [*own, *own.values()] if isinstance(own, dict) else own
-            if not set(map(type, inner)) <= _PLAIN:  # most are long lists of token ids
+            if not types_of(inner) <= _PLAIN:  # most are long lists of token ids
                 level += inner
         if not level:
             return
@@ -69,7 +133,7 @@ def _whole(value: Any, kinds: Sequence[Any]) -> Any:
         return int(value) if value.is_integer() and int in kinds and float not in kinds else value
     if isinstance(value, list):
         inner = [own for kind in kinds if get_origin(kind) is list for own in _kinds(get_args(kind)[0])]
-        if inner and {float, list} & set(map(type, value)):
+        if inner and {float, list} & types_of(value):
             return [_whole(own, inner) for own in value]
     return value
 

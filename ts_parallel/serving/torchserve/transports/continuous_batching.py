@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 SECONDS_PER_DRAIN = 0.04
 # Who was answered often asks again. The front end tells of that in the next round trip, so one is made soon.
 _SECONDS_TO_ASK_AGAIN = 0.004
+# A request with this header wants to be known to have been left before its answer is whole. TorchServe looks whether a
+# client is still there only when it is sent something, so such an answer begins with pieces of nothing.
+MAY_LEAVE = "x-client-may-leave"
+_SECONDS_BETWEEN_BEATS = 0.5
 # A job that has ended may be named once more in the next call.
 _NUM_ENDED_REMEMBERED = 4096
 
@@ -38,11 +43,22 @@ _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 D = TypeVar("D")
 
 
+@dataclass
+class _Beat:
+    """When a job is next sent a piece of nothing, and whether it has been sent one."""
+
+    due: float
+    has_begun: bool = False
+
+
 class OpenJobs(Generic[D]):
     """Owns the open jobs, whatever carries their replies.
 
     `open_job` turns a raw request into a running job, or into a reply that is ready at once.
     """
+
+    _cuts_whole_answers = False
+    """Whether one that is no stream may leave in several messages too."""
 
     def __init__(
         self,
@@ -81,13 +97,15 @@ class OpenJobs(Generic[D]):
         return None if reply is None else self._sendable(request_id, reply)
 
     def _sendable(self, request_id: str, reply: Reply) -> Reply:
-        """What can be sent of a reply now; the rest of a stream is ready for the next message."""
-        size, most_of_a_stream = num_bytes(reply.body), min(self._most_bytes, BYTES_OF_A_MESSAGE)
-        if reply.is_stream and size > most_of_a_stream:
-            body, rest = cut(reply.body, most_of_a_stream)
+        """What can be sent of a reply now; the rest is ready for the next message."""
+        size, most_at_once = num_bytes(reply.body), min(self._most_bytes, BYTES_OF_A_MESSAGE)
+        if size > self._most_bytes and not reply.is_stream:
+            return Reply.refusal(AnswerTooLargeError(size, self._most_bytes))
+        if size > most_at_once and (reply.is_stream or self._cuts_whole_answers):
+            body, rest = cut(reply.body, most_at_once)
             self._ready[request_id] = replace(reply, body=rest, is_first=False)
             return replace(reply, body=body, is_last=False)
-        return Reply.refusal(AnswerTooLargeError(size, self._most_bytes)) if size > self._most_bytes else reply
+        return reply
 
     def _advance(self, request_id: str) -> Reply | None:
         job = self._jobs[request_id]
@@ -110,6 +128,8 @@ class ContinuousBatchingDrain(OpenJobs[D]):
     (`GRPCJob.isOpen` says the opposite), and this process for dead where a piece does not say whether it is the last.
     """
 
+    _cuts_whole_answers = True  # so that streams go on meanwhile
+
     def __init__(
         self,
         door: Door[D],
@@ -121,6 +141,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         self._has_replicas = has_replicas
         self._kept_open: str | None = None
         self._gathered: dict[str, bytearray] = {}  # what a job that came by gRPC has been answered so far
+        self._beats: dict[str, _Beat] = {}  # of those jobs whose requests have `MAY_LEAVE`
         self._left_out: str | None = None  # who was first to find the last message full
         self._ended: deque[str] = deque(maxlen=_NUM_ENDED_REMEMBERED)
         self._has_ended = False  # since the last wait for news
@@ -147,7 +168,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
                 self._register(request_id, raw_request(data[index], context, index))
         context.stopping_criteria = {}
         bodies = [""] * len(data)
-        if not self._ready and not self._has_news():
+        if not self._ready and not self._has_news() and not self._is_beat_due():
             context.request_ids.clear()
             return bodies
         room = Room()
@@ -172,6 +193,7 @@ class ContinuousBatchingDrain(OpenJobs[D]):
         for request_id in (self._jobs.keys() | self._ready.keys()) - names:
             self._ready.pop(request_id, None)
             self._gathered.pop(request_id, None)
+            self._beats.pop(request_id, None)
             if request_id in self._jobs:
                 self._forget(request_id)
         if self._kept_open not in names:
@@ -202,15 +224,35 @@ class ContinuousBatchingDrain(OpenJobs[D]):
                 self._ready[request_id] = Reply.whole("{}")
             return
         super()._register(request_id, request)
+        if MAY_LEAVE in request.headers and request_id in self._jobs:
+            self._beats[request_id] = _Beat(time.monotonic() + _SECONDS_BETWEEN_BEATS)
 
     def _collect(self, request_id: str) -> Reply | None:
         reply = super()._collect(request_id)
         if reply is not None and request_id in self._gathered:
             reply = self._gather(request_id, reply)
+        if (beat := self._beats.get(request_id)) is not None:
+            reply = self._after_beats(request_id, beat, reply)
         if reply is not None and reply.is_last:
+            self._beats.pop(request_id, None)
             self._ended.append(request_id)
             self._has_ended = True
         return reply
+
+    def _is_beat_due(self) -> bool:
+        now = time.monotonic()
+        due = (self._jobs.get(name) for name, beat in self._beats.items() if beat.due <= now)
+        return any(job is not None and job.is_whole for job in due)
+
+    def _after_beats(self, request_id: str, beat: _Beat, reply: Reply | None) -> Reply | None:
+        """What a job is sent that may have begun already: an error's status then stands in its body alone."""
+        if reply is not None:
+            return replace(reply, is_first=False) if beat.has_begun else reply
+        if time.monotonic() < beat.due or not self._jobs[request_id].is_whole:
+            return None
+        is_first, beat.has_begun = not beat.has_begun, True
+        beat.due = time.monotonic() + _SECONDS_BETWEEN_BEATS
+        return Reply("", is_first, is_last=False)
 
     def _gather(self, request_id: str, reply: Reply) -> Reply | None:
         """The one reply of a job that came by gRPC, once it is whole, or is more than can be sent."""
