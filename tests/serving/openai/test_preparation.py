@@ -29,6 +29,31 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallService]:
         yield service
 
 
+class Holds:
+    """For how long this thread kept all others waiting, in seconds of its own work: other programs do not count."""
+
+    longest = 0.0
+
+    def __enter__(self) -> Holds:
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._has_ended = threading.Event()
+
+        def look() -> None:
+            last = time.clock_gettime(clock)
+            while not self._has_ended.is_set():
+                time.sleep(0.0005)
+                now = time.clock_gettime(clock)
+                self.longest, last = max(self.longest, now - last), now
+
+        self._thread = threading.Thread(target=look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._has_ended.set()
+        self._thread.join()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(served: SmallService) -> Iterator[None]:
     yield
@@ -81,6 +106,36 @@ def test_prompt_that_cannot_fit_is_refused_without_being_tokenized(
     error = json.loads("".join(pieces))["error"]
     assert (status, error["param"]) == (400, parameter)
     assert "at least" in error["message"] and "512" in error["message"]
+
+
+MANY = 1_200_000
+MESSAGE = b'{"role": "user", "content": "x"}'
+LONG_BODIES: dict[str, tuple[str, bytes, int]] = {
+    "ids": ("v1/completions", large({"prompt": [100] * MANY}), 400),
+    "ids of which one is none": ("v1/completions", large({"prompt": [*[100] * MANY, "x"]}), 400),
+    "ids to echo": ("v1/completions", large({"prompt": [100] * MANY, "echo": True, "max_tokens": 0}), 400),
+    "lists of ids": ("v1/completions", large({"prompt": [[100] * 4] * (MANY // 4)}), 400),
+    "wrong stops": ("v1/completions", large({"prompt": "x", "stop": [1] * MANY}), 400),
+    "wrong biases": ("v1/completions", large({"prompt": "x", "logit_bias": dict.fromkeys(range(MANY // 4), "x")}), 400),
+    "messages": ("v1/chat/completions", b'{"messages": [' + b",".join([MESSAGE] * 180_000 + [b"{}"]) + b"]}", 400),
+    "objects": ("v1/chat/completions", b'{"messages": [' + b",".join([b"{}"] * MANY) + b"]}", 400),
+    "fields": ("v1/completions", large({f"name {at}": 1 for at in range(MANY // 4)}), 400),
+    "ids to text": ("detokenize", large({"tokens": [100] * MANY}), 200),
+    "no JSON": ("v1/completions", large({"prompt": [100] * MANY})[:-2], 400),
+}
+
+
+@pytest.mark.parametrize("name", LONG_BODIES)
+def test_no_long_body_keeps_the_other_threads_waiting(served: SmallService, name: str) -> None:
+    """6 MB, most of which took 0.2 to 60 s in one go."""
+    route, body, status = LONG_BODIES[name]
+    served.service.engine.reserve(name)
+    with Holds() as holds:
+        opened = served.service._open(name, RawRequest(route, body, "application/json"))
+    served.service.engine.router.close(name)
+    assert isinstance(opened, Reply) and opened.status == status, opened
+    assert len(opened.body) < 1000 or status == 200
+    assert 0 < holds.longest < 0.15
 
 
 def test_prompt_that_may_fit_is_counted(served: SmallService) -> None:
