@@ -151,12 +151,17 @@ def test_text_of_a_model_is_text_and_never_markup(page: Page, recorder: Recorder
 
 @in_chromium
 def test_reasoning_and_calls_are_folded_and_results_go_back(page: Page, recorder: Recorder) -> None:
-    says(
-        recorder,
-        delta(reasoning_content="I should multiply."),
-        delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "mul", "arguments": '{"a": 3, '}}]),
-        delta(tool_calls=[{"index": 0, "function": {"arguments": '"b": 4}'}}]),
-        delta(finish_reason="tool_calls", tokens=24),
+
+    def slowly(*pieces: bytes) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            recorder.stop.wait(0.1)
+
+    recorder.answers["chat"] = lambda _: slowly(
+        delta(reasoning_content="I should multiply.", tokens=5),
+        delta(tool_calls=[{"index": 0, "id": "c1", "function": {"name": "mul", "arguments": '{"a": 3, '}}], tokens=12),
+        delta(tool_calls=[{"index": 0, "function": {"arguments": '"b": 4}'}}], tokens=18),
+        delta(finish_reason="tool_calls", tokens=24) + END,
     )
     page.locator("#settings summary").click()
     page.locator("#tools").fill('[{"type": "function", "function": {"name": "mul"}}]')
@@ -171,13 +176,8 @@ def test_reasoning_and_calls_are_folded_and_results_go_back(page: Page, recorder
     expect(thought.locator(".text")).to_have_text("I should multiply.")
     expect(call.locator(".text")).to_have_text('{"a": 3, "b": 4}')
 
-    def slow(_: dict[str, Any]) -> Iterator[bytes]:
-        for number, piece in enumerate("3 × 4 is 12.".split(" ")):
-            yield delta(content=f" {piece}" if number else piece, tokens=number + 1)
-            recorder.stop.wait(0.02)
-        yield delta(finish_reason="stop", tokens=7) + END
-
-    recorder.answers["chat"] = slow
+    words = [delta(content=word, tokens=at) for at, word in enumerate(("3", " × 4", " is", " 12."), 1)]
+    recorder.answers["chat"] = lambda _: slowly(*words, delta(finish_reason="stop", tokens=7) + END)
     page.get_by_label("Result of mul").fill("12")
     page.get_by_role("button", name="Answer").click()
     expect(page.locator(".assistant").nth(1).locator(".text")).to_have_text("3 × 4 is 12.")

@@ -6,7 +6,7 @@ import http.client
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,9 +15,9 @@ import openai
 import psutil
 import pytest
 import requests
+from bodies_at_limits import REACHING
 from http_client import events
 from places import DEMO_MODEL
-from transformers import AutoTokenizer
 
 from ts_parallel.cli.server.archive import handler_config
 from ts_parallel.cli.server.serve import running
@@ -32,7 +32,6 @@ TEMPLATE = (
     "{% for key, value in call.function.arguments|items %} {{ key }}={{ value }}{% endfor %}>{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-LETTER = AutoTokenizer.from_pretrained(DEMO_MODEL, local_files_only=True).convert_tokens_to_ids("a")
 PROMPT = "Return a new list containing"
 MESSAGES: Any = [{"role": "user", "content": "What is a list?"}]
 
@@ -321,43 +320,6 @@ def test_body_is_read_however_it_is_sent(
     assert ("choices" if status == 200 else "error") in json.loads(text)
 
 
-def nested(levels: int) -> Any:
-    value: Any = 1
-    for _ in range(levels):
-        value = [value]
-    return value
-
-
-def body_of_size(num_bytes: int) -> dict[str, Any]:
-    body = {"prompt": "x", "max_tokens": 1, "metadata": ""}
-    return {**body, "metadata": "a" * (num_bytes - len(json.dumps(body)))}
-
-
-def schema_of_size(num_letters: int) -> dict[str, Any]:
-    schema = {"type": "integer", "maximum": 9, "minimum": 1, "description": ""}
-    return {**schema, "description": "a" * (num_letters - len(json.dumps(schema)))}
-
-
-COMPLETION, CHAT = {"prompt": "x", "max_tokens": 1}, {"messages": MESSAGES, "max_tokens": 1}
-# What reaches so far up to each limit.
-REACHING: dict[str, Callable[[int], tuple[str, dict[str, Any]]]] = {
-    "max_model_len": lambda size: ("v1/completions", {"prompt": [7] * (size - 1), "max_tokens": 1}),
-    "n": lambda size: ("v1/completions", {**COMPLETION, "n": size}),
-    "open_requests": lambda size: ("v1/completions", {**COMPLETION, "prompt": ["x"] * size}),
-    "logprobs": lambda size: ("v1/completions", {**COMPLETION, "logprobs": size}),
-    "stop_strings": lambda size: ("v1/completions", {**COMPLETION, "stop": [f"s{at}" for at in range(size)]}),
-    "stop_characters": lambda size: ("v1/chat/completions", {**CHAT, "stop": ["a" * (size - 9), "b" * 9]}),
-    "bad_words": lambda size: ("v1/completions", {**COMPLETION, "bad_words": [f"word{at}" for at in range(size)]}),
-    "bad_words_characters": lambda size: ("v1/completions", {**COMPLETION, "bad_words": ["a" * (size - 9), "b" * 9]}),
-    "form_characters": lambda size: ("v1/completions", {**COMPLETION, "guided_json": schema_of_size(size)}),
-    "form_choices": lambda size: (
-        "v1/completions",
-        {**COMPLETION, "guided_choice": [f"c{at:05}" for at in range(size)]},
-    ),
-    "levels": lambda size: ("v1/chat/completions", {**CHAT, "chat_template_kwargs": {"x": nested(size - 1)}}),
-    "max_request_size": lambda size: ("v1/completions", body_of_size(size)),
-    "max_response_size": lambda size: ("detokenize", {"tokens": [LETTER] * (size - len(json.dumps({"prompt": ""})))}),
-}
 # One request that no server of this size could ever take is its own client's mistake.
 ALONE = {"open_requests": 400}
 
