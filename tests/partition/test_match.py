@@ -105,6 +105,13 @@ def test_other_families_experts_are_those_that_transformers_stacks(family: str, 
         assert torch.equal(ours[name], tensor), name
 
 
+def test_weight_that_zero_3_did_not_gather_is_said_to_be_that(mixtral: Path, tmp_path: Path) -> None:
+    tensors = load_file(mixtral / "model.safetensors")
+    tensors["model.norm.weight"] = torch.empty(0)
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' in .* is empty, as .* `zero_to_fp32\.py`"):
+        match(copy_of(mixtral, tmp_path, tensors))
+
+
 def test_missing_expert_is_refused_with_both_counts(mixtral: Path, tmp_path: Path) -> None:
     tensors = load_file(mixtral / "model.safetensors")
     del tensors[f"{STORED}.4.w3.weight"]

@@ -163,6 +163,11 @@ def _refuse_further_layers(model: PreTrainedModel, names: Sequence[str]) -> None
 
 
 def _whole(entry: ParameterPlan, stored: StoredTensor) -> Source:
+    if stored.shape == (0,) != entry.shape:
+        raise CheckpointError(
+            f"{stored.name!r} in {stored.file} is empty, as DeepSpeed's ZeRO-3 leaves it where it does not gather: run "
+            "its `zero_to_fp32.py`, or save with stage3_gather_16bit_weights_on_model_save"
+        )
     if stored.shape != entry.shape:
         raise CheckpointError(
             f"{entry.name!r} has shape {list(stored.shape)} in {stored.file}, not {list(entry.shape)}"

@@ -151,7 +151,7 @@ def _only_file(folder: Path, ends: Sequence[str]) -> WeightFiles | None:
         for file in sorted(folder.iterdir())
         if file.suffix in ends and _OTHERS.match(file.name) is None and file.is_file()
     ]
-    if not found:
+    if not found or any(folder.glob("*.gguf")):
         return None
     _refuse_several(folder, [(file,) for file in found], "files that could be its weights")
     return WeightFiles(tuple(found), f"the one file that can be its weights ({found[0].name})")
