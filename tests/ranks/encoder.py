@@ -16,6 +16,7 @@ from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import ProgramRequest
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 from ts_parallel.runtime.stage import Stage
+from ts_parallel.serving.offline import num_ranks_started
 from ts_parallel.topology import Topology, open_topology
 
 
@@ -30,7 +31,7 @@ def run(folder: Path, topology: Topology) -> None:
 
 
 def main(folders: list[Path]) -> None:
-    topology = open_topology(2, "cpu", num_threads=1)
+    topology = open_topology(num_ranks_started(), "cpu", num_threads=1)
     for folder in folders:
         run(folder, topology)
     topology.close()

@@ -173,19 +173,21 @@ def test_model_whose_attention_cannot_be_split_is_kept_whole(model_type: str, tm
 
 
 @pytest.mark.ranks
-def test_two_ranks_compute_what_the_plain_model_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "model_types"), [(2, ("bert", "vit")), (3, ("bert", "deberta-v2", "vit"))])
+def test_ranks_compute_what_the_plain_model_does(size: int, model_types: tuple[str, ...], tmp_path: Path) -> None:
+    """Four heads; of three ranks one has two of them."""
     expected = {}
-    for model_type in ("bert", "vit"):
+    for model_type in model_types:
         task, inputs, expected[model_type] = save(tmp_path / model_type, model_type)
         torch.save((task, inputs), tmp_path / model_type / "inputs.pt")
-        keep_for_ranks(tmp_path / model_type, {"task": task, "dtype": "float32", "tensor_parallel_size": 2})
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        keep_for_ranks(tmp_path / model_type, {"task": task, "dtype": "float32", "tensor_parallel_size": size})
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [*ranks, str(SCRIPT), *(str(tmp_path / model_type) for model_type in expected)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert result.returncode == 0, result.stderr
     for model_type, wanted in expected.items():
-        for rank in range(2):
+        for rank in range(size):
             assert_close(torch.load(tmp_path / model_type / f"output-{rank}.pt", weights_only=True), wanted)
 
 

@@ -106,6 +106,13 @@ def test_four_ranks_compute_what_the_plain_model_does(family: str, tmp_path: Pat
     assert_ranks_compute_what_the_plain_model_does(tmp_path, 4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_of_which_one_has_more_heads_compute_what_the_plain_model_does(family: str, tmp_path: Path) -> None:
+    """Three of them share four heads, and two key/value heads where those are grouped."""
+    save_random_model(tmp_path, small(family))
+    assert_ranks_compute_what_the_plain_model_does(tmp_path, 3)
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -119,6 +126,8 @@ def test_four_ranks_compute_what_the_plain_model_does(family: str, tmp_path: Pat
         ("stablelm", {"use_parallel_residual": True}),
         ("stablelm", {"qk_layernorm": True}),  # a norm for each head, in a list
         ("stablelm", {"qk_layernorm": True, "num_key_value_heads": 1}),
+        ("stablelm", {"qk_layernorm": True, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
+        ("gpt_neox", {"hidden_size": 80, "num_attention_heads": 5}),
         ("mixtral", {"num_local_experts": 12}),  # experts whose names do not sort as their numbers do
         ("mixtral", {"intermediate_size": 132}),  # halves that torch's grouped matrix product refuses
     ],
@@ -137,10 +146,11 @@ def test_unusual_shapes_are_right_too(family: str, changes: dict[str, Any], tmp_
         ("cohere", {"use_qk_norm": True, "num_key_value_heads": 2, "logit_scale": 1.0}),  # a norm of [heads, head dim]
     ],
 )
-def test_other_families_are_right_too(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+def test_other_families_are_right_too(model_type: str, changes: dict[str, Any], size: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
     save_random_model(tmp_path, CONFIG_MAPPING[model_type](**sizes, pad_token_id=0, **changes))
-    assert_ranks_compute_what_the_plain_model_does(tmp_path, 2)
+    assert_ranks_compute_what_the_plain_model_does(tmp_path, size)
 
 
 def test_ranks_that_share_each_expert_compute_what_the_plain_model_does(tmp_path: Path) -> None:
