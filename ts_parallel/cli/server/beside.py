@@ -33,7 +33,7 @@ class GatewayBeside:
         code = "from ts_parallel.cli.main import main; main()"
         shown = f"[{host}]" if ":" in host else host
         upstream = server.url.replace(f"//{shown}:", f"//{_ANY_ADDRESS.get(host, shown)}:")
-        self._command = [sys.executable, "-c", code, "gateway", "--host", host, "--port", str(port)]
+        self._command = [sys.executable, "-P", "-c", code, "gateway", "--host", host, "--port", str(port)]
         self._command += ["--upstream", upstream, "--max-request-size", str(max_request_size)]
         if access.cors_origin is not None:
             self._command += ["--cors-origin", access.cors_origin]
