@@ -26,7 +26,7 @@ from ts_parallel.cli.server.archive import default_name, handler_config
 from ts_parallel.cli.server.beside import gateway_beside
 from ts_parallel.cli.server.serve import running, stopped_by_signals
 from ts_parallel.cli.server.startup import shown_startup
-from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, TorchServe, free_ports
+from ts_parallel.cli.server.torchserve import MAX_MESSAGE_SIZE, Access, TorchServe, free_ports
 from ts_parallel.errors import TSParallelError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -50,7 +50,7 @@ def chat(server: TorchServe, question: str | None, is_once: bool, max_tokens: in
     """Answer a question and what is typed then, until that ends; a page does the same, in a browser."""
     client = Client(base_url(server.url))
     body = {"model": find_model(client), "max_tokens": max_tokens, "temperature": 0}
-    with gateway_beside(server, "127.0.0.1", free_ports(1)[0], MAX_MESSAGE_SIZE) as gateway:
+    with gateway_beside(server, "127.0.0.1", free_ports(1)[0], MAX_MESSAGE_SIZE, Access()) as gateway:
         print(f"a page to chat: {gateway.url.removesuffix('/v1')}\n", flush=True)
         if question is not None:
             print(f"> {question}", flush=True)
