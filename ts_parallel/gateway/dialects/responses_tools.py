@@ -10,13 +10,13 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from ts_parallel.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
-SEARCH = "tool_search"
+SEARCH: Final = "tool_search"
 _LONGEST_NAME = 64  # of a chat's functions
 # Tools that OpenAI's own servers run. A model that is not told of them answers without.
 _HOSTED = (
