@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import CheckpointError
 
 RANK, OUTPUTS, INPUTS = 4, 12, 8

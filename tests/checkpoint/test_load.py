@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from ts_parallel.checkpoint import load, progress
 from ts_parallel.checkpoint.index import SINGLE_FILE, StoredTensor, read_index
-from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, byte_ranges, load_tensors, refuse_nan
+from ts_parallel.checkpoint.load import LoadItem, RowItem, byte_ranges, load_tensors, refuse_nan
 from ts_parallel.checkpoint.progress import Progress
-from ts_parallel.checkpoint.stored import StoredPart, stored_whole
+from ts_parallel.checkpoint.stored import Slice, StoredPart, stored_whole
 from ts_parallel.errors import CheckpointError
 
 SILENT = Progress("weights", is_shown=False)

@@ -14,8 +14,9 @@ from families import FAMILIES, save_random_model
 from places import RANKS
 
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.partition.build import make_programs
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest

@@ -24,10 +24,10 @@ from ts_parallel.checkpoint.folders.model_names import drop_inner_wrappers
 from ts_parallel.checkpoint.formats.placeholders import refuse_placeholder
 from ts_parallel.checkpoint.formats.safetensors_files import read_safetensors
 from ts_parallel.checkpoint.formats.torch_files import as_saved, read_torch_tensors
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.quantized import PLAIN_DTYPES
-from ts_parallel.checkpoint.stored import CheckpointIndex, StoredTensor
+from ts_parallel.checkpoint.stored import CheckpointIndex, Slice, StoredTensor
 from ts_parallel.errors import CheckpointError
 
 StoredNames = Mapping[str, str | None]

@@ -28,11 +28,6 @@ from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.stored import Box, Slice, StoredPart, StoredTensor
 from ts_parallel.errors import CheckpointError
 
-__all__ = [
-    *("Box", "IntegerItem", "LoadItem", "RowItem", "Slice"),
-    *("byte_ranges", "load_tensors", "refuse_nan", "refuse_nan_in"),
-]
-
 STAGING_BYTES = 2 * 2**20
 # What a row has beside its kept columns is read with them up to so many bytes: a call for each row takes as long.
 MOST_BYTES_READ_IN_VAIN = 2**16

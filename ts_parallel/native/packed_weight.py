@@ -160,7 +160,8 @@ class PackedWeight:
             return False
         integers, num_panels = integers.contiguous(), -(-len(integers) // PANEL)
         panel, own = self.panels[first // PANEL], self.scales[first // PANEL : first // PANEL + num_panels]
-        self.kernels.place(self._kind, panel.data_ptr(), integers.data_ptr(), *integers.shape, integers.stride(0))
+        layout = (len(integers), integers.shape[1], integers.stride(0))
+        self.kernels.place(self._kind, panel.data_ptr(), integers.data_ptr(), *layout)
         missing = num_panels * PANEL - len(integers)
         own.copy_(torch.nn.functional.pad(rounded, (0, 0, 0, missing)).view(num_panels, PANEL, -1).mT)
         return True

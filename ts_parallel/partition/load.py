@@ -20,8 +20,9 @@ from torch import nn
 
 from ts_parallel.checkpoint.codes.integers import RowIntegers, row_integers_of
 from ts_parallel.checkpoint.index import CheckpointIndex
-from ts_parallel.checkpoint.load import IntegerItem, LoadItem, RowItem, Slice, load_tensors, refuse_nan, refuse_nan_in
+from ts_parallel.checkpoint.load import IntegerItem, LoadItem, RowItem, load_tensors, refuse_nan, refuse_nan_in
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import CheckpointError
 from ts_parallel.huge_pages import make_tensor
 from ts_parallel.partition.program import RankProgram, Source, Sources, TensorParallelPlan

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ts_parallel.checkpoint.index import StoredTensor
-from ts_parallel.checkpoint.load import Slice
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import PlanError
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ts_parallel.checkpoint.codes.blocks import CodesReader, read_whole
 from ts_parallel.checkpoint.codes.integers import row_integers_of
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.checkpoint.load import Slice
+from ts_parallel.checkpoint.stored import Slice
 
 WHOLE = 0
 SMALL = {

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from ts_parallel.checkpoint.codes import blocks
 from ts_parallel.checkpoint.index import CheckpointIndex, read_index
-from ts_parallel.checkpoint.load import LoadItem, RowItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, RowItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
-from ts_parallel.checkpoint.stored import StoredTensor
+from ts_parallel.checkpoint.stored import Slice, StoredTensor
 
 SILENT = Progress("", is_shown=False)
 

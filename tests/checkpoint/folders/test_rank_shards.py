@@ -13,9 +13,10 @@ from malicious import Malicious
 from places import RANKS
 
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.settings import settings_folder
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import CheckpointError
 
 WHOLE = {

@@ -11,8 +11,9 @@ from malicious import Malicious
 from torch import nn
 
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import CheckpointError
 
 FILE = "pytorch_model.bin"

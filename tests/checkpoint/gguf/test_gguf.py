@@ -22,10 +22,10 @@ from ts_parallel.checkpoint.gguf.header import read_header
 from ts_parallel.checkpoint.gguf.prepared import gguf_folder
 from ts_parallel.checkpoint.gguf.settings import config_of
 from ts_parallel.checkpoint.index import read_index
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
 from ts_parallel.checkpoint.source import locate_checkpoint
-from ts_parallel.checkpoint.stored import StoredTensor
+from ts_parallel.checkpoint.stored import Slice, StoredTensor
 from ts_parallel.engine.request import GenerationParams
 from ts_parallel.errors import CheckpointError
 from ts_parallel.partition.prepared import CACHE_VARIABLE

@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, TINY_FAMILIES
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from ts_parallel.checkpoint.load import Slice
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.model.attention_sites import AttentionSite, find_attention_sites
 from ts_parallel.partition.model.deferred import build_deferred

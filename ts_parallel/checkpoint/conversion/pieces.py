@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 
 from ts_parallel.checkpoint.index import CheckpointIndex, StoredTensor
-from ts_parallel.checkpoint.load import LoadItem, Slice, load_tensors
+from ts_parallel.checkpoint.load import LoadItem, load_tensors
 from ts_parallel.checkpoint.progress import Progress
+from ts_parallel.checkpoint.stored import Slice
 
 PIECE_BYTES = 64 * 2**20
 

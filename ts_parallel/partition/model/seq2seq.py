@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from ts_parallel.checkpoint.load import Slice
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.graph.trace import InputSpec, TracedModel, trace
 from ts_parallel.partition.model.encoder import CTC, MOST_ITEMS, longest_text

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ts_parallel.checkpoint.load import Slice
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.errors import PlanError
 from ts_parallel.partition.program import AttentionSite, ParameterPlan, TensorParallelPlan, part_of
 from ts_parallel.partition.tensor_parallel.derive import derive_styles, in_and_out_features, is_linear, layer_of

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ts_parallel.checkpoint.load import Slice
+from ts_parallel.checkpoint.stored import Slice
 from ts_parallel.partition.program import AttentionSite, TensorParallelPlan
 from ts_parallel.topology import TensorParallelGroup
 

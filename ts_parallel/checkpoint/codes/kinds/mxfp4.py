@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ts_parallel.checkpoint.codes.kinds.numbers import Read
+from ts_parallel.checkpoint.codes.integers import Read
 from ts_parallel.checkpoint.codes.kinds.scheme import Made, lacks, made, misfit, refuse_unknown
 from ts_parallel.checkpoint.stored import Box, CheckpointIndex, StoredTensor
 

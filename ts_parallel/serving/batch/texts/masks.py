@@ -42,7 +42,7 @@ class MaskApi:
         fields = known_fields(item, _FIELDS) if raw is None else {"text": raw}
         name = "input" if "input" in fields else "text"
         given = fields.get(name)
-        texts = given if isinstance(given, list) and name == "input" else [given]
+        texts: list[Any] = given if isinstance(given, list) and name == "input" else [given]
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(f"{name!r} must be a text, got {echo(given)}", name)
         within_most(texts, name, self._most_items)
@@ -86,7 +86,8 @@ class MaskApi:
         if not isinstance(targets, list) or not targets or not all(isinstance(own, str) for own in targets):
             raise RequestError(f"'targets' must be a text or a list of texts, got {echo(given)}", "targets")
         tokenizer = self._reader.tokenizer
-        vocabulary, found = tokenizer.get_vocab(), []
+        vocabulary = tokenizer.get_vocab()
+        found: list[int] = []
         for own in targets:
             ids = [vocabulary[own]] if own in vocabulary else tokenizer(own, add_special_tokens=False)["input_ids"]
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
