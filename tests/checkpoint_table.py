@@ -78,7 +78,6 @@ WRITERS: dict[str, Writer] = {
     **STORED,
 }
 REFUSED: dict[str, tuple[Writer, str]] = {
-    **STORED_REFUSED,
     "GGUF IQ4_NL": (partial(_write_gguf, GgufKind(GGMLQuantizationType.IQ4_NL)), "of ggml's type IQ4_NL"),
     "AWQ, gemv": (_section("awq", version="gemv", bits=4, group_size=GROUP), "has version 'gemv', which is not read"),
     "AutoRound": (_section("auto-round", bits=4), "quant_method 'auto-round', bits 4: this package does not read"),
@@ -129,7 +128,7 @@ def _prepare(kind: str, root: Path) -> _Prepared:
     torch.manual_seed(0)
     folder, plain = root / "quantised", root / "plain"
     root.mkdir()
-    writer = WRITERS.get(kind) or REFUSED[kind][0]
+    writer = WRITERS.get(kind) or {**REFUSED, **STORED_REFUSED}[kind][0]
     writer(folder, plain)
     config = json.loads((plain / "config.json").read_text())
     vocabulary = config.get("text_config", config)["vocab_size"]
@@ -197,7 +196,7 @@ def markdown(outcomes: Outcomes) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", default=[*WRITERS, *REFUSED])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", default=[*WRITERS, *REFUSED, *STORED_REFUSED])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write kind → shape → outcome there, print nothing")
     arguments = parser.parse_args()
     logging.set_verbosity_error()

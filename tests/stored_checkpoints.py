@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,9 @@ def _by_mistral(folder: Path, tensors: Tensors) -> None:
 
 
 def _by_torchtitan(folder: Path, tensors: Tensors) -> None:
-    dcp.save({"model": _as_authors(tensors)}, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.save({"model": _as_authors(tensors)}, checkpoint_id=folder, no_dist=True)
 
 
 def _by_verl(folder: Path, tensors: Tensors) -> None:

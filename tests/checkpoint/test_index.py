@@ -13,7 +13,7 @@ import torch
 from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
 
-from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, StoredTensor, read_index
+from ts_parallel.checkpoint.index import SHARD_INDEX, SINGLE_FILE, StoredTensor, has_plain_names, read_index
 from ts_parallel.errors import CheckpointError
 
 TENSORS = {
@@ -289,3 +289,11 @@ def test_shard_of_a_rank_that_does_not_say_what_it_holds_is_refused(tmp_path: Pa
     save_file({"x": torch.zeros(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors")
     with pytest.raises(CheckpointError, match="does not say which parts"):
         read_index(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE_FILE, "pytorch_model.bin"])
+def test_names_that_a_wrapper_changed_are_told_from_plain_ones(tmp_path: Path, name: str) -> None:
+    for prefix, is_plain in (("", True), ("module.", False)):
+        tensors = {f"{prefix}model.norm.weight": torch.ones(2), f"{prefix}lm_head.weight": torch.ones(2, 2)}
+        (save_file if name == SINGLE_FILE else torch.save)(tensors, tmp_path / name)
+        assert has_plain_names(tmp_path) == is_plain

@@ -28,7 +28,7 @@ from ts_parallel.checkpoint.folders.weight_files import (
 )
 from ts_parallel.checkpoint.formats.dcp import METADATA, read_distributed
 from ts_parallel.checkpoint.formats.safetensors_files import read_distributed_safetensors, read_safetensors
-from ts_parallel.checkpoint.formats.torch_files import read_torch_tensors
+from ts_parallel.checkpoint.formats.torch_files import as_saved, read_torch_tensors
 from ts_parallel.checkpoint.gguf.tensors import read_gguf
 from ts_parallel.checkpoint.quantized import decode_quantized
 from ts_parallel.checkpoint.stored import CheckpointIndex, StoredPart, StoredTensor
@@ -96,6 +96,22 @@ def read_index_if_whole(folder: Path, settings: Path | None = None) -> Checkpoin
         return read_index(folder, settings)
     except MissingWeightsError:
         return {}
+
+
+def has_plain_names(folder: Path) -> bool:
+    """Whether the weights that transformers would find there have the names in its files that the index has for them.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    weights = find_weight_files(folder)
+    if weights is None:
+        return True
+    if weights.are_safetensors:
+        saved = {tensor.name for file in weights.files for tensor in read_safetensors(file)}
+    else:
+        saved = {tensor.name for tensor in read_torch_tensors(weights.files, as_saved)}
+    return saved >= _read_files(weights, folder).keys()
 
 
 def _by_name(tensors: Iterable[StoredTensor]) -> CheckpointIndex:

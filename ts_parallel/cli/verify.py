@@ -21,6 +21,7 @@ from rich.table import Table
 from ts_parallel.checkpoint.conversion.companions import companion_files, weight_files
 from ts_parallel.checkpoint.folders.weight_files import has_plain_weights
 from ts_parallel.checkpoint.gguf.prepared import is_gguf_folder
+from ts_parallel.checkpoint.index import has_plain_names
 from ts_parallel.checkpoint.quantized import refuse_quantized
 from ts_parallel.checkpoint.settings import CONFIG_FILE, settings_folder
 from ts_parallel.checkpoint.source import locate_checkpoint
@@ -120,6 +121,11 @@ def check_reference(folder: Path, reference: Path | None) -> Path:
             raise ConfigError(
                 f"transformers cannot read the weights of {folder}: name a Hugging Face folder of the same ones with "
                 "--reference"
+            )
+        if has_plain_weights(folder) and not has_plain_names(folder):
+            raise ConfigError(
+                f"transformers would not find the weights of {folder} under the names that they have there: name a "
+                "Hugging Face folder of the same ones with --reference (`ts-parallel convert` writes one)"
             )
         check_transformers_reads(folder)
         return folder

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored_checkpoints import STORED_REFUSED
 
+from ts_parallel.checkpoint.adapter import read_adapter
 from ts_parallel.checkpoint.folders.located import checkpoint_folder
 from ts_parallel.checkpoint.index import read_index
+from ts_parallel.checkpoint.settings import settings_folder
 from ts_parallel.errors import CheckpointError
 
 
@@ -67,8 +70,6 @@ def test_parts_of_a_sentence_model_are_no_checkpoints(tmp_path: Path) -> None:
         ("layer_00-model_00-model_states.pt", r"DeepSpeed pipeline.*convert_neox_to_hf.py"),
         ("iter_0000010/mp_rank_00/model_optim_rng.pt", r"Megatron checkpoint, .* Megatron-Bridge"),
         ("llama.nemo", r"a NeMo archive: convert it by NeMo"),
-        ("consolidated.safetensors", r"no config.json to tell .* convert_mistral_weights_to_hf.py"),
-        ("consolidated.00.pth", r"no config.json to tell .* convert_llama_weights_to_hf.py"),
         ("flax_model.msgpack", r"a model of Flax: .*from_pretrained\({folder}, from_flax=True\)"),
         ("tf_model.h5", r"a model of TensorFlow: .*from_tf=True"),
         ("onnx/model.onnx", r"an exported graph: serve the model that it was made of"),
@@ -80,6 +81,17 @@ def test_what_is_not_read_is_named_with_what_makes_it_so(tmp_path: Path, name: s
     for road in (checkpoint_folder, read_index):
         with pytest.raises(CheckpointError, match=f"^{tmp_path} holds {name}, .*{message.format(folder=tmp_path)}"):
             road(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "consolidated.00.pth"])
+def test_names_of_authors_need_a_configuration(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "params.json").write_text("{}")
+    assert checkpoint_folder(tmp_path) == tmp_path
+    with pytest.raises(CheckpointError, match=rf"holds {name}, .* no config.json to tell .* convert_mistral_weights"):
+        read_index(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"^no config.json in {tmp_path}, whose {name} has its authors' names"):
+        settings_folder(tmp_path)
 
 
 def test_adapter_that_is_given_as_the_model_is_said_to_be_one(tmp_path: Path) -> None:
@@ -97,6 +109,16 @@ def test_distributed_checkpoint_of_megatron_is_told_from_torchs_own(tmp_path: Pa
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     with pytest.raises(CheckpointError, match=r"is a checkpoint of Megatron \(metadata.json\)"):
         read_index(tmp_path)
+
+
+@pytest.mark.parametrize("kind", STORED_REFUSED)
+def test_kind_of_the_table_that_is_not_read_is_refused_on_one_line(kind: str, tmp_path: Path) -> None:
+    writer, says = STORED_REFUSED[kind]
+    writer(tmp_path / "own", tmp_path / "plain")
+    with pytest.raises(CheckpointError) as refusal:
+        index = read_index(checkpoint_folder(tmp_path / "own"))
+        read_adapter(tmp_path / "adapter", index)
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_folder_without_weights_is_shown(tmp_path: Path) -> None:
