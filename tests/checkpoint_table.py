@@ -135,7 +135,7 @@ def _prepare(kind: str, root: Path) -> _Prepared:
     adapter = root / "adapter"
     settings = {"adapter_path": str(adapter)} if adapter.is_dir() else {}
     write_prompts(plain, vocabulary, LENGTHS, MAX_TOKENS)
-    home, refused = folder, {}
+    home, refused = folder, dict[str, str]()
     try:
         home = checkpoint_folder(folder)
         write_prompts(home, vocabulary, LENGTHS, MAX_TOKENS, **settings)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from families import ConfigFactory, random_model, tiny
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -160,7 +160,7 @@ def _by_mistral(folder: Path, tensors: Tensors) -> None:
 def _by_torchtitan(folder: Path, tensors: Tensors) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process
-        dcp.save({"model": _as_authors(tensors)}, checkpoint_id=folder, no_dist=True)
+        save_distributed({"model": _as_authors(tensors)}, checkpoint_id=folder, no_dist=True)
 
 
 def _by_verl(folder: Path, tensors: Tensors) -> None:
@@ -202,7 +202,8 @@ def _write_with_adapter(settings: Mapping[str, Any], folder: Path, plain: Path, 
     """An adapter beside the checkpoint, which is merged in the plain one; its names are those of PEFT."""
     model = random_model(config())
     model.save_pretrained(folder)
-    factors, scale = {}, 2.0
+    factors: Tensors = {}
+    scale = 2.0
     generator = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "down_proj")) and "vision" not in name:
