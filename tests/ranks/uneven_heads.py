@@ -41,7 +41,7 @@ def tokens(runner: Runner, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def logits(runner: Runner, task: dict[str, Any]) -> list[list[float]]:
-    prompt = tuple(max(task["prompts"], key=len))
+    prompt: tuple[int, ...] = max(map(tuple, task["prompts"]), key=len)
     bounds = [(0, 7), (7, PREFILLED), *((at, at + 1) for at in range(PREFILLED, len(prompt)))]
     blocks = tuple(reversed(range(-(-len(prompt) // BLOCK_SIZE))))
     found = []
