@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -47,9 +48,11 @@ def seen(name: str, package: str, *arguments: str) -> dict[str, Any]:
     python = python_with(package)
     if python is None:
         pytest.skip(f"{package} is not installed: {HOW}")
-    outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = [python, str(PROGRAMS / f"{name}.py"), *arguments]
-    done = subprocess.run(command, env=outside | OFFLINE, capture_output=True, text=True, timeout=600)
+    with TemporaryDirectory() as own:  # what it keeps is not the user's
+        outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        environment = {**outside, **OFFLINE, "HF_HOME": own}
+        done = subprocess.run(command, cwd=own, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     failed = {deed: own["failed"] for deed, own in told["saw"].items() if isinstance(own, dict) and "failed" in own}

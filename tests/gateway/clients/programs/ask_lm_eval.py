@@ -55,7 +55,7 @@ def results(task: dict[str, Any], **options: Any) -> Any:
             model="local-completions",
             model_args={**arguments, **options},
             tasks=[task["task"]],
-            task_manager=TaskManager(include_path=folder),
+            task_manager=TaskManager(include_path=folder, include_defaults=False),
             bootstrap_iters=0,
             cache_requests=False,
         )
