@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from bodies_at_limits import OPTIONS, Served, bodies, limits_of, post_all, workers_of
-from serve_process import chat_folder, served_with_gateway
+from bodies_at_limits import OPTIONS, bodies, limits_of, post_all, workers_of
+from serve_process import Served, chat_folder, served_with_gateway
 
 pytestmark = pytest.mark.torchserve
 
-NUM_BODIES = 150
+NUM_BODIES = 100
 
 
 @pytest.fixture(scope="module")
