@@ -18,6 +18,7 @@ from ts_parallel.gateway.refusals import (
     SECONDS_TO_RETRY,
     UnavailableError,
     UnknownModelError,
+    UpstreamError,
     UpstreamRefusal,
     error_of,
     headers_of,
@@ -78,6 +79,9 @@ class Passing:
             return EventStream(_passed(exchange, upstream))
         try:
             status, answer = await exchange.read_whole()
+        except (UnavailableError, UpstreamError):
+            upstream.is_ready = False
+            raise
         finally:
             exchange.close()
         if status >= 400:

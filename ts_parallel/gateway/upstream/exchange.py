@@ -118,9 +118,14 @@ class Exchange(asyncio.Protocol):
 
         Raises:
             UpstreamError, SilentUpstreamError: as `read`.
+            UnavailableError: it was cut off, and may be asked for once more.
         """
-        body = await self.read_all()
-        if self.status != 200 or _BEGAN_EARLY not in self.headers or not body.startswith(b'{"error"'):
+        began_early = self.status == 200 and _BEGAN_EARLY in self.headers
+        try:
+            body = await self.read_all()
+        except UpstreamError as error:
+            raise UnavailableError(f"{error}; try again later") if began_early else error from None
+        if not began_early or not body.startswith(b'{"error"'):
             return self.status, body
         try:
             status = json.loads(body)["error"]["status"]
