@@ -120,8 +120,7 @@ def load_program(
         name: tuple(replace(source, stored=index[source.stored.name]) for source in program.sources[name])
         for name in plan.parameters
     }
-    if merge is not None:
-        _refuse_rows(sources)
+    _refuse_rows(sources, merge is not None)
     tensors: dict[str, Any] = dict(local)
     items: list[LoadItem | RowItem] = []
     for name, own in _items_by_name(load_items(local, plan, sources, group.rank)).items():
@@ -150,10 +149,10 @@ def load_program(
     return RankModel(program, tensors, time.perf_counter() - started)
 
 
-def _refuse_rows(sources: Sources) -> None:
+def _refuse_rows(sources: Sources, is_merged: bool) -> None:
     """What an adapter changes is said of whole stored tensors."""
     for name, own in sources.items():
-        if any(source.rows for source in own):
+        if is_merged and any(source.rows for source in own):
             raise CheckpointError(
                 f"{name!r} is stored as some of the rows of {own[0].stored.name!r}, so an adapter cannot be merged: "
                 "merge it with PEFT and save the model"
