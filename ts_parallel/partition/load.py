@@ -133,7 +133,6 @@ def load_program(
     _tell(program, sources, items, quantization, group, stage)
     del local
     waiting = Counter(item.name for item in items if isinstance(item, LoadItem))
-    progress = load_progress(group, stage)
 
     def finish(item: LoadItem) -> None:
         refuse_nan(item)
@@ -143,7 +142,7 @@ def load_program(
         if layout and waiting[item.name] == 0 and item.name in packed:
             tensors[item.name] = _pack(tensors[item.name], layout, packed[item.name])
 
-    load_tensors(_handed_over(items), progress, finish)
+    load_tensors(_handed_over(items), load_progress(group, stage), finish)
     tensors |= {alias: tensors[name] for name, entry in plan.parameters.items() for alias in entry.aliases}
     tensors |= {name: buffer.to(device) for name, buffer in program.buffers.items()}
     return RankModel(program, tensors, time.perf_counter() - started)
