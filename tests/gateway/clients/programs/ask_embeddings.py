@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import litellm
-from telling import BASE, GATEWAY, MODEL, deed, tell
+from telling import BASE, MODEL, deed, tell
 
 TEXTS = ["A cat sits on the mat.", "The weather is lovely today."]
 PROVIDERS = ("openai", "hosted_vllm")
@@ -34,7 +34,7 @@ def dimensions() -> Any:
 
 @deed
 def ranking() -> Any:
-    own: Any = {"api_base": GATEWAY, "api_key": "none"}
+    own: Any = {"api_base": BASE, "api_key": "none"}
     answer: Any = litellm.rerank(
         model=f"hosted_vllm/{MODEL}", query="Where is the animal?", documents=TEXTS[::-1], top_n=2, **own
     )
