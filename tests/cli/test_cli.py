@@ -100,7 +100,7 @@ def test_plan_cuts_where_it_is_told_to(run_here: RunHere) -> None:
 
 
 IMPOSSIBLE_SHAPES: list[tuple[dict[str, Any], str]] = [
-    ({"tensor_parallel_size": 3}, "tensor_parallel_size must be one of [1, 2, 4]"),
+    ({"tensor_parallel_size": 5}, "tensor_parallel_size must be one of [1, 2, 3, 4]"),
     ({"pipeline_parallel_size": 7}, "6 layers cannot be cut into 7 stages"),
     ({"pipeline_parallel_size": 2, "split_points": "6"}, "must rise from 1 to at most 5, as the model has 6 layers"),
     ({"pipeline_parallel_size": 2, "split_points": "2,4"}, "need 1 split points, got 2: [2, 4]"),

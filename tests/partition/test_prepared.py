@@ -146,7 +146,7 @@ def test_settings_of_another_folder_and_whole_experts_have_another_file(tmp_path
 def test_refusals_are_those_of_the_process_that_makes_it_and_leave_nothing(cache: Path, tmp_path: Path) -> None:
     request = save(tmp_path / "model")
     with pytest.raises(PlanError, match="tensor_parallel_size must be one of"):
-        prepare(replace(request, size=3))
+        prepare(replace(request, size=5))
     config = request.folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "zork"}))
     with pytest.raises(CheckpointError, match="zork"):
