@@ -52,6 +52,7 @@ BATCH_DEFAULTS = {
     "virtual_stages": 1,
     "parallelism": {"preprocess": 1, "postprocess": 1},
     "max_items": 2048,
+    "max_audio_seconds": 120,
 }
 MODEL_SECTION = {
     "model_path": "/models/m",
@@ -108,6 +109,7 @@ def test_every_key_of_batch_inference_reaches_its_field() -> None:
         "virtual_stages": 2,
         "parallelism": {"preprocess": 2, "postprocess": 3},
         "max_items": 7,
+        "max_audio_seconds": 2.5,
     }
     assert section.keys() == BATCH_DEFAULTS.keys()
     config = parse_config(section, BatchConfig)

@@ -6,6 +6,7 @@ import gc
 import json
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,15 @@ SMALL = st.recursive(
 )
 # What is refused or read otherwise than it looks: ends in strings and brackets that are no ends.
 TRAPS: list[Any] = ["],", "},", '",', "[1, 2], ", '{"a": 1}, ', "\\", '\\"', [], {}, [[]], {"": {}}, "é🙂\u2028", 1e300]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_others_left_is_frozen() -> Iterator[None]:
+    """Else the collector of garbage would look through all that other tests have left in this process."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

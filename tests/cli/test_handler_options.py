@@ -71,6 +71,9 @@ class Recorder:
 
     def wait(self, *_: Any) -> None: ...
 
+    def drain(self, *_: Any) -> int:
+        return 0
+
     def stop(self) -> None: ...
 
 

@@ -19,7 +19,7 @@ SITES = (site(2, 3, 5), site(1, 4, 4))  # 16 and 8 elements a token
 
 
 def test_memory_is_as_large_as_was_counted() -> None:
-    num_blocks = count_blocks([SITES], torch.float32, 4, 10_000, max_model_len=8)
+    num_blocks = count_blocks([16 + 8], torch.float32, 4, 10_000, max_model_len=8)
     memory = KVMemory(SITES, num_blocks, 4, torch.float32, CPU)
     allocated = sum(buffer.nbytes for buffer in (*memory.keys, *memory.values))
     assert 10_000 - 96 * 4 < allocated <= 10_000

@@ -30,6 +30,8 @@ from ts_parallel.serving.torchserve.worker import CANNOT_START
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_END = 15
+_LONGEST_SOCKET = ".ts.sock.65535"  # TorchServe's own name for one, and the port or number that it adds
+_LONGEST_SOCKET_PATH = 107
 # Between two looks for open requests. Two without any are the end: until the first each worker has told of its own,
 # until the second TorchServe has passed on the last that they sent.
 _SECONDS_OF_A_LOOK = 0.5
@@ -144,7 +146,7 @@ class TorchServe:
     def start(self) -> None:
         """
         Raises:
-            ConfigError: the port is taken.
+            ConfigError: the port is taken, or the workspace's path is too long for sockets.
         """
         with socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -154,6 +156,12 @@ class TorchServe:
                 raise ConfigError(
                     f"cannot listen on {self._host}:{self._port}: {error.strerror}; choose another --port"
                 ) from None
+        socket_file = self._workspace / "tmp" / _LONGEST_SOCKET
+        if len(os.fsencode(socket_file)) > _LONGEST_SOCKET_PATH:
+            raise ConfigError(
+                f"TorchServe's sockets in {socket_file.parent} would have longer paths than Linux takes "
+                f"({_LONGEST_SOCKET_PATH} bytes): set TMPDIR to a folder with a shorter name"
+            )
         properties = self._workspace / "config.properties"
         properties.write_text(self._properties())
         command = [
