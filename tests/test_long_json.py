@@ -6,7 +6,6 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,11 +24,8 @@ TRAPS: list[Any] = ["],", "},", '",', "[1, 2], ", '{"a": 1}, ', "\\", '\\"', [],
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_others_left_is_frozen() -> Iterator[None]:
-    """Else the collector of garbage would look through all that other tests have left in this process."""
-    gc.collect()
-    gc.freeze()
-    yield
+def nothing_is_frozen() -> None:
+    """Else what other tests have left in this process would be looked through before each reading."""
     gc.unfreeze()
 
 

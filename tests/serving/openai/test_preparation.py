@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import threading
 import time
@@ -19,15 +18,6 @@ from ts_parallel.serving.openai.preparation import PreparedJob, takes_long
 LONG_TEXT = "return a new list containing the answer; " * 25000  # 1 MB
 SMALL = {"prompt": "the", "max_tokens": 3, "temperature": 0}
 FORM: dict[str, Any] = {**SMALL, "max_tokens": 20, "guided_choice": [f"choice {number}" for number in range(600)]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def what_others_left_is_frozen() -> Iterator[None]:
-    """Else the collector of garbage would look through all that other tests have left in this process."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
