@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 from bodies_at_limits import REACHING
+from deployment import wait_until
 from http_client import events
 from places import DEMO_MODEL
 
@@ -180,6 +181,7 @@ def test_full_server_says_when_to_try_again(web: httpx.Client) -> None:
         refused = web.post("v1/completions", json={"prompt": "x"})
     assert (refused.status_code, refused.headers.get("retry-after")) == (429, "1"), refused.text
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    wait_until(lambda: web.post("v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200)
 
 
 def test_conversation_is_tokenized_as_it_is_asked(web: httpx.Client, client: openai.OpenAI) -> None:
