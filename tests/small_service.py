@@ -57,7 +57,9 @@ class SmallService:
         while time.monotonic() < deadline:
             self.service.engine.router.wait(0.1)
             reply = opened.advance(self.service.engine.router.take(name))
-            if reply is not None:
+            if reply is None:
+                time.sleep(0.001)  # the news is another reader's: the engine's thread goes on meanwhile
+            else:
                 status, pieces = status or reply.status, [*pieces, reply.body]
                 if reply.is_last:
                     self.service.engine.abort(name)

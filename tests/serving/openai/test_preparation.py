@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -24,6 +25,8 @@ FORM: dict[str, Any] = {**SMALL, "max_tokens": 20, "guided_choice": [f"choice {n
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallService]:
     tokenizer = byte_level()
     folder = checkpoint_with(tmp_path_factory.mktemp("model") / "demo", tokenizer)
+    gc.collect()
+    gc.freeze()  # as a worker does that has loaded: what other tests have left here is not looked through
     with small_service(folder, tokenizer, max_num_waiting=2) as service:
         service.service._tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
         yield service
@@ -135,7 +138,7 @@ def test_no_long_body_keeps_the_other_threads_waiting(served: SmallService, name
     served.service.engine.router.close(name)
     assert isinstance(opened, Reply) and opened.status == status, opened
     assert len(opened.body) < 1000 or status == 200
-    assert holds.longest > 0  # how long it is depends on what else this process holds
+    assert holds.longest < 1  # 0.05 where nothing else runs: who looks has to get a core, too
 
 
 def test_prompt_that_may_fit_is_counted(served: SmallService) -> None:
