@@ -71,7 +71,7 @@ def test_who_packs_rows_hears_of_nan_and_not_of_infinity(
 @needs_kernels
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 5, 6, 7, 8, 13, 130, 300])
-@pytest.mark.parametrize("shape", [(100, 70), (768, 64), (1, 2)])
+@pytest.mark.parametrize("shape", [(100, 70), (768, 64), (1, 2), (70, 1024)])
 def test_packed_linear_is_the_plain_one(
     shape: tuple[int, int], num_tokens: int, has_bias: bool, dtype: torch.dtype
 ) -> None:

@@ -10,7 +10,9 @@
 #define MOST_ROWS 4
 #define PARTS_AT_ONCE(rows) ((rows) > 2 ? 1 : 2) /* so many times 16 outputs */
 #define KEEPING_ROWS 0
-#define FEW_TOKENS 3
+#define FEW_TOKENS 6
+#define WIDE_ROWS 6 /* of operations/wide.h: 6 times 2 vectors of sums, 2 of weights and 1 of inputs */
+#define TOKENS_BEFORE_WIDE 8
 
 typedef uint16_t lanes; /* which of sixteen */
 typedef struct {

@@ -196,6 +196,10 @@ static inline int rows_of_block(int64_t left, int most)
     return left <= most + 2 ? (int)(left + 1) / 2 : most;
 }
 
+#ifdef WIDE_ROWS
+#include "operations/wide.h"
+#endif
+
 INLINE floats activated(enum activation kind, floats value)
 {
     switch (kind) {
@@ -281,55 +285,99 @@ static inline struct panel unpacked(const struct panel *panel, int64_t num_block
     return kept;
 }
 
+/* What a task computes: some tokens times a panel, or two of them where there is an activation. */
+struct linear_share {
+    const struct linear_call *call;
+    int which; /* of the layer's parts */
+    int num_panels;
+    int64_t place; /* of the panels in their parts */
+    int64_t begin, end; /* of the tokens */
+    struct panel panels[2];
+};
+
+/* Outputs of `rows` tokens from number `token` on, of which these are the sums. */
+static inline void finish_rows(const struct linear_share *share, int64_t token, int64_t rows, floats sums[][4],
+                               floats others[][4])
+{
+    const struct linear_call *call = share->call;
+    const struct linear *layer = call->layer;
+    const struct linear_part *part = &layer->parts[share->which], *gated = &layer->parts[1];
+    int64_t first = share->place * PANEL, width = part->num_outputs;
+    for (int64_t row = 0; row < rows; row++)
+        for (int i = 0; i < 4; i++) {
+            int64_t at = first + 16 * i;
+            if (at >= width)
+                break;
+            lanes mask = first16(width - at);
+            int64_t element = (token + row) * width + at;
+            floats value = with_bias(sums[row][i], part->bias, at, mask);
+            if (layer->activation) {
+                floats other = rounded(with_bias(others[row][i], gated->bias, at, mask));
+                value = times(rounded(activated(layer->activation, rounded(value))), other);
+            }
+            if (call->residual)
+                value = add(load16(call->residual + element, mask), rounded(value));
+            store16(call->outputs[share->which] + element, mask, value);
+        }
+}
+
+/* Block by block; the first one of many tokens leaves codes and integers in 16 bits for the others. */
+static void multiply_in_blocks(struct linear_share *share)
+{
+    const struct linear_call *call = share->call;
+    struct panel *panels = share->panels;
+    int64_t num_tokens = share->end - share->begin;
+    int is_keeping = 0;
+    for (int i = 0; i < share->num_panels; i++) {
+        if (panels[i].kind != PLAIN && num_tokens > FEW_TOKENS)
+            panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(PLAIN)), i);
+        is_keeping |= panels[i].kept != NULL;
+        if (call->layer->parts[share->which + i].kind == PLAIN)
+            look_behind_panel(&panels[i], (num_tokens + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS);
+    }
+    floats sums[ROWS_OF_LINEARS][4], others[ROWS_OF_LINEARS][4];
+    for (int64_t token = share->begin, rows; token < share->end; token += rows) {
+        int64_t left = share->end - token;
+        rows = is_keeping && left > KEEPING_ROWS ? KEEPING_ROWS : rows_of_block(left, ROWS_OF_LINEARS);
+        const number *input = call->numbers + token * call->numbers_stride;
+        multiply_panel((int)rows, input, call->numbers_stride, &panels[0], sums);
+        if (share->num_panels > 1)
+            multiply_panel((int)rows, input, call->numbers_stride, &panels[1], others);
+        for (int i = 0; i < share->num_panels; i++)
+            if (panels[i].kept)
+                panels[i] = unpacked(&panels[i], (left - rows + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS);
+            else
+                panels[i].ahead += panels[i].num_pairs * panels[i].bytes_ahead;
+        is_keeping = 0;
+        finish_rows(share, token, rows, sums, others);
+    }
+}
+
 static void linear_task(const void *argument, int64_t index)
 {
     const struct linear_call *call = argument;
     const struct linear *layer = call->layer;
-    int64_t place = index % layer->num_panels, begin = index / layer->num_panels * call->tokens_a_task;
-    int64_t end = begin + call->tokens_a_task < call->num_tokens ? begin + call->tokens_a_task : call->num_tokens;
-    int which = find_part(layer, &place), num_factors = layer->activation ? 2 : 1;
-    const struct linear_part *part = &layer->parts[which], *gated = &layer->parts[1];
-    struct panel panels[2];
-    int is_keeping = 0;
-    for (int i = 0; i < num_factors; i++) {
-        panels[i] = panel_of(part + i, place, layer->num_inputs / 2);
-        if (panels[i].kind != PLAIN && end - begin > FEW_TOKENS)
-            panels[i].kept = scratch_of((size_t)(panels[i].num_pairs * bytes_of_pair(PLAIN)), i);
-        is_keeping |= panels[i].kept != NULL;
-        if (part[i].kind == PLAIN)
-            look_behind_panel(&panels[i], (end - begin + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS);
+    struct linear_share share = {.call = call, .num_panels = layer->activation ? 2 : 1};
+    share.place = index % layer->num_panels;
+    share.begin = index / layer->num_panels * call->tokens_a_task;
+    share.end = share.begin + call->tokens_a_task < call->num_tokens ? share.begin + call->tokens_a_task
+                                                                       : call->num_tokens;
+    share.which = find_part(layer, &share.place);
+    for (int i = 0; i < share.num_panels; i++)
+        share.panels[i] = panel_of(&layer->parts[share.which + i], share.place, layer->num_inputs / 2);
+#ifdef WIDE_ROWS
+    int64_t num_tokens = share.end - share.begin;
+    if (num_tokens > TOKENS_BEFORE_WIDE) {
+        floats(*sums)[4] = multiply_wide(share.panels, share.num_panels,
+                                         call->numbers + share.begin * call->numbers_stride, call->numbers_stride,
+                                         num_tokens);
+        if (sums) {
+            finish_rows(&share, share.begin, num_tokens, sums, sums + num_tokens);
+            return;
+        }
     }
-    int64_t first = place * PANEL, width = part->num_outputs;
-    floats sums[ROWS_OF_LINEARS][4], others[ROWS_OF_LINEARS][4];
-    for (int64_t token = begin, rows; token < end; token += rows) {
-        rows = is_keeping && end - token > KEEPING_ROWS ? KEEPING_ROWS : rows_of_block(end - token, ROWS_OF_LINEARS);
-        const number *input = call->numbers + token * call->numbers_stride;
-        multiply_panel((int)rows, input, call->numbers_stride, &panels[0], sums);
-        if (layer->activation)
-            multiply_panel((int)rows, input, call->numbers_stride, &panels[1], others);
-        for (int i = 0; i < num_factors; i++)
-            if (panels[i].kept)
-                panels[i] = unpacked(&panels[i], (end - token - rows + ROWS_OF_LINEARS - 1) / ROWS_OF_LINEARS);
-            else
-                panels[i].ahead += panels[i].num_pairs * panels[i].bytes_ahead;
-        is_keeping = 0;
-        for (int64_t row = 0; row < rows; row++)
-            for (int i = 0; i < 4; i++) {
-                int64_t at = first + 16 * i;
-                if (at >= width)
-                    break;
-                lanes mask = first16(width - at);
-                int64_t element = (token + row) * width + at;
-                floats value = with_bias(sums[row][i], part->bias, at, mask);
-                if (layer->activation) {
-                    floats other = rounded(with_bias(others[row][i], gated->bias, at, mask));
-                    value = times(rounded(activated(layer->activation, rounded(value))), other);
-                }
-                if (call->residual)
-                    value = add(load16(call->residual + element, mask), rounded(value));
-                store16(call->outputs[which] + element, mask, value);
-            }
-    }
+#endif
+    multiply_in_blocks(&share);
     give_back_tiles();
 }
 
@@ -365,6 +413,8 @@ static inline int convert_inputs(struct linear_call *call, int num_threads)
         return 1;
     }
     call->numbers_stride = (call->layer->num_inputs + 15) / 16 * 16;
+    if (call->numbers_stride % 1024 == 0)
+        call->numbers_stride += 16; /* or the same number of all rows would be at the same place in a cache */
     call->numbers = scratch_of((size_t)(call->num_tokens * call->numbers_stride) * sizeof(number), CALLERS_SCRATCH);
     if (!call->numbers)
         return 0;
