@@ -45,9 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config",
         "machine",
         "long_json",
+        "openapi",
         "errors",
     },
-    "gateway": {"config", "machine", "long_json", "errors"},
+    "gateway": {"config", "machine", "long_json", "openapi", "errors"},
     "engine": {"step_plan", "errors"},
     "runtime": {"step_plan", "partition", "topology", "shared_memory", "native", "errors"},
     "step_plan": set(),
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "machine": set(),
     "long_json": set(),
+    "openapi": set(),
     "errors": set(),
 }
 
@@ -81,14 +83,15 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "text": set(),
     },
     "gateway": {
-        "floor": {"upstream", "dialects", "batch", "page"},
-        "dialects": {"upstream", "floor"},
-        "batch": {"upstream", "floor"},
+        "floor": {"upstream", "dialects", "batch", "page", "described"},
+        "dialects": {"described", "upstream", "floor"},
+        "batch": {"described", "upstream", "floor"},
+        "described": {"upstream", "floor"},
         "page": set(),
         "upstream": {"floor"},
     },
     "cli.client": {"floor": {"talk"}, "talk": set()},
-    "serving.openai": {"floor": {"fields"}, "fields": set()},
+    "serving.openai": {"floor": {"about", "fields"}, "about": {"fields", "floor"}, "fields": set()},
     "serving.chat": {"floor": {"calls"}, "calls": set()},
     "serving.batch": {
         "floor": {"texts", "images", "speech"},
@@ -137,6 +140,7 @@ KEEPS_OUT: dict[str, set[str]] = {
     "config": {"torch", "transformers"},
     "machine": {"torch", "transformers"},
     "long_json": {"torch", "transformers", "numpy"},
+    "openapi": {"torch", "transformers", "numpy"},
     "errors": {"torch", "transformers"},
 }
 

@@ -59,7 +59,7 @@ class Guard:
         Raises:
             UnauthorizedError: the path is not open, and the key is none of ours.
         """
-        if not self._keys or path in OPEN_PATHS or path.startswith(_OPEN_BEGINNING):
+        if not self._keys or is_open(path):
             return
         key = given_key(headers)
         if key is None:
@@ -115,6 +115,11 @@ class _Answer:
         if message["type"] == "http.response.body" and not message.get("more_body"):
             self.is_whole = True
         await self._send(message)
+
+
+def is_open(path: str) -> bool:
+    """Whether nobody is asked for a key there."""
+    return path in OPEN_PATHS or path.startswith(_OPEN_BEGINNING)
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:

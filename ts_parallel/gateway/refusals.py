@@ -81,6 +81,16 @@ class UpstreamRefusal(RequestError):
         self.code = code
 
 
+_SAID = {"type": "object", "properties": {"message": {"type": "string"}}, "required": ["message"]}
+ERRORS: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {"error": {"anyOf": [_SAID, {"type": "string"}]}},
+    "required": ["error"],
+    "description": "OpenAI's shape; below /v1/messages Anthropic's; below /v2 KServe's, whose error is a text.",
+}
+"""All that `refusal` makes, as a JSON schema."""
+
+
 def error_of(error: RequestError) -> dict[str, Any]:
     """In OpenAI's shape."""
     code = getattr(error, "code", None)

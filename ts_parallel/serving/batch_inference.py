@@ -18,6 +18,7 @@ import torch
 from ts_parallel.checkpoint.index import read_index
 from ts_parallel.config import BatchConfig, Seq2SeqConfig
 from ts_parallel.errors import ConfigError, EngineError, NotFoundError
+from ts_parallel.openapi import document as openapi
 from ts_parallel.partition.load import load_program
 from ts_parallel.partition.model.sentence_modules import transformer_folder
 from ts_parallel.partition.prepared import prepare_program
@@ -26,6 +27,7 @@ from ts_parallel.runtime.backends.choose import choose_backend, own_dtype
 from ts_parallel.runtime.batch.batch_runner import BatchRunner
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.stage import Stage
+from ts_parallel.serving.batch.description import ALWAYS, description
 from ts_parallel.serving.batch.jobs import Body, Job, Work, as_request_error
 from ts_parallel.serving.batch.micro_batching import MicroBatcher, Runner
 from ts_parallel.serving.batch.seq2seq import answer_runner, is_seq2seq, make_part_runner, make_seq2seq_task
@@ -77,7 +79,7 @@ class BatchInferenceHandler:
         self._batcher: MicroBatcher | None = None
         self._streams = Streams()
         self._opened: list[_Item] = []
-        self._models = ""
+        self._name, self._models = "", ""
         self._inference = ThreadPoolExecutor(1, "inference")
         self._transport = PlainBatches(self._streams, self._open, self._begin, message_sizes().max_response_size)
 
@@ -144,6 +146,7 @@ class BatchInferenceHandler:
             loaded.task.collator,
         )
         entry = {"id": context.model_name, "object": "model", "created": int(time.time()), "owned_by": "ts_parallel"}
+        self._name = context.model_name
         entry["task"] = config.task  # by which those who ask know that it generates no text
         self._models = json.dumps({"object": "list", "data": [entry]})
         watch.begin(loaded.ranks)
@@ -158,8 +161,10 @@ class BatchInferenceHandler:
             return Reply.whole('{"status": "ok"}')
         if request.route == "v1/models":
             return Reply.whole(self._models)
+        if request.route == openapi.ROUTE:
+            return Reply.whole(description(self._name, self._task))
         if request.route and request.route not in self._task.routes:
-            known = ", ".join((*self._task.routes, "v1/models", "health"))
+            known = ", ".join((*self._task.routes, *ALWAYS))
             return Reply.refusal(NotFoundError(f"no route {request.route!r}: there are {known}"))
         stream = self._streams.open(request_id)
         self._opened.append(_Item(request, stream))

@@ -80,6 +80,28 @@ def error_body(error: RequestError) -> str:
     return json.dumps({"error": {**body, "status": error.status}})
 
 
+ERROR: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+                "status": {"type": "integer"},
+            },
+            "required": ["message", "type", "param", "code", "status"],
+        }
+    },
+    "required": ["error"],
+}
+"""What `error_body` makes, as a JSON schema."""
+HERE: Mapping[str, Any] = {"servers": [{"url": ".", "description": "The model's own URL, with its version."}]}
+"""Where the routes of a description are: beside it."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """What one job is sent now; `status` and `content_type` count only the first time."""

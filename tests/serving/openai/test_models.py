@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ts_parallel.errors import NotFoundError
-from ts_parallel.serving.openai.models import ModelCards, ModelNames
+from ts_parallel.serving.openai.about.models import ModelCards, ModelNames
 
 
 def test_names_of_archive_folder_and_hub_are_taken() -> None:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from ts_parallel.errors import RequestError
 from ts_parallel.gateway.batch.items import ask_each, ask_one
+from ts_parallel.gateway.described.fields import LIST, OBJECT, TEXT, body_of, check_types
 from ts_parallel.gateway.passing import headers_to_pass, read_fields
 from ts_parallel.gateway.refusals import SECONDS_TO_RETRY, UnknownModelError, json_answer
 from ts_parallel.gateway.upstream.models import Upstream, Upstreams
@@ -25,6 +26,9 @@ _TEXT_IN, _TEXT_OUT = "text_input", "text_output"
 _NUMBERS = ("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64")
 _BYTES = "BYTES"
 _MOST_DIMS = 16
+
+_FIELDS = {"inputs": LIST, "outputs": LIST, "parameters": OBJECT, "id": TEXT}
+INFERENCE = body_of(_FIELDS, "inputs")
 
 Tensor = dict[str, Any]
 
@@ -73,6 +77,7 @@ class KServe:
         if "inference-header-content-length" in request.headers:
             raise RequestError("binary tensors are not supported: send them as JSON")
         body = await read_fields(await request.body())
+        check_types(body, _FIELDS)
         inputs = body.get("inputs")
         if not isinstance(inputs, list) or not inputs or not all(isinstance(own, dict) for own in inputs):
             raise RequestError("'inputs' must be a list of at least one tensor", "inputs")
@@ -209,6 +214,6 @@ def _wanted(outputs: list[Tensor], body: dict[str, Any]) -> list[Tensor]:
     known = {own["name"]: own for own in outputs}
     names = [own.get("name") if isinstance(own, dict) else own for own in body["outputs"]]
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise RequestError(f"there is no output {name!r}: there are {', '.join(known)}", "outputs")
     return [known[name] for name in names]

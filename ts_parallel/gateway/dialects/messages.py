@@ -9,13 +9,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ts_parallel.errors import RequestError
+from ts_parallel.gateway.described.fields import body_of, check_types
 from ts_parallel.gateway.dialects.chat import ChatAnswer, ask_chat
-from ts_parallel.gateway.dialects.messages_input import chat_fields, prompt_fields, stop_sequences
+from ts_parallel.gateway.dialects.messages_input import FIELDS, chat_fields, prompt_fields, stop_sequences
 from ts_parallel.gateway.dialects.messages_output import Event, MessageWriter
 from ts_parallel.gateway.passing import headers_to_pass, read_fields, written
 from ts_parallel.gateway.refusals import UpstreamError, json_answer
 from ts_parallel.gateway.streams import EventStream, named_event
 from ts_parallel.gateway.upstream.models import Upstreams
+
+MESSAGE = body_of(FIELDS, "messages", "max_tokens")
+COUNTED = body_of(FIELDS, "messages")
 
 
 class Messages:
@@ -27,6 +31,7 @@ class Messages:
     async def create(self, request: Request) -> Response:
         """`POST /v1/messages`."""
         body = await read_fields(await request.body())
+        check_types(body, FIELDS)
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
         fields = chat_fields(body)
@@ -48,6 +53,7 @@ class Messages:
     async def count(self, request: Request) -> Response:
         """`POST /v1/messages/count_tokens`."""
         body = await read_fields(await request.body())
+        check_types(body, FIELDS)
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
         asked = await written({**prompt_fields(body), "add_generation_prompt": True})

@@ -7,13 +7,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from ts_parallel.errors import RequestError
+from ts_parallel.gateway.described.fields import (
+    COUNT,
+    LIST,
+    OBJECT,
+    TEXT,
+    TEXT_OR_LIST,
+    TEXT_OR_OBJECT,
+    TRUTH,
+    Fields,
+    of_any_type,
+)
 from ts_parallel.gateway.dialects.chat import texts_of
 
 # Fields that say what is to be kept, counted or shown, and nothing of the answer's text.
-_NEUTRAL = frozenset("betas cache_control container inference_geo metadata model service_tier".split())
-_READ = frozenset(
-    "max_tokens messages output_config output_format stop_sequences stream system thinking tool_choice tools".split()
-)
+_NEUTRAL = of_any_type("betas cache_control container inference_geo metadata service_tier") | {"model": TEXT}
+_READ = {
+    "max_tokens": COUNT,
+    "messages": LIST,
+    "output_config": OBJECT,
+    "output_format": OBJECT,
+    "stop_sequences": LIST,
+    "stream": TRUTH,
+    "system": TEXT_OR_LIST,
+    "thinking": OBJECT,
+    "tool_choice": TEXT_OR_OBJECT,
+    "tools": LIST,
+}
+FIELDS: Fields = {**_NEUTRAL, **_READ}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -27,7 +48,7 @@ def chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError("max_tokens: field required, a whole number", "max_tokens")
     fields: dict[str, Any] = {"max_tokens": most, "stream": bool(body.get("stream"))}
     # What a chat completion has under the same name, and what is not known here, is for the model's server to judge.
-    fields |= {key: own for key, own in body.items() if key not in _NEUTRAL | _READ and own is not None}
+    fields |= {key: own for key, own in body.items() if key not in FIELDS and own is not None}
     if stop_sequences(body):
         fields |= {"stop": stop_sequences(body), "include_stop_str_in_output": True}
     fields |= prompt_fields(body) | _form_fields(body)
@@ -72,7 +93,7 @@ def stop_sequences(body: Mapping[str, Any]) -> list[str]:
 
 def _form_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     config = body.get("output_config") or {}
-    form = body.get("output_format") or (config.get("format") if isinstance(config, dict) else None)
+    form = body.get("output_format") or config.get("format")
     fields = {"reasoning_effort": config["effort"]} if config.get("effort") else {}
     if form is None:
         return fields
@@ -86,7 +107,7 @@ def _choice_fields(choice: Any) -> dict[str, Any]:
     kind = choice.get("type") if isinstance(choice, dict) else choice
     if kind == "tool":
         made: Any = {"type": "function", "function": {"name": choice.get("name")}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         made = _CHOICES[kind]
     else:
         raise RequestError(f"tool_choice: type is auto, any, tool or none, got {kind!r}", "tool_choice")

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ts_parallel.errors import NotFoundError, RequestError
+from ts_parallel.gateway.described.fields import body_of, check_types
 from ts_parallel.gateway.dialects.chat import ChatAnswer, ask_chat
-from ts_parallel.gateway.dialects.responses_input import messages_of, parse_turn
+from ts_parallel.gateway.dialects.responses_input import FIELDS, messages_of, parse_turn
 from ts_parallel.gateway.dialects.responses_output import Event, ResponseWriter
 from ts_parallel.gateway.passing import headers_to_pass, read_fields
 from ts_parallel.gateway.refusals import json_answer
@@ -22,6 +23,9 @@ from ts_parallel.gateway.upstream.models import Upstreams
 
 _MOST_REMEMBERED = 1000
 _MOST_BYTES_REMEMBERED = 64 << 20
+
+
+RESPONSE = body_of(FIELDS, "input")
 
 
 class UnknownResponseError(NotFoundError):
@@ -93,6 +97,7 @@ class Responses:
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
         body = await read_fields(await request.body())
+        check_types(body, FIELDS)
         upstream = self._upstreams.named(body.get("model"))
         await upstream.check_kind(generates_text=True)
         before: list[dict[str, Any]] = []

@@ -8,14 +8,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ts_parallel.errors import RequestError
+from ts_parallel.gateway.described.fields import (
+    COUNT,
+    LIST,
+    OBJECT,
+    TEXT,
+    TEXT_OR_LIST,
+    TEXT_OR_OBJECT,
+    TRUTH,
+    Fields,
+    of_any_type,
+)
 from ts_parallel.gateway.dialects.chat import texts_of
 from ts_parallel.gateway.dialects.responses_tools import SEARCH, Tools, chat_name, objects, parse_tools
 
 # Fields that say what is to be kept, counted or shown, and nothing of the answer's text.
-_NEUTRAL = frozenset(
-    "client_metadata include max_tool_calls metadata model previous_response_id prompt_cache_key "
-    "prompt_cache_retention safety_identifier service_tier store stream stream_options truncation user".split()
-)
+_NEUTRAL = of_any_type(
+    "client_metadata max_tool_calls metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier "
+    "stream_options truncation user"
+) | {"include": LIST, "model": TEXT, "previous_response_id": TEXT, "store": TRUTH, "stream": TRUTH}
+_READ = {
+    "input": TEXT_OR_LIST,
+    "instructions": TEXT,
+    "tools": LIST,
+    "tool_choice": TEXT_OR_OBJECT,
+    "text": OBJECT,
+    "reasoning": OBJECT,
+    "top_logprobs": COUNT,
+}
+FIELDS: Fields = {**_NEUTRAL, **_READ}
 _REFUSED = ("background", "conversation", "prompt", "context_management")
 # Fields that a chat completion has under the same name are passed as they are, and so is what is not known here: the
 # model's server refuses or ignores it. These have another name there.
@@ -53,9 +74,8 @@ def parse_turn(body: Mapping[str, Any], found: Sequence[dict[str, Any]] = ()) ->
         if body.get(name):
             raise RequestError(f"{name!r} is not supported: send all that matters in 'input'", name)
     fields: dict[str, Any] = {"stream": bool(body.get("stream"))}
-    read = ("input", "instructions", "tools", "tool_choice", "text", "reasoning", "top_logprobs", *_NEUTRAL)
     for name, value in body.items():
-        if name not in read and name not in _REFUSED and value is not None:
+        if name not in FIELDS and name not in _REFUSED and value is not None:
             fields[_RENAMED.get(name, name)] = value
     instructions = body.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
@@ -114,7 +134,7 @@ def messages_of(items: Any) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for number, item in enumerate(objects(items, "input")):
         kind = item.get("type", "message")
-        if kind not in _READERS:
+        if not isinstance(kind, str) or kind not in _READERS:
             raise RequestError(f"input.{number}: an item of type {kind!r} cannot be read", "input")
         _append(messages, _READERS[kind](item, f"input.{number}"))
     return [{"content": None, **message} if message["role"] == "assistant" else message for message in messages]

@@ -59,15 +59,15 @@ class Tools:
             return {} if choice is None else {"tool_choice": choice}
         kind = choice.get("type")
         if kind in ("function", "custom"):
-            name = next(iter(self._names_of({choice.get("name")})), choice.get("name"))
+            name = next(iter(self._names_of([choice.get("name")])), choice.get("name"))
             return {"tool_choice": {"type": "function", "function": {"name": name}}}
         if kind == "allowed_tools":
-            names = self._names_of({tool.get("name") for tool in objects(choice.get("tools"), "tool_choice")})
+            names = self._names_of([tool.get("name") for tool in objects(choice.get("tools"), "tool_choice")])
             allowed = [tool for tool in self.functions if tool["function"]["name"] in names]
             return {"tools": allowed, "tool_choice": choice.get("mode", "auto")}
         raise RequestError(f"tool_choice of type {kind!r} cannot be made here: name a function", "tool_choice")
 
-    def _names_of(self, names: set[Any]) -> list[str]:
+    def _names_of(self, names: Sequence[Any]) -> list[str]:
         return [own for own, tool in self.by_name.items() if own in names or tool.name in names]
 
 

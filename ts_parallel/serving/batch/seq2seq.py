@@ -48,6 +48,7 @@ from ts_parallel.topology import Topology
 
 MOST_TOKENS_OF_TEXTS = 128
 """Of an answer to a text, where nothing else is said."""
+_FIELDS = ("text", "input_ids", MOST_TOKENS, *FIELDS)
 
 
 def is_seq2seq(section: Any) -> bool:
@@ -74,11 +75,11 @@ def make_seq2seq_task(config: Seq2SeqConfig, folder: Path) -> tuple[Task, Rules 
         known = SpeechModel(call, prompts, limits, tokenizer, read_extractor(folder), config.max_audio_seconds)
         speech = SpeechApi(known)
         window = int(call.inputs[FEATURES].sizes[-1])
-        task = Task(speech.preprocess, speech.answer, speech.collator(), speech.open, requests.ROUTES)
+        task = Task(speech.preprocess, speech.answer, speech.collator(), speech.open, requests.ROUTES, requests.FIELDS)
         return task, SpeechRules(generation, window)
     limits = AnswerLimits(config.max_new_tokens or MOST_TOKENS_OF_TEXTS, generation, model_config)
     text = Text2TextInput(tokenizer, call, generation, limits, model_config.vocab_size)
-    return Task(text, AnswerText(tokenizer), text.collator()), Rules(generation)
+    return Task(text, AnswerText(tokenizer), text.collator(), fields=_FIELDS), Rules(generation)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,7 @@ class Text2TextInput:
                 is unknown or out of its limits.
         """
         text = item.text()
-        known = ("text", "input_ids", MOST_TOKENS, *FIELDS)
-        fields = known_fields(item, known) if text is None else {"text": text}
+        fields = known_fields(item, _FIELDS) if text is None else {"text": text}
         ids = self._token_ids(fields)
         if not ids:
             raise RequestError("the text is empty", "text")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from ts_parallel.errors import RequestError
 from ts_parallel.partition.model.encoder import CTC, PIXELS, ModelCall, call_of_task
 from ts_parallel.partition.model.model_config import choose_dtype, read_model_config
 from ts_parallel.partition.model.sentence_modules import read_sentence_modules
+from ts_parallel.serving.batch.images import detection
 from ts_parallel.serving.batch.images.detection import ObjectApi
-from ts_parallel.serving.batch.images.reading import ImageReader
+from ts_parallel.serving.batch.images.reading import SOURCES, ImageReader
 from ts_parallel.serving.batch.images.segmentation import AreaApi
 from ts_parallel.serving.batch.jobs import MOST_ITEMS, Work, known_fields
 from ts_parallel.serving.batch.micro_batching import Collator
 from ts_parallel.serving.batch.speech import ctc
 from ts_parallel.serving.batch.speech.ctc import CtcApi
-from ts_parallel.serving.batch.texts import classification, embedding
+from ts_parallel.serving.batch.texts import classification, embedding, entities, masks, questions
 from ts_parallel.serving.batch.texts.classification import ClassificationApi, Labels, read_activation
 from ts_parallel.serving.batch.texts.embedding import EmbeddingApi, SentenceHead
 from ts_parallel.serving.batch.texts.entities import EntityApi
@@ -35,6 +36,7 @@ from ts_parallel.serving.exchange import RawRequest
 
 MOST_SECONDS = 120.0
 """Of a recording, where nothing else is said."""
+_FIELDS = ("text", "text_pair", *SETTINGS)  # of one text
 
 Preprocess = Callable[[RawRequest], dict[str, torch.Tensor]]
 Postprocess = Callable[[torch.Tensor], Any]
@@ -49,8 +51,10 @@ class Task:
     collator: Collator
     open: Callable[[RawRequest], Work | None] = lambda item: None
     """What a body asks for that is of several items, or of an API that others have; None: one item of the two above."""
-    routes: tuple[str, ...] = ()
-    """Below the model's own URL."""
+    routes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Below the model's own URL, each with the fields that its body may have."""
+    fields: Sequence[str] = ()
+    """Of a body on the model's own URL."""
 
 
 def make_task(
@@ -77,15 +81,18 @@ def make_task(
         return _image_task(name, ImageReader(folder, call), config)
     if name == CTC:
         speech = CtcApi(folder, call, math.prod(config.conv_stride), most_seconds)
-        return Task(speech.preprocess, speech.answer, Collator(), speech.open, ctc.ROUTES)
+        return Task(speech.preprocess, speech.answer, Collator(), speech.open, ctc.ROUTES, ctc.FIELDS)
     return _text_task(name, folder, call, config, Api(model, most_items))
 
 
 def _image_task(name: str, reader: ImageReader, config: PretrainedConfig) -> Task:
     if name == "image_classification":
-        return Task(reader, Labels(config), Collator())
-    api = ObjectApi(reader, config) if name == "object_detection" else AreaApi(reader, config)
-    return Task(reader, api.as_named, Collator(), api.open)
+        return Task(reader, Labels(config), Collator(), fields=SOURCES)
+    if name == "object_detection":
+        objects = ObjectApi(reader, config)
+        return Task(reader, objects.as_named, Collator(), objects.open, fields=(*SOURCES, *detection.OTHERS))
+    areas = AreaApi(reader, config)
+    return Task(reader, areas.as_named, Collator(), areas.open, fields=SOURCES)
 
 
 def _text_task(name: str, folder: Path, call: ModelCall, config: PretrainedConfig, api: Api) -> Task:
@@ -94,19 +101,21 @@ def _text_task(name: str, folder: Path, call: ModelCall, config: PretrainedConfi
     if name == "text_classification":
         labels = Labels(config)
         classes = ClassificationApi(reader, labels, api, read_activation(folder, config))
-        return Task(text, labels, collator, classes.open, classification.ROUTES)
+        return Task(text, labels, collator, classes.open, classification.ROUTES, _FIELDS)
     if name == "text_embedding":
         embeddings = EmbeddingApi(reader, SentenceHead(read_sentence_modules(folder)), api)
-        return Task(text, embeddings.as_list, collator, embeddings.open, embedding.ROUTES)
+        return Task(text, embeddings.as_list, collator, embeddings.open, embedding.ROUTES, _FIELDS)
     if name == "fill_mask":
-        masks = MaskApi(reader, api.most_items)
-        return Task(lambda item: masks.marked(text(item)), as_lists, masks.collator(), masks.open)
+        filled = MaskApi(reader, api.most_items)
+        return Task(
+            lambda item: filled.marked(text(item)), as_lists, filled.collator(), filled.open, fields=masks.FIELDS
+        )
     collator = reader.collator(trims_by="input_ids")
     if name == "token_classification":
-        return Task(text, as_lists, collator, EntityApi(reader, config, api.most_items).open)
+        return Task(text, as_lists, collator, EntityApi(reader, config, api.most_items).open, fields=entities.FIELDS)
     if name == "question_answering":
-        return Task(text, as_lists, collator, QuestionApi(reader, api.most_items).open)
-    return Task(text, as_lists, collator)
+        return Task(text, as_lists, collator, QuestionApi(reader, api.most_items).open, fields=questions.FIELDS)
+    return Task(text, as_lists, collator, fields=_FIELDS)
 
 
 class TextInput:
@@ -124,7 +133,7 @@ class TextInput:
         text = item.text()
         if text is not None:
             return self._reader.read(text)
-        fields = known_fields(item, ("text", "text_pair", *SETTINGS))
+        fields = known_fields(item, _FIELDS)
         text, pair = fields.get("text"), fields.get("text_pair")
         for name, value in (("text", text), ("text_pair", pair)):
             if not isinstance(value, str) and (name == "text" or value is not None):

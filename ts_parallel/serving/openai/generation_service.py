@@ -19,11 +19,15 @@ from ts_parallel.config import HandlerConfig
 from ts_parallel.engine.engine import EngineThread
 from ts_parallel.engine.request import make_request, room_behind
 from ts_parallel.errors import BusyError, ContextLengthError, EngineError, NotFoundError, RequestError
+from ts_parallel.openapi import document as openapi
 from ts_parallel.partition.model.model_config import max_positions_of, read_model_config
 from ts_parallel.serving.chat.tools import Offer, offer_of
 from ts_parallel.serving.chat.turns import Turn, Turns
 from ts_parallel.serving.exchange import RawRequest, Reply
 from ts_parallel.serving.metrics import PROMETHEUS, labels_of, prometheus_text
+from ts_parallel.serving.openai.about.description import ONE_MODEL, description
+from ts_parallel.serving.openai.about.limits import limits_body, limits_of
+from ts_parallel.serving.openai.about.models import ModelCards, ModelNames
 from ts_parallel.serving.openai.answers import (
     Answer,
     ChatCompletion,
@@ -54,8 +58,6 @@ from ts_parallel.serving.openai.fields.generation import choice_params
 from ts_parallel.serving.openai.fields.messages import plain_messages
 from ts_parallel.serving.openai.fields.token_details import TokenDetails
 from ts_parallel.serving.openai.keys import APIKeys
-from ts_parallel.serving.openai.limits import limits_body, limits_of
-from ts_parallel.serving.openai.models import ModelCards, ModelNames
 from ts_parallel.serving.openai.preparation import Preparations, PreparedJob
 from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.model_files import (
@@ -71,10 +73,15 @@ from ts_parallel.serving.text.token_texts import TokenTexts
 
 logger = logging.getLogger(__name__)
 
-_ONE_MODEL = "v1/models/"
 # What a client may call its own request, so that the answer's id has it.
 _OWN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_READY_ROUTES = ("health", "metrics", "v1/models", "v1/limits")  # what they say is there, whatever the body
+_READY_ROUTES = (
+    "health",
+    "metrics",
+    "v1/models",
+    "v1/limits",
+    openapi.ROUTE,
+)  # what they say is there, whatever the body
 
 GeneratingBody = NativeBody | CompletionBody | ChatBody
 
@@ -120,6 +127,7 @@ class GenerationService:
         self._guides = GuideMaker(self._tokenizer, self._eos_ids, self._vocabulary.size)
         self._token_limits = LimitMaker(self._tokenizer, self._vocabulary, self._eos_ids)
         self._chat_template = ChatTemplate(self._tokenizer)
+        self._is_strict = config.strict
         self._foreign = ForeignFields(config.strict)
         self._clamps_max_tokens = config.clamp_max_tokens
         self._turns = Turns(self._tokenizer, self._eos_ids, config.chat_format, split_reasoning=config.split_reasoning)
@@ -132,6 +140,7 @@ class GenerationService:
             "metrics": self._metrics,
             "v1/models": self._models,
             "v1/limits": self._show_limits,
+            openapi.ROUTE: self._describe,
             "v1/completions": self._open_completion,
             "v1/chat/completions": self._open_chat,
             "tokenize": self._tokenize,
@@ -158,7 +167,7 @@ class GenerationService:
     def _route(self, route: str) -> Callable[[str, RawRequest], GenerationJob | Reply]:
         if route in self._routes:
             return self._routes[route]
-        if route.startswith(_ONE_MODEL):
+        if route.startswith(ONE_MODEL):
             return self._model
         known = ", ".join(own for own in self._routes if own)
         raise NotFoundError(f"no route {route!r}: there are {known}", code="unknown_url")
@@ -177,10 +186,14 @@ class GenerationService:
         return Reply.whole(self._cards.all())
 
     def _model(self, request_id: str, request: RawRequest) -> Reply:
-        return Reply.whole(self._cards.one(unquote(request.route.removeprefix(_ONE_MODEL))))
+        return Reply.whole(self._cards.one(unquote(request.route.removeprefix(ONE_MODEL))))
 
     def _show_limits(self, request_id: str, request: RawRequest) -> Reply:
         return Reply.whole(limits_body(self._name, self._limits))
+
+    def _describe(self, request_id: str, request: RawRequest) -> Reply:
+        told = description(self._name, self._routes, is_strict=self._is_strict, has_keys=self._keys.are_asked_for)
+        return Reply.whole(told)
 
     def _tokenize(self, request_id: str, request: RawRequest) -> Reply:
         body = parse_tokenize(request, self._foreign)

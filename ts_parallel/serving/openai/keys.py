@@ -16,6 +16,10 @@ class APIKeys:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._keys = [key.encode() for key in keys]
 
+    @property
+    def are_asked_for(self) -> bool:
+        return bool(self._keys)
+
     def check(self, headers: Mapping[str, str]) -> None:
         """
         Raises:

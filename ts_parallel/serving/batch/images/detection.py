@@ -17,6 +17,10 @@ _LEAST_SCORE = 0.5  # as the pipeline's
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
+OTHERS = ("threshold",)
+"""Fields beside the image."""
+
+
 class ObjectApi:
     """`[Q, classes + 4]` of an image → its objects."""
 
@@ -36,7 +40,7 @@ class ObjectApi:
         Raises:
             RequestError: the body has no image, or a field that is unknown or out of its limits.
         """
-        fields = self._reader.fields(item, ("threshold",))
+        fields = self._reader.fields(item, OTHERS)
         threshold = threshold_of(fields, _LEAST_SCORE)
         sizes: list[tuple[int, int]] = []
 

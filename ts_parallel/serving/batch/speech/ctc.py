@@ -7,7 +7,7 @@ unlike lengths are never filled up to one length: the models take the mean and s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from ts_parallel.serving.batch.speech.requests import TRANSCRIPTIONS, form_value
 from ts_parallel.serving.exchange import TEXT, RawRequest, echo
 from ts_parallel.serving.text.model_files import read_tokenizer
 
-ROUTES = (TRANSCRIPTIONS,)
 _FORMATS = ("json", "text")
 _SOUNDS = ("file", "audio")
 _TIMES = "return_timestamps"
-_FIELDS = (*_SOUNDS, "response_format", _TIMES, "model", "temperature", "stream", "user")
+FIELDS = (*_SOUNDS, "response_format", _TIMES, "model", "temperature", "stream", "user")
+ROUTES: Mapping[str, Sequence[str]] = {TRANSCRIPTIONS: FIELDS}
 
 
 class CtcApi:
@@ -112,7 +112,7 @@ class CtcApi:
         fields = item.fields()
         if "multipart/" in item.content_type:
             fields = {name: form_value(name, value) for name, value in fields.items()}
-        fields = known_names({name: value for name, value in fields.items() if value is not None}, _FIELDS)
+        fields = known_names({name: value for name, value in fields.items() if value is not None}, FIELDS)
         for name, only in (("temperature", (0,)), ("stream", (False, "false", ""))):
             if fields.get(name, only[0]) not in only:
                 raise RequestError(f"{name!r} can only be {only[0]!r}, got {echo(fields[name])}", name)

@@ -30,14 +30,14 @@ from ts_parallel.serving.batch.speech.transcripts import FORMATS, TIMED_FORMATS,
 from ts_parallel.serving.exchange import RawRequest, echo
 
 TRANSCRIPTIONS, TRANSLATIONS = "v1/audio/transcriptions", "v1/audio/translations"
-ROUTES = (TRANSCRIPTIONS, TRANSLATIONS)
 _SOUNDS = ("file", "audio", FEATURES)
 _GRANULARITIES = "timestamp_granularities"
-_FIELDS = (
+FIELDS = (
     *_SOUNDS,
     *("language", "task", MOST_TOKENS, "prompt", "response_format", _GRANULARITIES, f"{_GRANULARITIES}[]"),
     *("model", "temperature", "stream", "chunking_strategy", "user"),
 )
+ROUTES: Mapping[str, Sequence[str]] = {TRANSCRIPTIONS: FIELDS, TRANSLATIONS: FIELDS}
 _NUMBERS = (MOST_TOKENS, "temperature")
 
 
@@ -228,7 +228,7 @@ def _fields_of(item: RawRequest) -> dict[str, Any]:
     fields = item.fields()
     if "multipart/" in item.content_type:
         fields = {name: form_value(name, value) for name, value in fields.items()}
-    fields = known_names({name: value for name, value in fields.items() if value is not None}, _FIELDS)
+    fields = known_names({name: value for name, value in fields.items() if value is not None}, FIELDS)
     if fields.get("temperature", 0) != 0:
         raise RequestError(
             f"'temperature' must be 0: answers are greedy, got {echo(fields['temperature'])}", "temperature"

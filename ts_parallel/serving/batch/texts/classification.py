@@ -16,11 +16,12 @@ from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.model.sentence_modules import TRANSFORMER, read_json, read_modules, sentence_folder
 from ts_parallel.serving.batch.jobs import Done, Inputs, Work, known_fields, within_most
 from ts_parallel.serving.batch.texts.reading import SETTINGS, Asked, TextReader
-from ts_parallel.serving.batch.texts.scoring import RERANK, SCORE, Api, Pair, open_pairs, usage_of
+from ts_parallel.serving.batch.texts.scoring import PAIRS, Api, Pair, open_pairs, usage_of
 from ts_parallel.serving.exchange import RawRequest, echo
 
 ROUTE = "v1/classify"
-ROUTES = (ROUTE, RERANK, SCORE)
+_FIELDS = ("input", "model", "user", *SETTINGS)
+ROUTES: Mapping[str, Sequence[str]] = {ROUTE: _FIELDS, **PAIRS}
 _MOST_LABELS = 5  # as many as transformers' pipeline for images answers with
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     f"{kind.__module__}.{kind.__qualname__}": kind() for kind in (nn.Sigmoid, nn.Identity, nn.Tanh, nn.ReLU)
@@ -93,7 +94,7 @@ class ClassificationApi:
         return [float(self._activation(own.output.float())[0]) for own in done]
 
     def _classify(self, item: RawRequest) -> Work:
-        fields = known_fields(item, ("input", "model", "user", *SETTINGS))
+        fields = known_fields(item, _FIELDS)
         given = fields.get("input")
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -19,14 +19,14 @@ from ts_parallel.errors import CheckpointError, RequestError
 from ts_parallel.partition.model.sentence_modules import DENSE, LAYER_NORM, NORMALIZE, HeadModule, SentenceModules
 from ts_parallel.serving.batch.jobs import Done, Inputs, Work, choice, count_field, known_fields, within_most
 from ts_parallel.serving.batch.texts.reading import SETTINGS, Asked, TextReader
-from ts_parallel.serving.batch.texts.scoring import RERANK, SCORE, Api, Pair, open_pairs, usage_of
+from ts_parallel.serving.batch.texts.scoring import PAIRS, Api, Pair, open_pairs, usage_of
 from ts_parallel.serving.exchange import RawRequest, echo
 
 Step: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 ROUTE = "v1/embeddings"
-ROUTES = (ROUTE, RERANK, SCORE)
 _FIELDS = ("input", "model", "dimensions", "encoding_format", "user", "prompt", "prompt_name", *SETTINGS)
+ROUTES: Mapping[str, Sequence[str]] = {ROUTE: _FIELDS, **PAIRS}
 _ACTIVATIONS: Mapping[str, type[nn.Module]] = {
     f"{kind.__module__}.{kind.__qualname__}": kind
     for kind in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU)

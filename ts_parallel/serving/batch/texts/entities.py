@@ -26,7 +26,7 @@ from ts_parallel.serving.exchange import RawRequest, echo
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 _OF_WORDS = STRATEGIES[2:]
-_FIELDS = ("text", "input", "model", "user", "aggregation_strategy", "ignore_labels")
+FIELDS = ("text", "input", "model", "user", "aggregation_strategy", "ignore_labels")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class EntityApi:
             RequestError: the body has no text, too many, or a field that is unknown or out of its limits.
         """
         raw = item.text()
-        fields = known_fields(item, _FIELDS) if raw is None else {"text": raw}
+        fields = known_fields(item, FIELDS) if raw is None else {"text": raw}
         strategy = choice(fields, "aggregation_strategy", STRATEGIES)
         if strategy in _OF_WORDS and not self._reader.tokenizer.is_fast:
             raise RequestError(

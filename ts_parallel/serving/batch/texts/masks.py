@@ -15,7 +15,7 @@ from ts_parallel.serving.batch.micro_batching import Collator
 from ts_parallel.serving.batch.texts.reading import TextReader
 from ts_parallel.serving.exchange import RawRequest, echo
 
-_FIELDS = ("text", "input", "top_k", "targets", "model", "user")
+FIELDS = ("text", "input", "top_k", "targets", "model", "user")
 _USUAL, _MOST = 5, 100  # tokens of each mask
 
 
@@ -39,7 +39,7 @@ class MaskApi:
             RequestError: the body has no text, too many, or a field that is unknown or out of its limits.
         """
         raw = item.text()
-        fields = known_fields(item, _FIELDS) if raw is None else {"text": raw}
+        fields = known_fields(item, FIELDS) if raw is None else {"text": raw}
         name = "input" if "input" in fields else "text"
         given = fields.get(name)
         texts: list[Any] = given if isinstance(given, list) and name == "input" else [given]

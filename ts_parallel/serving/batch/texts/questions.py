@@ -22,7 +22,7 @@ from ts_parallel.serving.batch.texts.reading import TextReader
 from ts_parallel.serving.exchange import RawRequest, echo
 
 _FLAGS = ("handle_impossible_answer", "align_to_words")
-_FIELDS = ("question", "context", "top_k", "doc_stride", "max_answer_len", "max_seq_len", *_FLAGS, "model", "user")
+FIELDS = ("question", "context", "top_k", "doc_stride", "max_answer_len", "max_seq_len", *_FLAGS, "model", "user")
 _WINDOW, _STRIDE, _LONGEST_ANSWER = 384, 128, 15  # tokens, where nothing else is said
 _MOST_ANSWERS = 100
 
@@ -63,7 +63,7 @@ class QuestionApi:
         Raises:
             RequestError: the body has no question or no text, or a field that is unknown or out of its limits.
         """
-        fields = known_fields(item, _FIELDS)
+        fields = known_fields(item, FIELDS)
         question, text = (_text(fields, name) for name in ("question", "context"))
         flags = [_flag(fields, name, usual) for name, usual in zip(_FLAGS, (False, True), strict=True)]
         asked = Asked(

@@ -16,6 +16,8 @@ from ts_parallel.serving.exchange import RawRequest, echo
 RERANK, SCORE = "v1/rerank", "v1/score"
 _OF_RERANK = ("query", "documents", "top_n", "return_documents", "model", "user", *SETTINGS)
 _OF_SCORE = ("text_1", "text_2", "model", "user", *SETTINGS)
+PAIRS: Mapping[str, Sequence[str]] = {RERANK: _OF_RERANK, SCORE: _OF_SCORE}
+"""The routes of pairs, each with the fields of its bodies."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Descriptions of routes in OpenAPI 3.1."""
