@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from http_client import events
 from places import DEMO_MODEL
 from serve_process import Served, chat_folder, served_with_gateway
 from transformers import AutoTokenizer
@@ -153,6 +154,8 @@ class Outcome:
     num_streams: int = 0
     largest_gap: float = 0.0
     """Seconds between two pieces of a stream beside."""
+    texts: set[str] = field(default_factory=set)
+    """Of those streams, which are alike."""
 
 
 def post_all(served: Served, own: Sequence[Body]) -> Outcome:
@@ -171,15 +174,15 @@ def post_all(served: Served, own: Sequence[Body]) -> Outcome:
         if answer.status_code >= 500:
             outcome.failures.append(f"{body}: {answer.status_code} {answer.text[:300]}")
 
-    with _beside_streams(served, outcome), ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
+    with beside_streams(served, outcome), ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
         list(threads.map(ask, own))
     return outcome
 
 
 @contextmanager
-def _beside_streams(served: Served, outcome: Outcome) -> Iterator[None]:
+def beside_streams(served: Served, outcome: Outcome) -> Iterator[None]:
     has_ended, has_begun = threading.Event(), threading.Event()
-    body = {"model": "demo", "prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True}
+    body = {"model": "demo", "prompt": "x", "max_tokens": 480, "ignore_eos": True, "stream": True, "temperature": 0}
 
     def read() -> None:
         while not has_ended.is_set():
@@ -193,6 +196,7 @@ def _beside_streams(served: Served, outcome: Outcome) -> Iterator[None]:
                     outcome.largest_gap, last = max(outcome.largest_gap, now - last), now
                     has_begun.set()
             outcome.num_streams += 1
+            outcome.texts.add("".join(own["choices"][0]["text"] for own in events(text) if "choices" in own))
             if not text.endswith("data: [DONE]\n\n") or '"error"' in text:
                 outcome.failures.append(f"a stream ended with {text[-300:]!r}")
 
@@ -204,6 +208,8 @@ def _beside_streams(served: Served, outcome: Outcome) -> Iterator[None]:
     finally:
         has_ended.set()
         thread.join()
+    if len(outcome.texts) > 1:
+        outcome.failures.append(f"streams beside differ: {len(outcome.texts)} texts")
 
 
 def limits_of(served: Served) -> dict[str, int]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from ts_parallel.errors import ConfigError
+from ts_parallel.errors import ConfigError, RequestError
 from ts_parallel.gateway.app import make_app
+from ts_parallel.gateway.refusals import error_of
 from ts_parallel.gateway.settings import GatewaySettings
 
 _SECONDS_TO_END = 5
@@ -32,7 +35,8 @@ def run(settings: GatewaySettings, host: str, port: int) -> None:
             server_header=False,
             proxy_headers=False,
             lifespan="off",
-            http="httptools",
+            http=_Protocol,
+            ws="none",
             timeout_graceful_shutdown=_SECONDS_TO_END,
         )
         shown = f"[{host}]" if ":" in host else host
@@ -56,6 +60,16 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
         yield listener
+
+
+class _Protocol(HttpToolsProtocol):
+    """Refuses what is no HTTP in the shape of all other refusals. What came before it on the connection is answered."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(error_of(RequestError("what came is no request of HTTP/1.1 that can be read")))
+        head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):

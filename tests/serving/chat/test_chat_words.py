@@ -12,8 +12,8 @@ from chat_tokenizers import chat_tokenizer
 from ts_parallel.serving.chat.reader import Called
 from ts_parallel.serving.chat.tools import offer_of
 from ts_parallel.serving.chat.turns import Turns
-from ts_parallel.serving.openai.fields.chat_template import ChatTemplate
 from ts_parallel.serving.openai.fields.messages import plain_messages
+from ts_parallel.serving.openai.templates.chat_template import ChatTemplate
 
 PLAIN = "{% for message in messages %}[{{ message.role }}] {{ message.content + '' }}\n{% endfor %}[assistant] "
 ALTERNATING = (

@@ -9,8 +9,8 @@ from places import DEMO_MODEL
 from transformers import AutoTokenizer
 
 from ts_parallel.errors import RequestError
-from ts_parallel.serving.openai.fields.chat_template import ChatTemplate
 from ts_parallel.serving.openai.fields.messages import plain_messages
+from ts_parallel.serving.openai.templates.chat_template import ChatTemplate
 
 # Of the kind of ChatML: shows any role, and the calls of Hermes.
 HERMES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ TEXT_OR_LIST: Schema = {"type": ["string", "array"]}
 TEXT_OR_OBJECT: Schema = {"type": ["string", "object"]}
 ANY: Schema = {}
 
+_LONG = ("input", "inputs", "messages")  # which no answer repeats, and their readers look at
 _KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "string": ("a text", (str,)),
     "boolean": ("true or false", (bool,)),
@@ -41,13 +43,28 @@ def body_of(fields: Fields, *required: str) -> dict[str, Any]:
 def check_types(body: Mapping[str, Any], fields: Fields) -> None:
     """
     Raises:
-        RequestError: a field has a value of another type than it may.
+        RequestError: a field has a value of another type than it may, or a number that no JSON can have, which an
+            answer could not repeat.
     """
     for name, value in body.items():
+        if name not in _LONG and not _is_finite(value):
+            raise RequestError(f"{name!r} has a number that is not finite, which JSON has not", name, "invalid_value")
         kinds = _kinds(fields.get(name, ANY))
         if kinds and value is not None and not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_KINDS[kind][0] for kind in kinds)
             raise RequestError(f"{name!r} must be {wanted}, got {type(value).__name__}", name, "invalid_type")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in it are, wherever they are."""
+    left = [value]
+    while left:
+        own = left.pop()
+        if isinstance(own, float) and not math.isfinite(own):
+            return False
+        if isinstance(own, (list, dict)):
+            left += own.values() if isinstance(own, dict) else own
+    return True
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -59,7 +59,10 @@ class Tools:
             return {} if choice is None else {"tool_choice": choice}
         kind = choice.get("type")
         if kind in ("function", "custom"):
-            name = next(iter(self._names_of([choice.get("name")])), choice.get("name"))
+            name = choice.get("name")
+            if not isinstance(name, str):
+                raise RequestError(f"tool_choice names no tool, got {name!r}", "tool_choice")
+            name = next(iter(self._names_of([name])), name)
             return {"tool_choice": {"type": "function", "function": {"name": name}}}
         if kind == "allowed_tools":
             names = self._names_of([tool.get("name") for tool in objects(choice.get("tools"), "tool_choice")])

@@ -51,7 +51,6 @@ from ts_parallel.serving.openai.bodies import (
 )
 from ts_parallel.serving.openai.choices import Choice, Echo, GenerationJob
 from ts_parallel.serving.openai.fields.allowed_tokens import LimitMaker
-from ts_parallel.serving.openai.fields.chat_template import ChatTemplate
 from ts_parallel.serving.openai.fields.conversation import ConversationBody
 from ts_parallel.serving.openai.fields.foreign import ForeignFields
 from ts_parallel.serving.openai.fields.generation import choice_params
@@ -59,6 +58,8 @@ from ts_parallel.serving.openai.fields.messages import plain_messages
 from ts_parallel.serving.openai.fields.token_details import TokenDetails
 from ts_parallel.serving.openai.keys import APIKeys
 from ts_parallel.serving.openai.preparation import Preparations, PreparedJob
+from ts_parallel.serving.openai.templates.chat_template import ChatTemplate
+from ts_parallel.serving.openai.templates.sandbox import TakesLongError
 from ts_parallel.serving.text.detokenizer import TextDecoder
 from ts_parallel.serving.text.model_files import (
     read_eos_ids,
@@ -82,6 +83,7 @@ _READY_ROUTES = (
     "v1/limits",
     openapi.ROUTE,
 )  # what they say is there, whatever the body
+_RENDERING_ROUTES = ("v1/chat/completions", "tokenize")
 
 GeneratingBody = NativeBody | CompletionBody | ChatBody
 
@@ -132,7 +134,7 @@ class GenerationService:
         self._clamps_max_tokens = config.clamp_max_tokens
         self._turns = Turns(self._tokenizer, self._eos_ids, config.chat_format, split_reasoning=config.split_reasoning)
         self._encoder = TextEncoder(self._tokenizer)
-        self._preparations = Preparations(engine, self._open)
+        self._preparations = Preparations(engine, self._open, self._renders_long)
         self._admission = threading.Lock()
         self._routes: dict[str, Callable[[str, RawRequest], GenerationJob | Reply]] = {
             "": self._open_native,
@@ -160,9 +162,14 @@ class GenerationService:
             return self._route(request.route)(request_id, request)
         except RequestError as error:
             return Reply.refusal(error)
+        except TakesLongError:  # in a thread it need not hurry
+            raise
         except Exception as error:  # whatever it was, the other requests must not end by it
             logger.exception("a request failed")
             return Reply.refusal(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _renders_long(self, request: RawRequest) -> bool:
+        return request.route in _RENDERING_ROUTES and self._chat_template.takes_long
 
     def _route(self, route: str) -> Callable[[str, RawRequest], GenerationJob | Reply]:
         if route in self._routes:

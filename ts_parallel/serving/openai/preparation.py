@@ -17,6 +17,7 @@ from ts_parallel.engine.router import Delivery
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.exchange import RawRequest, Reply
 from ts_parallel.serving.openai.choices import GenerationJob, error_of
+from ts_parallel.serving.openai.templates.sandbox import TakesLongError
 
 logger = logging.getLogger(__name__)
 
@@ -66,28 +67,48 @@ class PreparedJob:
 
 
 class Preparations:
-    """Owns the threads in which requests are prepared. `open_now` makes a job or a reply of one, and raises nothing."""
+    """Owns the threads in which requests are prepared. `open_now` makes a job or a reply of one, and raises
+    nothing but `TakesLongError`, by which it asks to be called in one of them."""
 
-    def __init__(self, engine: EngineThread, open_now: Callable[[str, RawRequest], Opened]) -> None:
+    def __init__(
+        self,
+        engine: EngineThread,
+        open_now: Callable[[str, RawRequest], Opened],
+        renders_long: Callable[[RawRequest], bool] = lambda request: False,
+    ) -> None:
+        """
+        Args:
+            renders_long: whether the prompt of a request may take long to be made, however short it is.
+        """
         self._engine = engine
         self._open_now = open_now
+        self._renders_long = renders_long
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "prepare")
 
     def open(self, request_id: str, request: RawRequest) -> Opened | PreparedJob:
         self._engine.reserve(request_id)
-        if takes_long(request):
-            job = PreparedJob()
-            self._threads.submit(self._prepare, request_id, request, job)
-            return job
-        opened = self._open_now(request_id, request)
+        if takes_long(request) or self._renders_long(request):
+            return self._open_later(request_id, request)
+        try:
+            opened = self._open_now(request_id, request)
+        except TakesLongError:
+            return self._open_later(request_id, request)
         if isinstance(opened, Reply):
             self._engine.router.close(request_id)
         return opened
 
+    def _open_later(self, request_id: str, request: RawRequest) -> PreparedJob:
+        job = PreparedJob()
+        self._threads.submit(self._prepare, request_id, request, job)
+        return job
+
     def _prepare(self, request_id: str, request: RawRequest, job: PreparedJob) -> None:
         if not self._engine.router.is_open(request_id):  # its client has left while it waited for a thread
             return
-        opened = self._open_now(request_id, request)
+        try:
+            opened = self._open_now(request_id, request)
+        except TakesLongError:  # from now on it is known, and has its time
+            opened = self._open_now(request_id, request)
         job.begin(opened)
         if isinstance(opened, Reply):
             self._engine.router.tell(request_id)

@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ts_parallel.errors import RequestError
 from ts_parallel.serving.openai.fields.messages import Message
+from ts_parallel.serving.openai.templates.sandbox import Budget, TakesLongError, TemplateBoundError, bounded
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ _ENDS_OF_THOUGHT = (
     "<|channel|>final<|message|>",
 )
 _LONGEST_REASON = 500
+# Of processor time, for a rendering that others wait for, and for one in a thread of its own.
+_SECONDS_AT_ONCE, _MOST_SECONDS = 0.05, 2.0
+# A prompt, and each text on the way to it, may be longer than what it is made of.
+_MOST_LETTERS, _TIMES_ITS_INPUT = 1 << 20, 4
 
 Content = Literal["text", "parts"]
 
@@ -76,6 +81,13 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._habits: dict[str, _Habits] = {}
         self._has_told = False
+        self._is_quick: bool | None = None
+        """None as long as nobody has seen; False for good."""
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether nobody is to be kept waiting by it."""
+        return bool(self._tokenizer.chat_template) and not self._is_quick
 
     def render(
         self,
@@ -93,20 +105,33 @@ class ChatTemplate:
             variables: the template's own.
 
         Raises:
-            RequestError: there is no template, it refuses the messages, or it would leave one of them out.
+            RequestError: there is no template, it refuses the messages, takes more time or memory than it may, or it
+                would leave one of them out.
+            TakesLongError: it was thought to be quick and is not: to be called again, where nobody waits.
         """
         if not self._tokenizer.chat_template:
             raise RequestError("the model's tokenizer has no chat template; use v1/completions", "messages")
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         habits = self._habits_of(tools)
-        shaped = [self._shape(message, habits) for message in messages]
+        budget = self._budget(_letters_of([messages, tools, variables]))
         try:
-            prompt = self._apply(habits.source, shaped, list(tools or ()) or None, {**options, **(variables or {})})
+            with bounded(budget):
+                shaped = [self._shape(message, habits) for message in messages]
+                prompt = self._apply(habits.source, shaped, list(tools or ()) or None, {**options, **(variables or {})})
+        except TakesLongError:
+            self._is_quick = False
+            raise
         except Exception as error:  # a template is a program of the model's own, and refuses by raising what it likes
             reason = str(error)[:_LONGEST_REASON]
             raise RequestError(f"the model's chat template refuses the messages: {reason}", "messages") from None
+        if self._is_quick is None and budget.seconds_taken < _SECONDS_AT_ONCE / 5:
+            self._is_quick = True
         self._refuse_loss(messages, prompt)
         return prompt
+
+    def _budget(self, num_letters: int) -> Budget:
+        most = _MOST_LETTERS + _TIMES_ITS_INPUT * num_letters
+        return Budget(_SECONDS_AT_ONCE, most, TakesLongError) if self._is_quick else Budget(_MOST_SECONDS, most)
 
     def _apply(
         self, source: str, messages: Sequence[Message], tools: list[Any] | None, options: Mapping[str, Any]
@@ -191,6 +216,8 @@ class ChatTemplate:
         """Empty where the template refuses it."""
         try:
             return self._apply(habits.source, probe, None, {"add_generation_prompt": False})
+        except (TakesLongError, TemplateBoundError):  # by which nothing is known of it
+            raise
         except Exception:  # whatever it is
             return ""
 
@@ -242,6 +269,20 @@ class _Shown:
             self._bare = _bare(self._prompt)
         ways = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
         return any(_bare(way) in self._bare for way in ways)
+
+
+def _letters_of(value: Any) -> int:
+    """Of all texts in it, wherever they are."""
+    count, left = 0, [value]
+    while left:
+        own = left.pop()
+        if isinstance(own, str):
+            count += len(own)
+        elif isinstance(own, Mapping):
+            left += [*own, *own.values()]
+        elif isinstance(own, (list, tuple)):
+            left += own
+    return count
 
 
 def _bare(text: str) -> str:
