@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,10 +19,13 @@ from typing import Any
 class Refusal(Exception):
     """Raised by an answer before its first piece: it becomes the response, `body` as it is or in OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, parameter: str | None = None, body: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, parameter: str | None = None, body: str | None = None, **headers: str
+    ) -> None:
         super().__init__(message)
         error = {"message": message, "type": "invalid_request_error", "param": parameter, "code": status}
         self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         self.body = json.dumps({"error": error}) if body is None else body
 
 
@@ -123,7 +126,13 @@ def whole(body: Any) -> Answer:
 @contextmanager
 def running(**answers: Answer) -> Iterator[Recorder]:
     """A server of `completions` and `chat`, those of them that are given, on a port of its own."""
-    server = _Server(("127.0.0.1", 0), _Handler)
+    with running_at(0, **answers) as recorder:
+        yield recorder
+
+
+@contextmanager
+def running_at(port: int, **answers: Answer) -> Iterator[Recorder]:
+    server = _Server(("127.0.0.1", port), _Handler)
     recorder = Recorder(f"http://127.0.0.1:{server.server_address[1]}/v1", answers)
     server.recorder = recorder  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -206,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             first = next(pieces)
         except Refusal as refusal:
-            return self._send(refusal.status, refusal.body)
+            return self._send(refusal.status, refusal.body, refusal.headers)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -228,11 +237,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._end()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
 
-    def _send(self, status: int, text: str) -> None:
+    def _send(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
         payload = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload)
 

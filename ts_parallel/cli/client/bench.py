@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,8 +22,8 @@ from tqdm import tqdm
 from ts_parallel.cli.client.computing import computing_line, find_computing
 from ts_parallel.cli.client.dialect import Dialect, find_dialect
 from ts_parallel.cli.client.measure import PERCENTILES, Record, follow, run_load, summarize
-from ts_parallel.cli.client.remote import URL, APIKey, ServedModel, Timeout, base_url, find_model
-from ts_parallel.cli.client.stream_client import Client
+from ts_parallel.cli.client.remote import URL, APIKey, RetryFor, ServedModel, Timeout, base_url, find_model
+from ts_parallel.cli.client.stream_client import Client, Patience
 from ts_parallel.cli.client.workload import Ask, PromptMaker, equal_asks, read_trace, spread
 from ts_parallel.errors import ConfigError
 
@@ -72,6 +73,7 @@ def bench(
     model: ServedModel = None,
     api_key: APIKey = None,
     timeout: Timeout = 600.0,
+    retry_for: RetryFor = 60.0,
 ) -> None:
     """Load a server with streamed completions and print its rates and times; exit with 1 where any request failed.
 
@@ -85,7 +87,8 @@ def bench(
     loads = plan_loads(prompts, concurrency, request_rate, num_requests, shape, trace, max_concurrency, seed)
     if json_file is not None and (json_file.is_dir() or not os.access(json_file.absolute().parent, os.W_OK)):
         raise ConfigError(f"cannot write {json_file}: it is a folder, or its own is missing or not writable")
-    client = Client(base_url(url), api_key, timeout)
+    retries: list[str] = []
+    client = Client(base_url(url), api_key, timeout, Patience(retry_for, lambda error, _: retries.append(str(error))))
     name = model or find_model(client)
     computed_by = find_computing(client, name)
     dialect = find_dialect(client, name, Ask(0.0, prompts.make(4), 2))
@@ -94,7 +97,7 @@ def bench(
     for _ in client.complete(dialect.body(prompts.like(loads[0].asks[0]))):
         pass
     results = run_loads(client, dialect, loads)
-    failed = report(client.url, dialect, computed_by, results, json_file, seed)
+    failed = report(client.url, dialect, computed_by, results, json_file, seed, retries)
     raise typer.Exit(130 if len(results) < len(loads) else 1 if failed else 0)
 
 
@@ -175,6 +178,7 @@ def report(
     results: list[tuple[Load, list[Record]]],
     json_file: Path | None,
     seed: int,
+    retries: Sequence[str] = (),
 ) -> int:
     """Print the tables and the notes, write the file; returns how many requests failed."""
     summaries = [(load, summarize(records)) for load, records in results]
@@ -184,7 +188,8 @@ def report(
         console.print(head, markup=False, highlight=False, soft_wrap=True)
         console.print(_rates(summaries))
         console.print(_latencies(summaries))
-    for note in _notes(dialect, summaries):
+    again = [f"{count} times asked again, which TTFT counts: {why}" for why, count in Counter(retries).items()]
+    for note in [*_notes(dialect, summaries), *again[:_MOST_ERRORS_SHOWN]]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         loads = [
@@ -197,6 +202,7 @@ def report(
             "computed_by": dict(computed_by),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seed": seed,
+            "asked_again": dict(Counter(retries)),
             "refused_extras": sorted(dialect.refused),
             "loads": loads,
         }

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ts_parallel.cli.client.remote import URL, APIKey, ServedModel, Timeout, base_url, find_model
-from ts_parallel.cli.client.stream_client import Client, Piece, RemoteError
+from ts_parallel.cli.client.remote import URL, APIKey, RetryFor, ServedModel, Timeout, base_url, find_model
+from ts_parallel.cli.client.stream_client import Client, Patience, Piece, RemoteError
 from ts_parallel.cli.client.talk.conversation import Conversation, command_of, help_text
 from ts_parallel.cli.client.talk.shown import Shown
 from ts_parallel.cli.client.talk.typed import messages
@@ -45,9 +45,10 @@ def complete(
     model: ServedModel = None,
     api_key: APIKey = None,
     timeout: Timeout = 600.0,
+    retry_for: RetryFor = 60.0,
 ) -> None:
     """Stream an answer as it comes. Ctrl-C ends the answer, a second one (or one between answers) the command."""
-    client = Client(base_url(url), api_key, timeout)
+    client = Client(base_url(url), api_key, timeout, Patience(retry_for, _say_again))
     if max_tokens is None and not chat:
         max_tokens = _MAX_TOKENS
     if prompt is None and not chat:
@@ -139,6 +140,10 @@ def _question(message: str, conversation: Conversation) -> str | None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _say_again(error: RemoteError, seconds: float) -> None:
+    _say(f"ts-parallel: {error}; asking again in {seconds:g} s")
 
 
 def show(pieces: Generator[Piece, None, None]) -> tuple[str, bool]:

@@ -28,6 +28,15 @@ APIKey = Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY"
 Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds that one whole answer may take.")]
 
 
+RetryFor = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Seconds for which a server is asked again that is busy (429) or being started (503, no connection).",
+    ),
+]
+
+
 def base_url(url: str) -> str:
     """The base URL that is meant by `serve`'s URL of a model, by a bare `http://host:port`, or by a base URL itself."""
     url = url.rstrip("/")

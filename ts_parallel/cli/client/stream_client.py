@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,15 +21,38 @@ from ts_parallel.errors import ConfigError, TSParallelError
 _BYTES_OF_A_READ = 1 << 16
 _LONGEST_COMPLAINT = 300  # characters of a server's message that an error repeats
 _END_MARK = "[DONE]"
+_MAY_PASS = (429, 503)  # with Retry-After
+_WORKER_DIED = "Worker died"  # TorchServe's own words, while it starts the next one
+_SECONDS_OF_A_RESTART = 2.0
+_MOST_LATER = 0.25  # of a wait, so that not all who were refused come at once
 
 
 class RemoteError(TSParallelError):
     """A server that cannot be asked, refused, or failed. `status` is the HTTP status where it is one of an error."""
 
-    def __init__(self, message: str, status: int | None = None, parameter: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        parameter: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """
+        Args:
+            retry_after: seconds after which the same may be asked again; None where it would be of no use.
+        """
         super().__init__(message)
         self.status = status
         self.parameter = parameter
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Patience:
+    """For how long a client asks again what may be asked again, and who is told each time, with the seconds to wait."""
+
+    seconds: float = 0.0
+    tell: Callable[[RemoteError, float], None] = lambda error, seconds: None
 
 
 @dataclass(frozen=True)
@@ -56,12 +80,15 @@ class Client:
     Args:
         url: the base URL that OpenAI's clients take, mostly one that ends in `/v1`.
         timeout: seconds that one whole answer may take, from connecting to its end.
+        patience: with a server that is busy, or being started again. An answer that has begun is never asked for again.
 
     Raises:
         ConfigError: the URL is none, or the key cannot be sent.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0) -> None:
+    def __init__(
+        self, url: str, api_key: str | None = None, timeout: float = 600.0, patience: Patience | None = None
+    ) -> None:
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -74,6 +101,8 @@ class Client:
             raise ConfigError("the API key has characters that no HTTP header can carry")
         self.url = url.rstrip("/")
         self.timeout = timeout
+        self._patience = patience or Patience()
+        self._has_answered = False
         self._host, self._port, self._is_secure = parts.hostname, port, parts.scheme == "https"
         self._path = parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
@@ -94,8 +123,14 @@ class Client:
         Raises:
             RemoteError: it cannot be asked, or answered with no such list.
         """
-        with self._exchange("GET", "models", None) as (_, chunks):
-            text = b"".join(chunks).decode(errors="replace")
+        begin = time.perf_counter()
+        while True:
+            try:
+                with self._exchange("GET", "models", None) as (_, chunks):
+                    text = b"".join(chunks).decode(errors="replace")
+                break
+            except RemoteError as error:
+                self._wait_or_raise(error, begin)
         try:
             return {str(entry["id"]): dict(entry) for entry in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError):
@@ -114,6 +149,34 @@ class Client:
         return self._stream("chat/completions", body)
 
     def _stream(self, route: str, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
+        begin, has_begun = time.perf_counter(), False
+        while True:
+            try:
+                with closing(self._stream_once(route, body)) as pieces:
+                    for piece in pieces:
+                        has_begun = True
+                        yield piece
+                return
+            except RemoteError as error:
+                if has_begun:
+                    raise
+                self._wait_or_raise(error, begin)
+
+    def _wait_or_raise(self, error: RemoteError, begin: float) -> None:
+        """
+        Args:
+            begin: on `perf_counter`, when it was asked for the first time.
+
+        Raises:
+            RemoteError: the same, where it does not help to ask again, or patience is over.
+        """
+        wait = error.retry_after
+        if wait is None or time.perf_counter() - begin + wait > self._patience.seconds:
+            raise error
+        self._patience.tell(error, wait)
+        time.sleep(wait * (1 + _MOST_LATER * random.random()))
+
+    def _stream_once(self, route: str, body: Mapping[str, Any]) -> Generator[Piece, None, None]:
         is_finished = False
         with self._exchange("POST", route, {**body, "stream": True}) as (response, chunks):
             kind = response.getheader("Content-Type", "")
@@ -145,7 +208,10 @@ class Client:
             try:
                 connection.connect()
             except OSError as error:
-                raise RemoteError(f"cannot reach {self.url}: {error.strerror or error}") from None
+                # A server that was never there is a wrong address; one that was may be there again.
+                wait = _SECONDS_OF_A_RESTART if self._has_answered and isinstance(error, ConnectionError) else None
+                text = f"cannot reach {self.url}: {error.strerror or error}"
+                raise RemoteError(text, retry_after=wait) from None
             # A response that closes its connection takes the socket away from it, and timeouts are set on the socket.
             wire = connection.sock
             payload = None if body is None else json.dumps(body).encode()
@@ -153,10 +219,12 @@ class Client:
             wire.settimeout(_seconds_until(deadline))
             with connection.getresponse() as response:
                 chunks = _chunks(response, wire, deadline)
+                self._has_answered = True
                 if (status := response.status) != 200:
                     message, parameter = _complaint(b"".join(chunks).decode(errors="replace"))
                     said = message or response.reason
-                    raise RemoteError(f"the server answered {status} to {route}: {said}", status, parameter)
+                    wait = _seconds_to_wait(status, said, response.getheader("Retry-After"))
+                    raise RemoteError(f"the server answered {status} to {route}: {said}", status, parameter, wait)
                 yield response, chunks
         except TimeoutError:
             raise RemoteError(f"the answer took longer than {self.timeout:g} s") from None
@@ -164,6 +232,13 @@ class Client:
             raise RemoteError(f"the connection broke: {_one_line(str(error)) or type(error).__name__}") from None
         finally:
             connection.close()
+
+
+def _seconds_to_wait(status: int, said: str, retry_after: str | None) -> float | None:
+    """Until the same may be asked again; None where nobody says that it may."""
+    if status in _MAY_PASS and retry_after is not None and retry_after.strip().isdecimal():
+        return float(retry_after)
+    return _SECONDS_OF_A_RESTART if status >= 500 and _WORKER_DIED in said else None
 
 
 def _seconds_until(deadline: float) -> float:
