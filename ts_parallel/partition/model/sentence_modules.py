@@ -127,7 +127,11 @@ def _types_of(file: Path) -> list[tuple[str, str]]:
     modules = read_json(file)
     if not isinstance(modules, list) or not all(isinstance(own, dict) and "type" in own for own in modules):
         raise CheckpointError(f"{file} is no list of modules")
-    return [(str(own["type"]), str(own.get("path", ""))) for own in modules]
+    listed = [(str(own["type"]), str(own.get("path", ""))) for own in modules]
+    for _, path in listed:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise CheckpointError(f"{file} names {path!r}, which is not a folder of its own")
+    return listed
 
 
 def read_json(file: Path) -> Any:

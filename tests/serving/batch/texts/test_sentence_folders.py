@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from transformers import CONFIG_MAPPING, AutoModel, AutoTokenizer
 
 from ts_parallel.errors import CheckpointError
-from ts_parallel.partition.model.sentence_modules import read_sentence_modules, transformer_folder
+from ts_parallel.partition.model.sentence_modules import read_modules, read_sentence_modules, transformer_folder
 from ts_parallel.serving.batch.texts.reading import read_text_rules
 
 TEXTS = ["A cat sits on the mat.", "Stocks fell.", "The weather is lovely today, and it was yesterday too.", "x"]
@@ -213,3 +213,13 @@ def test_other_peoples_list_of_modules_above_a_folder_is_left_alone(plain: Path,
     (tmp_path / "model").symlink_to(plain, target_is_directory=True)
     assert transformer_folder(tmp_path / "model") == tmp_path / "model"
     assert read_sentence_modules(tmp_path / "model").poolings == ("mean",)
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc", "1_Pooling/../../secret"])
+def test_module_of_another_folder_is_refused(tmp_path: Path, path: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    modules = [{"idx": 0, "name": "0", "path": path, "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match="not a folder of its own"):
+        read_modules(folder)
