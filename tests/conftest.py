@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Triton's kernels run in its interpreter here, which has to be asked for before anybody imports it, as torch does.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from programs import make_here
 
 from ts_parallel.partition import prepared

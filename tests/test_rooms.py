@@ -106,7 +106,13 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
     },
     "serving.torchserve": {"floor": {"transports"}, "transports": {"floor"}},
     "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
-    "runtime.backends": {"floor": {"native", "torch"}, "native": {"torch", "floor"}, "torch": {"floor"}},
+    "runtime.backends": {
+        "floor": {"native", "cuda", "torch"},
+        "native": {"torch", "floor"},
+        "cuda": {"torch", "floor"},
+        "torch": {"floor"},
+    },
+    "runtime.backends.cuda": {"floor": {"kernels"}, "kernels": set()},
     "partition": {
         "floor": {"model", "tensor_parallel", "graph"},
         "model": {"tensor_parallel", "graph", "floor"},
@@ -130,6 +136,7 @@ ASKED_BY: dict[str, set[str]] = {
     "ts_parallel.native.VARIANT": {"ts_parallel.runtime.backends.choose"},
     "ts_parallel.native.kernels": {"ts_parallel.runtime.backends.native", "ts_parallel.native"},
     "ts_parallel.runtime.backends.native": {"ts_parallel.runtime.backends"},
+    "ts_parallel.runtime.backends.cuda": {"ts_parallel.runtime.backends"},
     "ts_parallel.runtime.backends.torch": {"ts_parallel.runtime.backends"},
 }
 

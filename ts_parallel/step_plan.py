@@ -128,6 +128,11 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
+    def num_rows(self) -> int:
+        """Of how many of its tokens the logits are wanted."""
+        return sum(chunk.num_rows for chunk in self.chunks)
+
+    @property
     def num_results(self) -> int:
         """How many numbers the result is."""
         return sum(chunk.is_sampled + chunk.num_scores for chunk in self.chunks)

@@ -132,6 +132,11 @@ class Topology:
     def num_stages(self) -> int:
         return self.mesh.size(0)
 
+    def use_device(self) -> None:
+        """Launch from this thread on this rank's GPU: each thread of a process begins with the first one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def rank_at(self, stage: int, tensor_parallel_rank: int) -> int:
         return stage * self.mesh.size(1) + tensor_parallel_rank
 

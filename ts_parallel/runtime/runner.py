@@ -5,23 +5,19 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from ts_parallel.errors import ConfigError, PlanError
 from ts_parallel.partition.load import RankModel
 from ts_parallel.partition.program import POSITIONS, ROWS, TOKEN_IDS, RankProgram
-from ts_parallel.runtime.backends.base import Attention, Backend
+from ts_parallel.runtime.backends.base import Attention, Backend, StepFunction
 from ts_parallel.runtime.backends.packed_plan import as_tensor
 from ts_parallel.runtime.channel import StepChannel
 from ts_parallel.runtime.kv_budget import count_blocks
 from ts_parallel.runtime.stage import Stage
 from ts_parallel.step_plan import Chunk, StepPlan
 from ts_parallel.topology import TensorParallelGroup, Topology
-
-if TYPE_CHECKING:
-    from ts_parallel.runtime.eager_stage import EagerStage
 
 
 class Runner:
@@ -58,7 +54,8 @@ class Runner:
         self._backend = backend
         self._sums = backend.sums(self._group)
         self._attention = backend.make_attention(sites, self.num_blocks, block_size, dtype, topology.device)
-        self._stage = _make_stage(part, self._group, backend, self._attention)
+        self._topology.use_device()
+        self._stage = _make_stage(part, self._group, backend, self._attention, is_sent_on=topology.num_stages > 1)
         backend.settle(part.program, part.tensors)
 
     @property
@@ -95,7 +92,7 @@ class Runner:
         logits = self._run_stage(plan)
         if logits is None:
             return self._channel.receive_result((len(_sampled(plan)), self._vocabulary), torch.float32)
-        return logits.float()
+        return logits.to(torch.float32, copy=True)  # a backend may use the memory for its next step
 
     def follow(self) -> None:
         """Other ranks: run the leader's steps until its last."""
@@ -128,6 +125,7 @@ class Runner:
     def _run_stage(self, plan: StepPlan) -> torch.Tensor | None:
         """This rank's stage of a step: the logits `[R, V]` where it is the first rank of the last one."""
         check_plan(plan, self.num_blocks, self.block_size, self._vocabulary)
+        self._topology.use_device()
         layout = self._attention.lay_out(plan)
         inputs = {TOKEN_IDS: layout.token_ids, POSITIONS: layout.positions, ROWS: layout.sampled_rows}
         sizes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
@@ -138,7 +136,10 @@ class Runner:
         if self._topology.stage < self.num_stages - 1:
             self._channel.send_onward(outputs)
             return None
-        return self._gather_vocabulary(outputs[0][0])
+        logits = outputs[0][0]
+        if len(logits) != (num_rows := plan.num_rows):  # the step was filled up to a size
+            logits = logits[:num_rows]
+        return self._gather_vocabulary(logits)
 
     def _gather_vocabulary(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Every rank's `[R, V / ranks]` → `[R, V]` on the first of the stage, None on the others."""
@@ -178,11 +179,12 @@ def _num_results(plan: StepPlan) -> int:
 
 
 def _make_stage(
-    part: RankModel, group: TensorParallelGroup, backend: Backend, attention: Attention
-) -> Stage | EagerStage:
+    part: RankModel, group: TensorParallelGroup, backend: Backend, attention: Attention, *, is_sent_on: bool
+) -> StepFunction:
     if part.model is None:
         (code,) = part.program.stages
-        return Stage(code, part.tensors, group, backend, attention)
+        stage = Stage(code, part.tensors, group, backend, attention)
+        return backend.prepare_steps(stage, attention, is_sent_on=is_sent_on)
     from ts_parallel.runtime.eager_stage import EagerStage  # and with it transformers, which no other rank needs
 
     return EagerStage(part.model, attention)

@@ -57,6 +57,17 @@ def test_choice_is_told_without_being_made(device: torch.device, dtype: torch.dt
         assert choice.instruction_set == (torch.backends.cpu.get_cpu_capability() if device == CPU else "META")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_computes_with_triton_where_it_is_installed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(choose, "find_spec", lambda name: object())
+    assert describe_choice(gpu, dtype) == choose.Choice("cuda", "CUDA", "Triton is installed")
+    assert describe_choice(gpu, torch.float64).backend == "torch"
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    without = describe_choice(gpu, dtype)
+    assert without.backend == "torch" and without.why.startswith("Triton is not installed")
+
+
 def test_variants_are_those_that_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool(kernel_variants()) == HAS_KERNELS
     monkeypatch.setattr(choose, "VARIANT", None)

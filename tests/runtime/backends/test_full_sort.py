@@ -183,8 +183,8 @@ def test_rows_whose_few_most_likely_tokens_hold_all_that_may_come_are_not_sorted
     chunks = [Chunk("", (1,), row, (), True, SamplingParams(1.0, 0.9, top_k=row % 3 * 20)) for row in range(8)]
     wanted = [by_full_sort(own, chunk) for own, chunk in zip(logits, chunks, strict=True)]
     lengths = []
-    choose_of = sampling._choose_of
-    monkeypatch.setattr(sampling, "_choose_of", lambda *given: lengths.append(given[0].shape) or choose_of(*given))
+    choose_of = sampling.choose_of
+    monkeypatch.setattr(sampling, "choose_of", lambda *given: lengths.append(given[0].shape) or choose_of(*given))
     assert sampling.sample(logits, chunks) == wanted
     assert lengths == [(8, sampling._FEW)]
 

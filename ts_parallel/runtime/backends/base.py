@@ -17,6 +17,7 @@ from ts_parallel.partition.load import WeightLayout
 from ts_parallel.partition.program import (
     AttentionSite,
     AttentionSublayer,
+    Crossing,
     GatedSublayer,
     Linears,
     RankProgram,
@@ -66,6 +67,17 @@ class Attention(Protocol):
     ) -> torch.Tensor:
         """Attention call number `site` of a step, whose queries and keys `rotary` turns before → `[1, T, H, E]`."""
         ...
+
+
+class StepFunction(Protocol):
+    """A rank's stage of a step, as `Stage` is one."""
+
+    @property
+    def received(self) -> tuple[Crossing, ...]: ...
+
+    def __call__(
+        self, step: Any, inputs: Mapping[str, torch.Tensor], received: Sequence[torch.Tensor] = (), /
+    ) -> list[torch.Tensor]: ...
 
 
 class Sums(Protocol):
@@ -142,6 +154,10 @@ class Backend(ABC):
 
     def set_num_threads(self, number: int) -> None:  # noqa: B027 -- torch's are set already
         """How many CPU threads it may compute with; as long as nobody says, the kernels have one."""
+
+    def prepare_steps(self, stage: StepFunction, attention: Attention, *, is_sent_on: bool) -> StepFunction:
+        """The stage that is run for each step. `is_sent_on`: whether its outputs may still be read in the next one."""
+        return stage
 
     def settle(self, program: RankProgram, tensors: Tensors) -> None:  # noqa: B027 -- most have nothing to do
         """A rank's weights are loaded, and nothing but its steps comes now."""

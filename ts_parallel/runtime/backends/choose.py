@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -14,6 +15,9 @@ from ts_parallel.runtime.backends.native.backend import NativeBackend
 from ts_parallel.runtime.backends.torch.backend import TorchBackend
 
 logger = logging.getLogger(__name__)
+
+_CUDA = "cuda"
+_OF_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ def describe_choice(device: torch.device, dtype: torch.dtype) -> Choice:
     variant, why = _choose_variant(device, dtype)
     if variant is not None:
         return Choice(NativeBackend.name, variant.label, why)
+    if device.type == "cuda" and torch.version.hip is None and dtype in _OF_TRITON:
+        if find_spec("triton") is not None:
+            return Choice(_CUDA, "CUDA", "Triton is installed")
+        why = "Triton is not installed, and without it every operation is a launch of its own"
     of_torch = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type.upper()
     return Choice(TorchBackend.name, of_torch, why)
 
@@ -60,7 +68,7 @@ def choose_backend(
     """
     refuse_unquantizable(quantization, device, dtype)
     choice = describe_choice(device, dtype)
-    backend: Backend = NativeBackend() if choice.backend == NativeBackend.name else TorchBackend()
+    backend = _make_backend(choice.backend)
     if num_threads is not None:
         backend.set_num_threads(num_threads)
     threads = f", {num_threads} threads" if num_threads is not None and device.type == "cpu" else ""
@@ -69,6 +77,14 @@ def choose_backend(
         *(_name(dtype), device, backend.name, choice.instruction_set, threads, choice.why),
     )
     return backend
+
+
+def _make_backend(name: str) -> Backend:
+    if name == _CUDA:
+        from ts_parallel.runtime.backends.cuda.backend import CudaBackend  # and with it Triton, which others lack
+
+        return CudaBackend()
+    return NativeBackend() if name == NativeBackend.name else TorchBackend()
 
 
 def own_dtype(dtype: str, device: str) -> str:

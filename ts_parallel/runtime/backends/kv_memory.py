@@ -15,7 +15,8 @@ from ts_parallel.partition.program import AttentionSite
 class KVMemory:
     """Owns the key and value buffers of one rank: `keys[site]` is `[S, KV, D]`, `values[site]` is `[S, KV, E]`.
 
-    So `PagedAttention` has it; `KernelAttention` lays out the same bytes as `native/operations/attention.h` says.
+    So `PagedAttention` has it; `KernelAttention` lays out the same bytes as `native/operations/attention.h` says, and
+    `CudaAttention` as `cuda/kernels/attention.py` does.
     """
 
     def __init__(

@@ -121,9 +121,12 @@ def uniform(seed: int, position: int) -> float:
     return float(generator.random())
 
 
+_COLUMNS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "number")
+
+
 @dataclass(frozen=True)
-class _Limits:
-    """What each row `[R, 1]` is drawn from, and by what number."""
+class Limits:
+    """What each row `[R, 1]` is drawn from, and by what number: float64."""
 
     temperature: torch.Tensor
     top_k: torch.Tensor  # infinite where there is none
@@ -131,42 +134,44 @@ class _Limits:
     min_p: torch.Tensor
     typical_p: torch.Tensor
     number: torch.Tensor
+    has_typical: bool
+    """Whether `typical_p` is below 1 anywhere."""
 
-    def of(self, rows: list[int]) -> _Limits:
-        return _Limits(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+    def of(self, rows: list[int]) -> Limits:
+        columns = [getattr(self, name)[rows] for name in _COLUMNS]
+        return Limits(**dict(zip(_COLUMNS, columns, strict=True)), has_typical=self.has_typical)
 
 
-def _limits(settings: Sequence[SamplingParams], numbers: Sequence[float], device: torch.device) -> _Limits:
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
-
-    return _Limits(
-        temperature=column([own.temperature for own in settings]),
-        top_k=column([own.top_k or math.inf for own in settings]),
-        top_p=column([own.top_p for own in settings]),
-        min_p=column([own.min_p for own in settings]),
-        typical_p=column([own.typical_p for own in settings]),
-        number=column(list(numbers)),
-    )
+def limits_of(settings: Sequence[SamplingParams], numbers: Sequence[float], device: torch.device) -> Limits:
+    """Of one row each, drawn by `numbers`; in one copy."""
+    rows = [
+        (own.temperature, own.top_k or math.inf, own.top_p, own.min_p, own.typical_p, number)
+        for own, number in zip(settings, numbers, strict=True)
+    ]
+    every = torch.tensor(rows, dtype=torch.float64)
+    if device.type == "cuda":
+        every = every.pin_memory().to(device, non_blocking=True)
+    columns = zip(_COLUMNS, torch.split(every, 1, dim=1), strict=True)
+    return Limits(**dict(columns), has_typical=any(own.typical_p < 1 for own in settings))
 
 
 def _draw(logits: torch.Tensor, settings: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int]:
     """The token of each row of finite maximum `[R, V]`, float32: of the few most likely ones, where they are enough to
     know it, else of all."""
     num_tokens = logits.shape[1]
-    limits = _limits(settings, numbers, logits.device)
+    limits = limits_of(settings, numbers, logits.device)
     chosen = torch.full((len(logits),), -1, device=logits.device)
     if num_tokens > _FEW:
         values, ids = _few(logits)
         # Of the tokens that share the last number, some may be outside.
         num_sure = (values > values[:, -1:]).sum(dim=1, keepdim=True)
         mass = torch.tensor(_masses(logits, settings), dtype=torch.float64, device=logits.device).unsqueeze(1)
-        chosen = _choose_of(values, ids, limits, num_sure, mass)
+        chosen = choose_of(values, ids, limits, num_sure, mass)
     tokens: list[int] = chosen.tolist()
     if rows := [row for row, token in enumerate(tokens) if token < 0 and _is_to_be_sorted(logits, settings[row])]:
         values, ids = logits[rows].sort(dim=1, descending=True, stable=True)
         all_of_them = torch.full((len(rows), 1), num_tokens, device=logits.device)
-        for row, token in zip(rows, _choose_of(values, ids, limits.of(rows), all_of_them, None).tolist(), strict=True):
+        for row, token in zip(rows, choose_of(values, ids, limits.of(rows), all_of_them, None).tolist(), strict=True):
             tokens[row] = token
     for row, token in enumerate(tokens):
         if token < 0:
@@ -217,10 +222,10 @@ def _masses(logits: torch.Tensor, settings: Sequence[SamplingParams]) -> list[fl
     return masses
 
 
-def _choose_of(
+def choose_of(
     values: torch.Tensor,  # [R, N], falling; equal ones by rising id
     ids: torch.Tensor,  # [R, N]
-    limits: _Limits,
+    limits: Limits,
     num_sure: torch.Tensor,  # [R, 1], so many of them are the first of all tokens
     mass: torch.Tensor | None,  # [R, 1], the weights of all tokens; None where all are here
 ) -> torch.Tensor:
@@ -238,7 +243,8 @@ def _choose_of(
     kept &= weights >= limits.min_p
     kept[:, 0] = True
     if mass is None:
-        cumulated = _cumulated(weights, _typical(weights, kept, limits.typical_p))
+        chosen = _typical(weights, kept, limits.typical_p) if limits.has_typical else kept
+        cumulated = _cumulated(weights, chosen)
         return ids.gather(1, _invert(cumulated, limits.number * cumulated[:, -1:])).squeeze(1)
     is_all = torch.isinf(limits.top_k)
     is_cut |= is_all & (kept.sum(dim=1, keepdim=True) < num_sure)
@@ -267,8 +273,6 @@ def _cumulated(weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 def _typical(weights: torch.Tensor, kept: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """Locally typical sampling (Meister et al. 2022, https://arxiv.org/abs/2202.00666): bool `[R, N]`."""
-    if bool((mass >= 1).all()):
-        return kept
     probabilities = torch.where(kept, weights, 0)
     probabilities = probabilities / probabilities.sum(dim=1, keepdim=True)
     surprise = -probabilities.log()

@@ -1,0 +1,1 @@
+"""Kernels in Triton. They know addresses, strides and sizes; tensors are their callers' business."""
