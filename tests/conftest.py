@@ -41,12 +41,9 @@ _THOROUGH = (
     *("serving/batch/test_apis.py", "serving/batch/speech/test_recordings.py"),
     *("runtime/test_runner.py", "runtime/backends/test_sublayers.py"),
     *("gateway/test_page.py", "gateway/batch/test_batch_routes.py"),
-    *(
-        "cli/test_startup.py",
-        "examples/test_benchmark.py",
-        "examples/test_load_test.py",
-        "serving/torchserve/test_rank_watch.py",
-    ),
+    *(f"runtime/backends/cuda/test_cuda_{name}.py" for name in ("attention", "steps", "compile")),
+    *(f"examples/test_{name}.py" for name in ("benchmark", "load_test", "gpu_check")),
+    *("cli/test_startup.py", "serving/torchserve/test_rank_watch.py"),
 )
 # What it takes in all the same: a model behind a real TorchServe, and one over ranks.
 _QUICK = ("serving/torchserve/test_torchserve.py", "exactness/test_expert_parallel.py")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -57,14 +60,27 @@ _TOY_CASES = {
     "toy": _Case((4, 2), (16, 16), window=5, softcap=5.0, has_sinks=True),
     "toy other value dim": _Case((4, 4), (24, 16)),
 }
-_ERRORS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+_ERRORS = {torch.bfloat16: 6e-2, torch.float32: 5e-5, torch.float16: 8e-3}  # of sums of numbers up to about 4
+SHARES = 6
 
 
-def check_attention(report: Report, size: str) -> None:
+def check_attention(report: Report, size: str, share: int | None = None) -> None:
+    """`share`: of the cases only each `SHARES`-th, from this one on; None: all of them, in processes of their own, for
+    most of their time goes into the compilation of kernels; then how fast it is."""
     device = device_of(size)
     cases, dtypes = (_CASES, list(_ERRORS)) if size == "whole" else (_TOY_CASES, [torch.float32, torch.float16])
-    for (name, case), dtype in product(cases.items(), dtypes):
+    every = list(product(dtypes, cases.items()))
+    if size == "whole" and share is None:
+        own = [[sys.executable, *sys.argv, "--share", str(number)] for number in range(SHARES)]
+        processes = [subprocess.Popen(command) for command in own]
+        for number, process in enumerate(processes):
+            if code := process.wait():
+                report.fail(f"share {number} of {SHARES}", f"its process ended with {code}")
+        every = []
+    for dtype, (name, case) in every[share or 0 :: SHARES if share is not None else 1]:
         report.check(f"{name}, {_name(dtype)}", lambda case=case, dtype=dtype: _attention(case, dtype, device, size))
+    if share is not None:
+        return
     for dtype in (torch.bfloat16,) if size == "whole" else (torch.float32,):
         case = next(iter(cases.values()))
         for count, length in ((1, 4000), (64, 2000), (256, 1000)) if size == "whole" else ((2, 20),):
@@ -184,19 +200,26 @@ def check_families(report: Report, size: str, seconds: float) -> None:
                 report.check(name, lambda f=family, d=dtype, r=is_recorded: _family(f, d, r, device, size))
 
 
+@lru_cache(maxsize=1)
+def _built(family: str, dtype: torch.dtype, device: torch.device, size: str) -> tuple[Any, Any]:
+    """The model and its program, which are the same with graphs and without."""
+    model = make_model(config_of(FAMILIES[family], size, is_family=True), dtype, device)
+    return model, part_of(model, dtype, device)
+
+
 @torch.inference_mode()
 def _family(family: str, dtype: torch.dtype, is_recorded: bool, device: torch.device, size: str) -> Found:
     """Greedy tokens of prompts that begin at different steps, each beside transformers' logits for the same text."""
     from ts_parallel.runtime.backends.cuda.backend import CudaBackend
 
-    config = config_of(FAMILIES[family], size, is_family=True)
-    model = make_model(config, dtype, device)
-    part = part_of(model, dtype, device)
+    with torch.inference_mode(mode=False):
+        model, part = _built(family, dtype, device, size)
     backend = CudaBackend((1, 2, 4)) if is_recorded else CudaBackend(())
     runner = make_runner(part, device, backend, 2**26, 512)
     lengths, max_tokens = ((3, 90, 200, 31), 24) if size == "whole" else ((3, 18), 3)
     requests = [
-        Request(str(number), prompt, max_tokens) for number, prompt in enumerate(prompts_of(lengths, config.vocab_size))
+        Request(str(number), prompt, max_tokens)
+        for number, prompt in enumerate(prompts_of(lengths, model.config.vocab_size))
     ]
     outputs = make_engine(runner, 4, 128).generate(requests)
     is_graph = getattr(runner._stage, "sizes", frozenset())

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ts_parallel.errors import ConfigError
-from ts_parallel.runtime.kv_budget import bytes_beside_weights, count_blocks
+from ts_parallel.errors import ConfigError, StartupError
+from ts_parallel.runtime.kv_budget import bytes_beside_weights, count_blocks, room_on
 
 CPU = torch.device("cpu")
 
@@ -38,3 +38,17 @@ def test_part_of_the_smallest_gpu_is_what_the_heaviest_rank_leaves_of_it(monkeyp
     totals.clear()
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization 0\.5 needs a GPU: set kv_cache_memory"):
         bytes_beside_weights(0.5, (100, 150))
+
+
+def test_device_without_room_is_told_with_its_figures_and_the_keys_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 1000))
+    message = (
+        "cuda:1 has no room for this rank's weights, KV cache and steps, 3 of its 1000 bytes are free: lower "
+        "gpu_memory_utilization or kv_cache_memory, or max_num_batched_tokens, or raise tensor_parallel_size or "
+        "pipeline_parallel_size (CUDA out of memory)"
+    )
+    with pytest.raises(StartupError) as raised, room_on(torch.device("cuda", 1)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert str(raised.value) == message
+    with pytest.raises(ZeroDivisionError), room_on(CPU):
+        raise ZeroDivisionError

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from ts_parallel.errors import ConfigError
+from ts_parallel.errors import ConfigError, StartupError
 
 
 def bytes_beside_weights(utilization: float, bytes_of_ranks: Sequence[int]) -> int:
@@ -28,6 +29,24 @@ def bytes_beside_weights(utilization: float, bytes_of_ranks: Sequence[int]) -> i
             "bytes of weights: raise it, or tensor_parallel_size or pipeline_parallel_size"
         )
     return room
+
+
+@contextmanager
+def room_on(device: torch.device) -> Iterator[None]:
+    """Load a rank's weights and make its KV memory here.
+
+    Raises:
+        StartupError: they do not fit on the device, beside what others have there.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise StartupError(
+            f"{device} has no room for this rank's weights, KV cache and steps, {free} of its {total} bytes are free: "
+            "lower gpu_memory_utilization or kv_cache_memory, or max_num_batched_tokens, or raise tensor_parallel_size "
+            f"or pipeline_parallel_size ({str(error).partition('. ')[0]})"
+        ) from error
 
 
 def count_blocks(

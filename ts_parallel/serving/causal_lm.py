@@ -18,24 +18,26 @@ from ts_parallel.partition.prepared import prepare_program
 from ts_parallel.partition.program import PipelinePlace, ProgramRequest
 from ts_parallel.runtime.backends.base import Backend
 from ts_parallel.runtime.backends.choose import choose_backend, describe_choice, own_dtype
-from ts_parallel.runtime.kv_budget import bytes_beside_weights
+from ts_parallel.runtime.kv_budget import bytes_beside_weights, room_on
 from ts_parallel.runtime.runner import Runner
 from ts_parallel.topology import Topology
 
 
 def make_runner(config: HandlerConfig, folder: Path, topology: Topology) -> Runner:
     """This rank's model, loaded and ready to step."""
-    part, backend = load_eager_model(config, folder, topology) if config.eager else load_model(config, folder, topology)
-    max_model_len = config.resolve_max_model_len(part.program.max_positions)
-    share, weights = config.gpu_memory_utilization, part.program.bytes_of_ranks
-    return Runner(
-        part,
-        topology,
-        backend,
-        block_size=config.block_size,
-        kv_cache_bytes=config.kv_cache_memory if share is None else bytes_beside_weights(share, weights),
-        max_model_len=max_model_len,
-    )
+    load = load_eager_model if config.eager else load_model
+    with room_on(topology.device):
+        part, backend = load(config, folder, topology)
+        max_model_len = config.resolve_max_model_len(part.program.max_positions)
+        share, weights = config.gpu_memory_utilization, part.program.bytes_of_ranks
+        return Runner(
+            part,
+            topology,
+            backend,
+            block_size=config.block_size,
+            kv_cache_bytes=config.kv_cache_memory if share is None else bytes_beside_weights(share, weights),
+            max_model_len=max_model_len,
+        )
 
 
 def load_model(config: HandlerConfig, folder: Path, topology: Topology) -> tuple[RankModel, Backend]:

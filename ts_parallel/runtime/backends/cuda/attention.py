@@ -176,7 +176,7 @@ class CudaAttention:
             "WINDOW": own.window or 0,
             "HAS_SOFTCAP": own.softcap is not None,
             "WIDENS": self._widens,
-            "num_warps": 4,
+            "num_warps": 8 if self.memory.dtype == torch.float32 else 4,
             "num_stages": 2,
         }
 

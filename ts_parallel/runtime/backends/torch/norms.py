@@ -26,5 +26,6 @@ def make_norm(entry: RmsNorm, weight: torch.Tensor) -> Callable[[torch.Tensor], 
 def rotary(hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """x cos + (-x2, x1) sin for the halves x1 and x2 of x, which is `hidden` `[1, H, T, D]`; the others broadcast."""
     half = hidden.shape[-1] // 2
-    turned = torch.cat([-hidden[..., half:], hidden[..., :half]], -1)
+    first, second = torch.split(hidden, [half, hidden.shape[-1] - half], -1)
+    turned = torch.cat([-second, first], -1)
     return hidden * cosine + turned * sine
