@@ -104,7 +104,7 @@ MAY_IMPORT_WITHIN: dict[str, dict[str, set[str]]] = {
         "images": {"floor"},
         "speech": {"floor"},
     },
-    "serving.torchserve": {"floor": {"transports"}, "transports": {"floor"}},
+    "serving.torchserve": {"floor": {"transports", "ends"}, "transports": {"floor"}, "ends": set()},
     "runtime": {"floor": {"backends"}, "batch": {"floor"}, "backends": set()},
     "runtime.backends": {
         "floor": {"native", "cuda", "torch"},

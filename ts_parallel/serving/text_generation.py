@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,14 @@ from ts_parallel.serving.torchserve.front_end_settings import message_sizes
 from ts_parallel.serving.torchserve.keep_open import has_replicas, keep_one_open
 from ts_parallel.serving.torchserve.metrics import MetricsReporter, torchserve_meters
 from ts_parallel.serving.torchserve.streaming import Transport, make_transport
-from ts_parallel.serving.torchserve.worker import exit_soon, follow_in_thread, log_loaded, log_ready, start_rank
+from ts_parallel.serving.torchserve.worker import (
+    exit_soon,
+    follow_in_thread,
+    log_loaded,
+    log_ready,
+    start_rank,
+    tell_clients,
+)
 from ts_parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -71,7 +79,8 @@ class TextGenerationService:
             follow_in_thread(runner.follow, watch)
             return
         service.engine.start()
-        watch.begin(service.engine)
+        router = service.engine.router
+        watch.begin(service.engine, partial(tell_clients, router.fail_all, lambda: router.num_open))
         meters, labels = torchserve_meters(context.metrics), labels_of(context.model_name)
         MetricsReporter(service.engine.figures, meters, labels).report_for_ever()
         self._transport = make_transport(context.model_yaml_config, service.engine, service.open_job)

@@ -120,9 +120,15 @@ class RankWatch:
         self._other_ranks = other_ranks
         self._max_step_seconds = max_step_seconds
         self._exit_worker = exit_worker
+        self._tell: Callable[[str], object] = lambda _: None
 
-    def begin(self, steps: Steps) -> None:
-        """Rank 0: end the worker once a step takes longer than it may. A rank alone waits for nobody."""
+    def begin(self, steps: Steps, tell: Callable[[str], object] | None = None) -> None:
+        """Rank 0: end the worker once a step takes longer than it may. A rank alone waits for nobody.
+
+        Args:
+            tell: tells all clients in flight why the worker ends, and returns once that is on its way.
+        """
+        self._tell = tell or self._tell
         if self._other_ranks:
             threading.Thread(target=self._watch, args=(steps,), name="rank watch", daemon=True).start()
 
@@ -132,11 +138,12 @@ class RankWatch:
         if (leader := self._other_ranks.get(0)) is not None:
             threading.Thread(target=self._watch_leader, args=(leader,), name="rank watch", daemon=True).start()
 
-    def end_worker(self) -> None:
-        """Kill the other ranks, then exit. psutil kills no later process of the same number."""
+    def end_worker(self, reason: str = "another rank was lost") -> None:
+        """Kill the other ranks, tell the clients, then exit. psutil kills no later process of the same number."""
         for process in self._other_ranks.values():
             with suppress(psutil.Error):
                 process.kill()
+        self._tell(reason)
         self._exit_worker()
 
     def _watch(self, steps: Steps) -> None:
@@ -149,13 +156,9 @@ class RankWatch:
             if is_late and (timer.is_hopeless or not goes_on):
                 break
             before = now
-        logger.error(
-            "a step has taken longer than %g s: %s; the worker ends (handler key 'max_step_seconds': %g)",
-            timer.limit(),
-            self._describe(),
-            self._max_step_seconds,
-        )
-        self.end_worker()
+        what = f"a step has taken longer than {timer.limit():g} s: {self._describe()}"
+        logger.error("%s; the worker ends (handler key 'max_step_seconds': %g)", what, self._max_step_seconds)
+        self.end_worker(what)
 
     def _watch_leader(self, leader: psutil.Process) -> None:
         timer, before = StepTimer(self._max_step_seconds), time.monotonic()

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from ts_parallel.checkpoint.folders.located import checkpoint_folder
 from ts_parallel.config import ModelConfig, parse_config
 from ts_parallel.errors import StartupError
+from ts_parallel.serving.torchserve.ends.outliving import be_outlived, end_with_agent, seconds_until_front_end_waits
 from ts_parallel.serving.torchserve.rank_watch import RankWatch, kill_stopped_siblings, other_ranks, patience_beside
 from ts_parallel.serving.torchserve.streaming import refuse_unsafe_transport
 from ts_parallel.topology import Topology, open_topology
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CANNOT_START = "ts_parallel cannot start:"
 _SECONDS_TO_ANSWER_BEFORE_EXIT = 1.0
+_SECONDS_OF_A_REPLY, _SECONDS_BETWEEN_LOOKS = 0.05, 0.01
 
 C = TypeVar("C", bound=ModelConfig)
 L = TypeVar("L")
@@ -34,6 +37,7 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
 
     Where any rank raises a `StartupError`, every rank's process ends, and rank 0 says why on one line.
     """
+    agent_is_watched = end_with_agent()
     try:
         refuse_unsafe_transport(context.model_yaml_config or {})
         config = parse_config((context.model_yaml_config or {}).get("handler"), kind)
@@ -57,7 +61,10 @@ def start_rank(context: Any, kind: type[C], load: Callable[[C, Path, Topology], 
     if errors:
         _give_up(errors, is_told=topology.rank == 0)
     assert loaded is not None
-    return topology, RankWatch(other_ranks(topology), config.max_step_seconds), loaded
+    watch = RankWatch(other_ranks(topology), config.max_step_seconds)
+    be_outlived(topology, seconds_until_front_end_waits(context.model_yaml_config or {}), watch.end_worker)
+    agent_is_watched()
+    return topology, watch, loaded
 
 
 def _in_a_thread_that_ends(load: Callable[[], L]) -> L:
@@ -104,6 +111,15 @@ def follow_in_thread(follow: Callable[[], None], watch: RankWatch) -> None:
 
     threading.Thread(target=run, name="follow", daemon=True).start()
     watch.begin_with_leader()
+
+
+def tell_clients(fail_all: Callable[[str], object], num_open: Callable[[], int], reason: str) -> None:
+    """Fail every open request, and return once all have been answered, or have had the time to be."""
+    fail_all(f"the worker ends: {reason}")
+    deadline = time.monotonic() + _SECONDS_TO_ANSWER_BEFORE_EXIT
+    while num_open() and time.monotonic() < deadline:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    time.sleep(_SECONDS_OF_A_REPLY)  # in which the last answers are sent
 
 
 def exit_soon() -> None:

@@ -1,0 +1,163 @@
+"""One fault, once: streams are open, it strikes, and until all is as before everybody is watched."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from faults.clients import PROMPTS, Ask, Client, Seen, is_of
+from faults.server import Server
+
+SECONDS_TO_BEGIN = 60
+SECONDS_TO_RECOVER = 240
+_PROBE_TOKENS = 8
+_SECONDS_BETWEEN_PROBES = 0.1
+_SECONDS_AFTER_RECOVERY = 20.0
+_RIGHT_IN_A_ROW = 3
+
+
+@dataclass
+class Outcome:
+    """What came of one trial. Times are seconds since the fault."""
+
+    in_flight: int = 0
+    hung: int = 0
+    wrong: int = 0
+    of_another: int = 0
+    known: list[float] = field(default_factory=list)
+    """Of each request that the fault ended."""
+    recovered: float | None = None
+    ends: Counter[str] = field(default_factory=Counter)
+    left: list[str] = field(default_factory=list)
+    seconds_to_start: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "ends": dict(self.ends)}
+
+
+class Probe(threading.Thread):
+    """Asks a short question again and again; knows since when it was answered rightly every time."""
+
+    def __init__(self, url: str, expected: dict[str, str]) -> None:
+        super().__init__(name="probe", daemon=True)
+        self._url, self._expected = url, expected
+        self._has_ended = threading.Event()
+        self.right_since: float | None = None
+        self.num_right = 0
+        self.wrong: list[Seen] = []
+
+    def run(self) -> None:
+        while not self._has_ended.is_set():
+            client = Client(self._url, Ask(PROMPTS[0], "whole", _PROBE_TOKENS), SECONDS_TO_RECOVER)
+            client.run()
+            if client.seen.is_whole and client.seen.text == self._expected[f"{PROMPTS[0]} {_PROBE_TOKENS}"]:
+                self.right_since = self.right_since or client.seen.ended_at
+                self.num_right += 1
+            else:
+                self.right_since, self.num_right = None, 0
+                if client.seen.is_whole:
+                    self.wrong.append(client.seen)
+            self._has_ended.wait(_SECONDS_BETWEEN_PROBES)
+
+    def end(self) -> None:
+        self._has_ended.set()
+
+
+def expected_answers(server: Server) -> dict[str, str]:
+    """What an undisturbed server answers, by prompt; the probe's too."""
+    asks = [Ask(prompt, "whole") for prompt in PROMPTS]
+    clients = [Client(server.url, ask) for ask in asks]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    answers = {client.seen.ask.prompt: client.seen.text for client in clients if client.seen.is_whole}
+    assert len(answers) == len(PROMPTS) and len(set(answers.values())) == len(PROMPTS), "a server that is not disturbed"
+    probe = Client(server.url, Ask(PROMPTS[0], "whole", _PROBE_TOKENS))
+    probe.run()
+    assert probe.seen.is_whole
+    return {**answers, f"{PROMPTS[0]} {_PROBE_TOKENS}": probe.seen.text}
+
+
+def open_requests(server: Server, num_streams: int, num_whole: int) -> list[Client]:
+    """Long requests, of which all streams have begun."""
+    asks = [Ask(PROMPTS[index % len(PROMPTS)], ("text", "events")[index % 2]) for index in range(num_streams)]
+    asks += [Ask(PROMPTS[(num_streams + index) % len(PROMPTS)], "whole") for index in range(num_whole)]
+    clients = [Client(server.url, ask) for ask in asks]
+    for client in clients:
+        client.start()
+    for client in clients[:num_streams]:
+        assert client.seen.has_begun.wait(SECONDS_TO_BEGIN), "a stream did not begin"
+    return clients
+
+
+def run_trial(
+    server: Server,
+    expected: dict[str, str],
+    strike: Callable[[Server], Callable[[], None] | None],
+    num_streams: int,
+    num_whole: int,
+    seconds_to_know: float,
+) -> Outcome:
+    """
+    Args:
+        strike: makes the fault; what it returns takes it back.
+        seconds_to_know: of a stream; after that it counts as hung.
+    """
+    clients = open_requests(server, num_streams, num_whole)
+    time.sleep(random.uniform(0, 0.3))
+    open_then = [client for client in clients if client.is_alive()]
+    struck_at = time.monotonic()
+    take_back = strike(server)
+    probe = Probe(server.url, expected)
+    probe.start()
+    try:
+        _wait(open_then, probe, server, struck_at, seconds_to_know)
+    finally:
+        probe.end()
+        if take_back is not None:
+            take_back()
+    outcome = judge(open_then, expected, struck_at)
+    outcome.wrong += len(probe.wrong)
+    if probe.right_since is not None and probe.num_right >= _RIGHT_IN_A_ROW:
+        outcome.recovered = probe.right_since - struck_at
+    outcome.left = [f"process {stray.pid}" for stray in server.strays()]
+    outcome.seconds_to_start = server.seconds_to_start
+    for client in clients:
+        client.leave()
+        client.join()
+    return outcome
+
+
+def _wait(clients: list[Client], probe: Probe, server: Server, struck_at: float, seconds_to_know: float) -> None:
+    """Until every request has ended and the server answers again, or too long a time has passed."""
+    while (now := time.monotonic()) - struck_at < SECONDS_TO_RECOVER:
+        all_have_ended = not any(client.is_alive() for client in clients)
+        since, is_over = probe.right_since, now - struck_at > seconds_to_know
+        is_back = since is not None and probe.num_right >= _RIGHT_IN_A_ROW
+        if all_have_ended and (is_back or not server.is_running):
+            return
+        if is_over and (not server.is_running or (is_back and now - (since or now) > _SECONDS_AFTER_RECOVERY)):
+            return
+        time.sleep(0.02)
+
+
+def judge(clients: list[Client], expected: dict[str, str], struck_at: float) -> Outcome:
+    outcome = Outcome(in_flight=len(clients))
+    for seen in (client.seen for client in clients):
+        verdict = is_of(seen, expected)
+        outcome.wrong += verdict == "wrong"
+        outcome.of_another += verdict == "of another"
+        if not seen.end:
+            outcome.hung += 1
+            outcome.ends["hung"] += 1
+            continue
+        outcome.ends[seen.end] += 1
+        if not seen.is_whole:
+            outcome.known.append(seen.ended_at - struck_at)
+    return outcome
