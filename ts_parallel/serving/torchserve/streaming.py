@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from ts_parallel.errors import ConfigError, EngineError, RequestError
 from ts_parallel.serving.exchange import TEXT, Door, OpenJob, RawRequest, Reply, error_body
+from ts_parallel.serving.torchserve.ends.outliving import be_outlived_alone, seconds_until_front_end_waits
 from ts_parallel.serving.torchserve.front_end_settings import message_sizes
 from ts_parallel.serving.torchserve.keep_open import has_replicas
 from ts_parallel.serving.torchserve.transports.continuous_batching import ContinuousBatchingDrain
@@ -214,6 +215,7 @@ class StreamingHandler:
         if data is None:
             self._transport = make_transport(context.model_yaml_config or {}, self.streams, self._open)
             self.load(context)
+            be_outlived_alone(seconds_until_front_end_waits(context.model_yaml_config or {}))
             return []
         assert self._transport is not None
         return self._transport.handle(data, context)

@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -42,9 +43,24 @@ class Watched:
             signal.pidfd_send_signal(self.descriptor, kind)
 
 
-def wait_for_an_end(watched: Sequence[Watched]) -> Watched:
+def wait_for_an_end(watched: Sequence[Watched], connections: Sequence[socket.socket]) -> Watched | None:
+    """Who of them has ended; None where the front end has ended the worker, or is gone."""
     by_descriptor = {own.descriptor: own for own in watched}
-    return by_descriptor[next(iter(_events(list(by_descriptor), None)))]
+    poller = select.poll()
+    for descriptor in by_descriptor:
+        poller.register(descriptor, select.POLLIN)
+    for connection in connections:
+        poller.register(connection, select.POLLRDHUP)
+    ended = {descriptor for descriptor, _ in poller.poll()}
+    return None if has_hung_up(connections) else by_descriptor[min(ended)]
+
+
+def see_to_the_end(watched: Sequence[Watched]) -> None:
+    """Of a worker whose ranks end by themselves. torchrun may wait for minutes then, for a file that is gone."""
+    deadline = time.monotonic() + _SECONDS_TO_BE_KILLED
+    for own in watched:
+        if not own.wait(max(0.0, deadline - time.monotonic())):
+            own.send(signal.SIGKILL)
 
 
 def end_in_good_order(
@@ -94,16 +110,17 @@ def main(arguments: str) -> None:
     agent = Watched(*given["agent"]) if given["agent"] else None
     leader_end = socket.socket(fileno=given["leader_end"])
     connections = [socket.socket(fileno=descriptor) for descriptor in given["connections"]]
-    ended = wait_for_an_end([*ranks, *([agent] if agent is not None else [])])
-    if has_hung_up(connections):
-        return  # TorchServe has ended the worker, and who is left of it ends by that too
+    watched = [*ranks, *([agent] if agent is not None else [])]
+    ended = wait_for_an_end(watched, connections)
+    if ended is None:
+        see_to_the_end(watched)
+        return
     print(f"ts_parallel: {ended.name} has ended; so does its worker, and TorchServe starts another", flush=True)
     end_in_good_order(ended, ranks, agent, leader_end)
     let_front_end_wait(connections[0], given["seconds"])
     for connection in connections:
         connection.close()
-    if agent is not None and not agent.wait(_SECONDS_TO_BE_KILLED):
-        agent.send(signal.SIGKILL)
+    see_to_the_end(watched)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A rank's part in being outlived: it hands its connection over, and rank 0 is told when another has ended.
+"""A rank's part in being outlived (`outlive.py`): it hands its connection over, and rank 0 is told when another ends.
 
 Where there are no process descriptors (Linux before 5.3, other systems), ranks end as they can.
 """
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class _Place(NamedTuple):
     address: str = ""
 
 
-def seconds_until_front_end_waits(settings: dict[str, Any]) -> float:
+def seconds_until_front_end_waits(settings: Mapping[str, Any]) -> float:
     """How long after a reply TorchServe may still gather requests, by the keys of model-config.yaml."""
     if settings.get("continuousBatching"):
         return SECONDS_UNTIL_THE_FRONT_END_WAITS
@@ -75,12 +75,12 @@ def be_outlived(topology: Topology, seconds: float, on_end: Callable[[str], obje
         _start([connection, *others], [place.pid for place in places], seconds, on_end)
 
 
-def be_outlived_alone(seconds: float, on_end: Callable[[str], object]) -> None:
-    """The same of a worker that is one process without torchrun."""
+def be_outlived_alone(seconds: float) -> None:
+    """The same of a worker that is one process without torchrun: nothing else of it can end."""
     connection = own_connection() if HAS_DESCRIPTORS else None
     if connection is not None:
         with connection:
-            _start([connection], [os.getpid()], seconds, on_end)
+            _start([connection], [os.getpid()], seconds, lambda _: None)
 
 
 def own_connection() -> socket.socket | None:
