@@ -16,13 +16,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from faults.kinds import FAULTS, MAX_STEP_SECONDS, Fault
+from faults.kinds import FAULTS, Fault
 from faults.report import Row, machine, table, write_json
 from faults.server import Server
+from faults.sites import Impossible
 from faults.trial import Outcome, expected_answers, run_trial
 
 NUM_WHOLE = 3
-OPTIONS = ("--tensor-parallel-size", "2", "--kv-cache-memory", "256MiB", "--max-step-seconds", f"{MAX_STEP_SECONDS:g}")
 _MORE_THAN_IT_MAY = 4.0
 """A stream is waited for so many times as long as it may hang, to know that it hangs and is not late."""
 
@@ -41,20 +41,27 @@ def arguments() -> argparse.Namespace:
 def try_fault(fault: Fault, times: int, num_streams: int) -> Row:
     """A server for all trials, or one each where the fault ends it."""
     row = Row(fault)
-    while len(row.outcomes) < times:
-        server = Server(OPTIONS)
-        try:
-            server.start()
-            expected = expected_answers(server)
-            while len(row.outcomes) < times:
-                row.outcomes.append(_trial(server, fault, expected, num_streams))
-                if not server.is_running or row.outcomes[-1].recovered is None:
-                    break
-        finally:
-            left = server.stop()
-            if row.outcomes:
-                row.outcomes[-1].left += left
+    try:
+        while len(row.outcomes) < times:
+            with fault.site() as server:
+                _try_server(server, row, times, num_streams)
+    except Impossible as why:
+        row.skipped = str(why)
     return row
+
+
+def _try_server(server: Server, row: Row, times: int, num_streams: int) -> None:
+    try:
+        server.start()
+        expected = expected_answers(server)
+        while len(row.outcomes) < times:
+            row.outcomes.append(_trial(server, row.fault, expected, num_streams))
+            if not server.is_running or row.outcomes[-1].recovered is None:
+                break
+    finally:
+        left = server.stop()
+        if row.outcomes:
+            row.outcomes[-1].left += left
 
 
 def _trial(server: Server, fault: Fault, expected: dict[str, str], num_streams: int) -> Outcome:

@@ -96,7 +96,7 @@ class Client(threading.Thread):
             if ask.shape == _WHOLE or response.status != 200:
                 body = response.read().decode()
                 if response.status != 200:
-                    return _refusal(response.status, body)
+                    return _refusal(response, body)
                 seen.text = json.loads(body)["text"]
                 return _WHOLE
             received = b""
@@ -137,12 +137,13 @@ def _error_in(received: bytes, shape: str) -> str:
     return "" if events and not events[-1] else "an end without [DONE]"
 
 
-def _refusal(status: int, body: str) -> str:
+def _refusal(response: http.client.HTTPResponse, body: str) -> str:
+    status = str(response.status)
     try:
         json.loads(body)
     except ValueError:
         return f"{status} without JSON"
-    return str(status)
+    return f"{status} without Retry-After" if status == "429" and response.headers["Retry-After"] is None else status
 
 
 def is_of(seen: Seen, expected: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from faults.kinds import Fault
 from faults.trial import Outcome
 
+SECONDS_TO_REFUSE = 5.0
 _HEAD = (
     "fault",
     "times",
@@ -60,8 +61,14 @@ class Row:
         ]
         if never := len(self.outcomes) - len(self.recovered):
             found.append(f"{self.fault.name}: {never} times not right again")
+        if self.fault.is_unnoticed and self.known:
+            found.append(f"{self.fault.name}: {len(self.known)} requests were broken off")
         if self.known and max(self.known) > self.fault.seconds_to_know:
             found.append(f"{self.fault.name}: a client knew after {max(self.known):.1f} s")
+        refused = [seconds for outcome in self.outcomes for seconds in outcome.refused]
+        if refused and max(refused) > SECONDS_TO_REFUSE:
+            found.append(f"{self.fault.name}: a client was refused after {max(refused):.1f} s")
+        found += [f"{self.fault.name}: {end}" for outcome in self.outcomes for end in outcome.ends if "without" in end]
         found += [f"{self.fault.name}: left {text}" for outcome in self.outcomes for text in outcome.left]
         return found
 
@@ -71,6 +78,10 @@ class Row:
         ends = sum((outcome.ends for outcome in self.outcomes), Counter[str]())
         counts = [str(self.total(name)) for name in ("in_flight", "hung", "wrong", "of_another")]
         saw = ", ".join(f"{count} {end}" for end, count in ends.most_common())
+        refused = [seconds for outcome in self.outcomes for seconds in outcome.refused]
+        if refused:
+            answered = [seconds for outcome in self.outcomes for seconds in outcome.answered]
+            saw += f"; refused after {_spread(refused)} s, answered after {_spread(answered)} s"
         left = str(sum(len(outcome.left) for outcome in self.outcomes))
         return [
             self.fault.what,

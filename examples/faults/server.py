@@ -34,17 +34,23 @@ class Server:
         variables: Mapping[str, str] | None = None,
         model: Path = DEMO_MODEL,
         before: Sequence[str] = (),
+        first: str = "",
+        place: Path | None = None,
     ) -> None:
         """
         Args:
-            before: a command and its options that runs the command line behind them, such as `prlimit`.
+            before: a command that runs the command line behind it, such as `unshare`.
+            first: Python that runs before the command does.
+            place: where its temporary folder is made.
         """
-        self._options = [*before, sys.executable, "-P", "-c", "from ts_parallel.cli.main import main; main()", "serve"]
+        code = f"{first}\nfrom ts_parallel.cli.main import main; main()"
+        self._options = [*before, sys.executable, "-P", "-c", code, "serve"]
         self._options += [str(model), "--name", "demo", "--device", "cpu", "--dtype", "float32", *options]
         self._variables = dict(variables or {})
         self._mark = uuid4().hex
         self._shared_memory = set(os.listdir("/dev/shm"))
-        self.folder = Path(tempfile.mkdtemp(prefix="f-"))
+        self.model = model
+        self.folder = Path(tempfile.mkdtemp(prefix="f-", dir=place))
         self.port = free_ports(1)[0]
         self.seconds_to_start = 0.0
         self._process: subprocess.Popen[str] | None = None

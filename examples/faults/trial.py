@@ -7,8 +7,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from faults.clients import PROMPTS, Ask, Client, Seen, is_of
 from faults.server import Server
@@ -16,6 +19,7 @@ from faults.server import Server
 SECONDS_TO_BEGIN = 60
 SECONDS_TO_RECOVER = 240
 _PROBE_TOKENS = 8
+_ASKED_AT_ONCE = 6
 _SECONDS_BETWEEN_PROBES = 0.1
 _SECONDS_AFTER_RECOVERY = 20.0
 _RIGHT_IN_A_ROW = 3
@@ -34,10 +38,26 @@ class Outcome:
     recovered: float | None = None
     ends: Counter[str] = field(default_factory=Counter)
     left: list[str] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    """How long each of a crowd that was refused waited to hear it."""
+    answered: list[float] = field(default_factory=list)
+    """How long each of a crowd that was not refused took."""
+    mebibytes: tuple[float, float] = (0.0, 0.0)
+    """Of all processes, before and after."""
     seconds_to_start: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return {**self.__dict__, "ends": dict(self.ends)}
+
+
+@dataclass
+class Deed:
+    """A fault that was made. `take_back` ends it, once it has lasted."""
+
+    take_back: Callable[[], object] = lambda: None
+    lasts: float = 0.0
+    crowd: list[Client] = field(default_factory=list)
+    """Who came with it; still more may come until it is taken back."""
 
 
 class Probe(threading.Thread):
@@ -72,10 +92,11 @@ def expected_answers(server: Server) -> dict[str, str]:
     """What an undisturbed server answers, by prompt; the probe's too."""
     asks = [Ask(prompt, "whole") for prompt in PROMPTS]
     clients = [Client(server.url, ask) for ask in asks]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
+    for begin in range(0, len(clients), _ASKED_AT_ONCE):
+        for client in clients[begin : begin + _ASKED_AT_ONCE]:
+            client.start()
+        for client in clients[begin : begin + _ASKED_AT_ONCE]:
+            client.join()
     answers = {client.seen.ask.prompt: client.seen.text for client in clients if client.seen.is_whole}
     assert len(answers) == len(PROMPTS) and len(set(answers.values())) == len(PROMPTS), "a server that is not disturbed"
     probe = Client(server.url, Ask(PROMPTS[0], "whole", _PROBE_TOKENS))
@@ -99,39 +120,51 @@ def open_requests(server: Server, num_streams: int, num_whole: int) -> list[Clie
 def run_trial(
     server: Server,
     expected: dict[str, str],
-    strike: Callable[[Server], Callable[[], None] | None],
+    strike: Callable[[Server], Deed | None],
     num_streams: int,
     num_whole: int,
     seconds_to_know: float,
 ) -> Outcome:
     """
     Args:
-        strike: makes the fault; what it returns takes it back.
+        strike: makes the fault.
         seconds_to_know: of a stream; after that it counts as hung.
     """
     clients = open_requests(server, num_streams, num_whole)
     time.sleep(random.uniform(0, 0.3))
     open_then = [client for client in clients if client.is_alive()]
-    struck_at = time.monotonic()
-    take_back = strike(server)
+    before, struck_at = mebibytes(server), time.monotonic()
+    deed = strike(server) or Deed()
     probe = Probe(server.url, expected)
     probe.start()
     try:
-        _wait(open_then, probe, server, struck_at, seconds_to_know)
+        time.sleep(deed.lasts)
+        if deed.lasts:
+            deed.take_back()
+        _wait([*open_then, *deed.crowd], probe, server, struck_at, deed.lasts + seconds_to_know)
     finally:
         probe.end()
-        if take_back is not None:
-            take_back()
+        deed.take_back()
     outcome = judge(open_then, expected, struck_at)
+    judge_crowd(outcome, deed.crowd, expected)
     outcome.wrong += len(probe.wrong)
     if probe.right_since is not None and probe.num_right >= _RIGHT_IN_A_ROW:
-        outcome.recovered = probe.right_since - struck_at
+        outcome.recovered = max(0.0, probe.right_since - struck_at - deed.lasts)
     outcome.left = [f"process {stray.pid}" for stray in server.strays()]
     outcome.seconds_to_start = server.seconds_to_start
-    for client in clients:
+    outcome.mebibytes = (before, mebibytes(server))
+    for client in (*clients, *deed.crowd):
         client.leave()
         client.join()
     return outcome
+
+
+def mebibytes(server: Server) -> float:
+    total = 0
+    for process in server.family():
+        with suppress(psutil.Error):
+            total += process.memory_info().rss
+    return round(total / 2**20, 1)
 
 
 def _wait(clients: list[Client], probe: Probe, server: Server, struck_at: float, seconds_to_know: float) -> None:
@@ -161,3 +194,16 @@ def judge(clients: list[Client], expected: dict[str, str], struck_at: float) -> 
         if not seen.is_whole:
             outcome.known.append(seen.ended_at - struck_at)
     return outcome
+
+
+def judge_crowd(outcome: Outcome, crowd: list[Client], expected: dict[str, str]) -> None:
+    for seen in (client.seen for client in crowd):
+        outcome.ends[seen.end or "hung"] += 1
+        outcome.hung += not seen.end
+        if seen.end.startswith("429"):
+            outcome.refused.append(seen.ended_at - seen.began_at)
+        elif seen.is_whole:
+            outcome.answered.append(seen.ended_at - seen.began_at)
+            verdict = is_of(seen, expected)
+            outcome.wrong += verdict == "wrong"
+            outcome.of_another += verdict == "of another"

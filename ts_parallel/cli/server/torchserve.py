@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -45,6 +45,7 @@ _MINUTES_OF_A_KEY = 10**9
 _HEADERS_OF_PAGES = "Authorization, Content-Type, X-Request-Id, X-Stainless-Arch, X-Stainless-Lang, X-Stainless-OS, "
 _HEADERS_OF_PAGES += "X-Stainless-Package-Version, X-Stainless-Retry-Count, X-Stainless-Runtime, "
 _HEADERS_OF_PAGES += "X-Stainless-Runtime-Version, X-Stainless-Timeout, *"
+_STARTED, _READY = "Torch worker started.", "ts_parallel is ready"
 MAX_MESSAGE_SIZE = 64 << 20
 """Bytes of a body on its way in or out. TorchServe's own, 6553500, is less than the tokens of a text of a million
 words. What bounds it from above are Java's int, Java's heap, which is a quarter of the memory (the process grew by
@@ -201,28 +202,33 @@ class TorchServe:
                 if self._verbose:
                     print(line, file=sys.stderr)
                 on_line(line)
-                if CANNOT_START in line:
-                    raise StartupError(line[line.index(CANNOT_START) + len(CANNOT_START) + 1 :])
+                _follow_worker([line], is_starting=True)
             seen = len(lines)
             assert self._process is not None
             if self._process.poll() is not None:
                 raise StartupError(
                     "TorchServe ended: " + "\n".join(self.log_text().splitlines()[-_LINES_OF_A_FAILURE:])
                 )
-            if any("ts_parallel is ready" in line for line in lines) and self._answers():
+            if any(_READY in line for line in lines) and self._answers():
                 return
 
     def wait(self, stop: threading.Event, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Return once `stop` is set; `meanwhile` is called again and again, and may raise.
 
         Raises:
-            StartupError: TorchServe ended by itself.
+            StartupError: TorchServe ended by itself, or a worker that it started anew says that it cannot start. It
+                would try that for ever, and its clients would wait.
         """
         assert self._process is not None
-        while not stop.wait(_SECONDS_BETWEEN_LOOKS):
-            if self._process.poll() is not None:
-                raise StartupError(f"TorchServe ended with status {self._process.returncode}")
-            meanwhile()
+        with self._log.open(errors="replace") as log:
+            log.seek(0, os.SEEK_END)
+            line, is_starting = "", False
+            while not stop.wait(_SECONDS_BETWEEN_LOOKS):
+                if self._process.poll() is not None:
+                    raise StartupError(f"TorchServe ended with status {self._process.returncode}")
+                *lines, line = (line + log.read()).split("\n")
+                is_starting = _follow_worker(lines, is_starting)
+                meanwhile()
 
     def drain(self, seconds: float, at_once: threading.Event, tell: Callable[[int], None]) -> int:
         """Take no more requests, and return once all that are open have ended, `seconds` have passed, or `at_once` is
@@ -332,6 +338,21 @@ class TorchServe:
         else:
             environment.pop("JAVA_HOME", None)
         return environment
+
+
+def _follow_worker(lines: Sequence[str], is_starting: bool) -> bool:
+    """Whether a worker is starting, after these lines. Once it is ready, no line of its own is taken for a refusal:
+    clients may have a hand in those.
+
+    Raises:
+        StartupError: one that is starting says that it cannot.
+    """
+    for line in lines:
+        if _STARTED in line or _READY in line:
+            is_starting = _STARTED in line
+        elif is_starting and CANNOT_START in line:
+            raise StartupError(line[line.index(CANNOT_START) + len(CANNOT_START) + 1 :])
+    return is_starting
 
 
 def free_ports(count: int) -> list[int]:
