@@ -19,16 +19,19 @@ from ts_parallel.partition.prepared import CACHE_VARIABLE
 # Files are dealt out to workers one by one. Those that take longest come first, so that no worker waits for the other.
 _LONGEST = (
     "exactness/test_family_table.py",
-    "partition/test_prepared.py",
-    "serving/torchserve/test_deployment.py",
-    "cli/test_cli.py",
-    "gateway/test_faults.py",
-    "gateway/test_gateway.py",
-    "serving/batch/test_seq2seq.py",
-    "serving/batch/test_batch_inference.py",
     "partition/model/test_encoder.py",
+    "serving/batch/test_seq2seq.py",
     "exactness/test_tokens.py",
+    "cli/test_cli.py",
+    "cli/test_doctor.py",
+    "serving/batch/test_batch_inference.py",
+    "cli/test_drain.py",
     "test_pages.py",
+    "serving/torchserve/test_deployment.py",
+    "partition/test_prepared.py",
+    "checkpoint/folders/test_rank_shards.py",
+    "gateway/test_gateway.py",
+    "gateway/test_faults.py",
 )
 # What `./tests/run --quick` leaves out beside ranks and servers: a file of these takes half a minute and more.
 _THOROUGH = (
