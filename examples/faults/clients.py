@@ -18,6 +18,7 @@ PROMPTS = (
 )  # fmt: skip
 LONGEST = 460
 _WHOLE = "whole"
+_SECONDS_OF_A_WHOLE_ANSWER = 60.0
 _SHOWN = 12  # characters by which the start of an answer is told from others
 
 
@@ -45,13 +46,19 @@ class Seen:
     text: str = ""
     end: str = ""
     began_at: float = 0.0
-    first_at: float = 0.0
+    last_at: float = 0.0
+    """When the newest piece came."""
     ended_at: float = 0.0
     has_begun: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @property
     def is_whole(self) -> bool:
         return self.end == _WHOLE
+
+    def is_silent(self, now: float, since: float, seconds: float) -> bool:
+        """Whether nothing has come for longer than that; whole answers have the time of one."""
+        beside = _SECONDS_OF_A_WHOLE_ANSWER if self.ask.shape == _WHOLE else 0.0
+        return now - max(since, self.last_at) > seconds + beside
 
 
 class Client(threading.Thread):
@@ -110,9 +117,8 @@ class Client(threading.Thread):
     def _note(self, received: bytes) -> None:
         seen = self.seen
         seen.text = text_of(received, seen.ask.shape)
-        if not seen.first_at:
-            seen.first_at = time.monotonic()
-            seen.has_begun.set()
+        seen.last_at = time.monotonic()
+        seen.has_begun.set()
 
 
 def text_of(received: bytes, shape: str) -> str:

@@ -19,7 +19,8 @@ import psutil
 from ts_parallel.cli.server.torchserve import free_ports
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
-SECONDS_TO_START, SECONDS_TO_STOP = 180, 60
+SECONDS_TO_STOP = 60
+_SECONDS_TO_GO = 10
 _MARK = "TS_PARALLEL_FAULT_TEST"  # in the environment of all that a server has started, wherever it has gone
 _NO_TRACES = ("serve.log", f"torchinductor_{getuser()}")  # the latter is torch's own, kept for its next start
 _JAVA, _AGENT = "org.pytorch.serve.ModelServer", "torchrun"
@@ -121,7 +122,11 @@ class Server:
         return next(process for process in self.family() if _JAVA in " ".join(process.cmdline()))
 
     def strays(self) -> list[psutil.Process]:
-        """What it has started and that is no more below it."""
+        """What it has started and that is no more below it, and stays."""
+        _, alive = psutil.wait_procs(self._not_below(), timeout=_SECONDS_TO_GO)
+        return alive
+
+    def _not_below(self) -> list[psutil.Process]:
         if self._process is None or not self.is_running:
             return self.family()
         below = {self._process.pid, *(own.pid for own in psutil.Process(self._process.pid).children(recursive=True))}
@@ -139,18 +144,13 @@ class Server:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        left = [f"process {process.pid} ({process.name()})" for process in self._ended_soon()]
+        left = [f"process {process.pid} ({process.name()})" for process in self.strays()]
         left += [str(path) for path in self.folder.iterdir() if path.name not in _NO_TRACES]
         left += [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - self._shared_memory)]
         for process in self.family():
             process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
         return left
-
-    def _ended_soon(self, seconds: float = 10) -> list[psutil.Process]:
-        """Who has not ended by itself."""
-        _, alive = psutil.wait_procs(self.family(), timeout=seconds)
-        return alive
 
 
 def _rank_of(process: psutil.Process) -> int | None:

@@ -168,14 +168,15 @@ def mebibytes(server: Server) -> float:
 
 
 def _wait(clients: list[Client], probe: Probe, server: Server, struck_at: float, seconds_to_know: float) -> None:
-    """Until every request has ended and the server answers again, or too long a time has passed."""
+    """Until every request has ended and the server answers again, or too long a time has passed. Who gets pieces is
+    slow and does not hang."""
     while (now := time.monotonic()) - struck_at < SECONDS_TO_RECOVER:
-        all_have_ended = not any(client.is_alive() for client in clients)
-        since, is_over = probe.right_since, now - struck_at > seconds_to_know
+        waiting = [client for client in clients if client.is_alive()]
+        hang = all(client.seen.is_silent(now, struck_at, seconds_to_know) for client in waiting)
+        since = probe.right_since
         is_back = since is not None and probe.num_right >= _RIGHT_IN_A_ROW
-        if all_have_ended and (is_back or not server.is_running):
-            return
-        if is_over and (not server.is_running or (is_back and now - (since or now) > _SECONDS_AFTER_RECOVERY)):
+        has_ended = not server.is_running
+        if hang and (has_ended or (is_back and (not waiting or now - (since or now) > _SECONDS_AFTER_RECOVERY))):
             return
         time.sleep(0.02)
 

@@ -1,7 +1,6 @@
 """The short form of examples/fault_test.py: a few of its faults, once each, against one real server; and its judgement.
 
-The long form, with all faults and each many times, is run by hand: ts_parallel/serving/torchserve/README.md has its
-table.
+The long form, with every fault and each many times, is run by hand; handlers/README.md has what came of it.
 """
 
 from __future__ import annotations

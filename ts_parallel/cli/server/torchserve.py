@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -257,7 +258,7 @@ class TorchServe:
         """End TorchServe, its workers and their ranks; kill what does not end by itself."""
         if self._process is None:
             return
-        family = _family(self._process.pid)
+        family = [*_family(self._process.pid), *self._strays()]
         for process in family:
             _signal(process, signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=_SECONDS_TO_END)
@@ -265,6 +266,15 @@ class TorchServe:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=_SECONDS_TO_END)
         self._process.wait()
+
+    def _strays(self) -> list[psutil.Process]:
+        """What it has started and that has lost its parents."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.ppid() == 1 and process.environ().get("LOG_LOCATION") == str(self.log_folder):
+                    found.append(process)
+        return found
 
     def _answers(self) -> bool:
         request = urllib.request.Request(f"{self.url}/{ARCHIVE_VERSION}/health")
@@ -314,7 +324,12 @@ class TorchServe:
         (`topology.py`), and gloo takes loopback: by torch's own choice each listens on all addresses of the host. The
         file grows by each sign of life, of which one a day is enough where nobody else looks.
         """
-        scripts = str(Path(sys.executable).parent)
+        own = self._workspace / "bin" / "torchrun"
+        own.parent.mkdir()
+        command = [sys.executable, "-P", str(Path(__file__).with_name("torchrun_once.py"))]
+        own.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        own.chmod(0o755)
+        scripts = os.pathsep.join([str(own.parent), str(Path(sys.executable).parent)])
         temporary = self._workspace / "tmp"
         temporary.mkdir()
         environment = {

@@ -112,15 +112,13 @@ def end_with_agent() -> Callable[[], None]:
     has_others = threading.Event()
     if not HAS_DESCRIPTORS or "TORCHELASTIC_RUN_ID" not in os.environ:
         return has_others.set
-    try:
-        agent = os.pidfd_open(os.getppid())
-    except OSError:
-        return has_others.set
+    agent = _open_agent()
 
     def watch() -> None:
-        poller = select.poll()
-        poller.register(agent, select.POLLIN)
-        poller.poll()
+        if agent is not None:
+            poller = select.poll()
+            poller.register(agent, select.POLLIN)
+            poller.poll()
         if has_others.is_set():
             time.sleep(_SECONDS_AFTER_AN_AGENT)
         logger.error("torchrun has ended; so does this rank")
@@ -128,6 +126,20 @@ def end_with_agent() -> Callable[[], None]:
 
     threading.Thread(target=watch, name="agent watch", daemon=True).start()
     return has_others.set
+
+
+def _open_agent() -> int | None:
+    """A descriptor of torchrun; None where it has ended, and another process has this one for its child."""
+    parent = os.getppid()
+    try:
+        agent = os.pidfd_open(parent)
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return None
+    if b"torch" in command:
+        return agent
+    os.close(agent)
+    return None
 
 
 def _listener(address: str) -> socket.socket:
