@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
+from typing import Any
 
 import psutil
 import pytest
@@ -107,7 +108,7 @@ def test_worker_that_dies_right_behind_a_reply_leaves_nobody_waiting(server: Tor
     for _ in range(NUM_TIMES):
         begun = [threading.Event() for _ in range(NUM_STREAMS)]
         with ThreadPoolExecutor(NUM_STREAMS) as clients:
-            body = {"pieces": 2000, "dies": False}
+            body: dict[str, object] = {"pieces": 2000, "dies": False}
             streams = [clients.submit(end_of, server, body, has_begun) for has_begun in begun[1:]]
             wait_until(lambda: all(own.is_set() for own in begun[1:]), lambda: log_end(server))  # noqa: B023  # at once
             streams.append(clients.submit(end_of, server, {"pieces": 5, "dies": True}, begun[0]))
@@ -168,7 +169,8 @@ class Worker:
         return bool(poller.poll(seconds * 1000))
 
     def end(self) -> None:
-        for process in (*self.ranks, self.agent, self.process):
+        processes: list[subprocess.Popen[Any]] = [*self.ranks, self.agent, self.process]
+        for process in processes:
             process.kill()
             process.wait()
         assert self.process.stdout is not None
@@ -207,6 +209,16 @@ def test_front_end_that_sends_more_is_waiting_and_sees_the_end_at_once() -> None
         assert not own.is_closed(0.3)
         own.front_end[0].sendall(b"I")
         assert own.is_closed(30)
+
+
+def test_whoever_reads_its_log_no_more_does_not_matter() -> None:
+    """TorchServe closes the output of a worker whose torchrun has ended."""
+    with worker() as own:
+        assert own.process.stdout is not None
+        own.process.stdout.close()
+        own.agent.kill()
+        own.leader_end.settimeout(30)
+        assert own.leader_end.recv(100) == b"torchrun has ended"
 
 
 def test_rank_0_that_does_not_end_is_killed() -> None:

@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -126,7 +127,8 @@ def exit_now() -> NoReturn:
     another rank that comes then stays in its queue, is taken for the next worker's answer to LOAD, and from there on
     each request gets the answer to the one before (WorkerThread of TorchServe 0.12.0).
     """
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody may read it any more
+        sys.stdout.flush()
     os._exit(1)
 
 

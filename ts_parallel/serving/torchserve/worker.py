@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -136,8 +137,9 @@ def exit_soon() -> None:
 
 def _give_up(errors: list[str], is_told: bool) -> NoReturn:
     """End this worker with one clear line. The exit status is 0, or torchrun would bury the line under a report."""
-    if is_told:
-        for error in dict.fromkeys(errors):
-            print(f"{CANNOT_START} {error}", flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody may read it any more
+        if is_told:
+            for error in dict.fromkeys(errors):
+                print(f"{CANNOT_START} {error}", flush=True)
+        sys.stdout.flush()
     os._exit(0)  # at once: threads of half-built process groups would have the last word

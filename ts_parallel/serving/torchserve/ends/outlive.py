@@ -115,7 +115,8 @@ def main(arguments: str) -> None:
     if ended is None:
         see_to_the_end(watched)
         return
-    print(f"ts_parallel: {ended.name} has ended; so does its worker, and TorchServe starts another", flush=True)
+    with suppress(OSError):  # TorchServe reads no more of a worker whose torchrun has ended
+        print(f"ts_parallel: {ended.name} has ended; so does its worker, and TorchServe starts another", flush=True)
     end_in_good_order(ended, ranks, agent, leader_end)
     let_front_end_wait(connections[0], given["seconds"])
     for connection in connections:
