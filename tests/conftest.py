@@ -41,7 +41,7 @@ _THOROUGH = (
     *(f"partition/model/test_{name}.py" for name in ("causal_lm", "deferred")),
     *(f"partition/graph/test_{name}.py" for name in ("stages", "trace")),
     *(f"partition/tensor_parallel/test_{name}.py" for name in ("shard", "state")),
-    *("serving/batch/test_apis.py", "serving/batch/speech/test_recordings.py"),
+    *("serving/batch/test_apis.py", "serving/batch/test_fuzz_batch.py", "serving/batch/speech/test_recordings.py"),
     *("runtime/test_runner.py", "runtime/backends/test_sublayers.py"),
     *("gateway/test_page.py", "gateway/batch/test_batch_routes.py"),
     *(f"runtime/backends/cuda/test_cuda_{name}.py" for name in ("attention", "steps", "compile")),

@@ -154,7 +154,15 @@ def values(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> SearchStrat
     return plain.get(str(kind), anything)
 
 
-def objects(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> SearchStrategy[dict[str, Any]]:
+def objects(
+    schema: Mapping[str, Any],
+    schemas: Mapping[str, Any],
+    known: Mapping[str, SearchStrategy[Any]] = _FIELDS,
+) -> SearchStrategy[dict[str, Any]]:
+    """
+    Args:
+        known: what fields may be beside what the schema says.
+    """
     fields: Mapping[str, Any] = schema.get("properties", {})
     if not fields:
         return st.dictionaries(texts, anything, max_size=3)
@@ -168,7 +176,7 @@ def objects(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> SearchStra
         for name in dict.fromkeys(names):
             way = draw(st.integers(0, 9))
             right = values(fields[name], schemas)
-            made[name] = draw(anything if way == 0 else _FIELDS.get(name, right) if way < 6 else right)
+            made[name] = draw(anything if way == 0 else known.get(name, right) if way < 6 else right)
         if not draw(st.integers(0, 9)):
             made[draw(texts)] = draw(anything)
         return made
