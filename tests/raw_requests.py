@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Answer:
 
 
 class _Stream:
-    """A socket whose answers are read one behind the other."""
+    """A connection whose answers are read one behind the other."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._file = connection.makefile("rb")
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
 
     def makefile(self, *_: Any) -> _Stream:
         return self
@@ -60,20 +60,25 @@ def exchange(host: str, port: int, sent: Bytes, seconds: float) -> list[Answer]:
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # it has answered, or closed the connection, before all of it had come
-        stream, answers = _Stream(connection), list[Answer]()
-        for _ in range(sent.num_answers):
-            response = HTTPResponse(stream)  # type: ignore[arg-type]
-            try:
-                response.begin()
-            except (HTTPException, ConnectionResetError):
-                if answers or not sent.is_whole:
-                    break  # it has closed the connection, as it may behind an error
-                raise
-            body = response.read()
-            answers.append(Answer(response.status, response.getheader("Content-Type", ""), body))
-            if response.will_close:
-                break
-        return answers
+        with connection.makefile("rb") as file:  # as long as it is open, so is the connection
+            return _answers(file, sent)
+
+
+def _answers(file: BinaryIO, sent: Bytes) -> list[Answer]:
+    answers = list[Answer]()
+    for _ in range(sent.num_answers):
+        response = HTTPResponse(_Stream(file))  # type: ignore[arg-type]
+        try:
+            response.begin()
+        except (HTTPException, ConnectionResetError):
+            if answers or not sent.is_whole:
+                break  # it has closed the connection, as it may behind an error
+            raise
+        body = response.read()
+        answers.append(Answer(response.status, response.getheader("Content-Type", ""), body))
+        if response.will_close:
+            break
+    return answers
 
 
 def raw_cases(path: str, host: str) -> Iterator[Bytes]:

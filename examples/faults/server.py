@@ -84,8 +84,9 @@ class Server:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.startswith("ready"):
+            why = (self.folder / "serve.log").read_text()[-3000:]
             self.stop()
-            raise RuntimeError(f"it did not start: {(self.folder / 'serve.log').read_text()[-3000:]}")
+            raise RuntimeError(f"it did not start: {why}")
         self.seconds_to_start = time.monotonic() - began
 
     def log_text(self) -> str:
@@ -145,7 +146,8 @@ class Server:
         if self._process.stdout is not None:
             self._process.stdout.close()
         left = [f"process {process.pid} ({process.name()})" for process in self.strays()]
-        left += [str(path) for path in self.folder.iterdir() if path.name not in _NO_TRACES]
+        if self.folder.is_dir():
+            left += [str(path) for path in self.folder.iterdir() if path.name not in _NO_TRACES]
         left += [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - self._shared_memory)]
         for process in self.family():
             process.kill()

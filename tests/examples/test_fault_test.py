@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ EXPECTED = {"a": "one two three four", "b": "five six seven eight"}
 def test_nobody_hangs_or_is_answered_wrongly_whatever_part_of_a_server_dies(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [sys.executable, str(SCRIPT), "--faults", *FAULTS, "--streams", "4", "--json", str(report)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    with tempfile.TemporaryDirectory(prefix="f-") as place:  # a name that sockets have room for
+        environment = {**os.environ, "TMPDIR": place}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert report.is_file(), result.stderr[-3000:]
     trials = {name: own["trials"] for name, own in json.loads(report.read_text())["faults"].items()}
     assert trials.keys() == set(FAULTS)

@@ -61,7 +61,7 @@ def test_openais_client_has_the_vectors_of_sentence_transformers(embedder: Any) 
 def test_route_that_is_not_there_names_those_that_are(embedder: Any) -> None:
     status, text = post(f"{embedder.url}/1.0/v1/classify", {"input": "a"})
     assert status == 404
-    known = "v1/embeddings, v1/rerank, v1/score, v1/models, health"
+    known = "v1/embeddings, v1/rerank, v1/score, v1/models, health, openapi.json"
     assert json.loads(text)["error"]["message"] == f"no route 'v1/classify': there are {known}"
     assert get(f"{embedder.url}/1.0/health") == (200, '{"status": "ok"}')
 

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ts_parallel.serving.torchserve.ends import outlive
-from ts_parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from ts_parallel.topology import Topology  # and with it torch, which not every handler needs
 
 logger = logging.getLogger(__name__)
 
