@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from deployment import log_end, starting, wait_until
+from deployment import is_healthy, log_end, starting, wait_until
 from http_client import get, post, stream
 
 from ts_parallel.cli.server.torchserve import TorchServe
@@ -83,14 +83,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     settings = {**SETTINGS, "continuousBatching": True}
     with starting(workspace, settings, workspace / "files", workspace / "dying.py") as server:
         wait_until(lambda: is_healthy(server), lambda: log_end(server))
+        assert get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
         yield server
-
-
-def is_healthy(server: TorchServe) -> bool:
-    try:
-        return get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
-    except OSError:
-        return False
 
 
 def end_of(server: TorchServe, body: dict[str, object], has_begun: threading.Event) -> str:

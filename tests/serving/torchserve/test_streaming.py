@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployment import DEMO_MODEL, MODEL_CONFIGS, ask_at_once, log_end, on_the_cpu, served, starting, wait_until
+from deployment import (
+    DEMO_MODEL,
+    MODEL_CONFIGS,
+    ask_at_once,
+    is_healthy,
+    log_end,
+    on_the_cpu,
+    served,
+    starting,
+    wait_until,
+)
 from grpc_client import predictions_request, send
 from http_client import get, post, stream
 
@@ -62,14 +72,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     settings = {**SETTINGS, "continuousBatching": request.param == "continuous batching"}
     with starting(workspace, settings, workspace / "files", workspace / "countdown.py") as server:
         wait_until(lambda: is_healthy(server), lambda: log_end(server))
+        assert get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
         yield server
-
-
-def is_healthy(server: TorchServe) -> bool:
-    try:
-        return get(f"{server.url}/1.0/health") == (200, '{"status": "ok"}')
-    except OSError:
-        return False
 
 
 def lines(first: int) -> str:

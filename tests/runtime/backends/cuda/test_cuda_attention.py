@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from paged_steps import plans_of
 
 from ts_parallel.partition.program import AttentionSite
 from ts_parallel.runtime.backends.kv_memory import KVMemory
@@ -68,20 +69,7 @@ SCHEDULES: dict[str, Steps] = {
 
 
 def plans(schedule: Steps, block_size: int) -> list[StepPlan]:
-    """The steps over blocks that are given out in no order, as the sequences grow."""
-    free = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
-    lengths, blocks = dict.fromkeys(NAMES, 0), {name: list[int]() for name in NAMES}
-    made = []
-    for step in schedule:
-        chunks = []
-        for name, num_tokens in step.items():
-            start, end = lengths[name], lengths[name] + num_tokens
-            while len(blocks[name]) * block_size < end:
-                blocks[name].append(free.pop())
-            chunks.append(Chunk(name, tuple(range(start, end)), start, tuple(blocks[name]), is_sampled=True))
-            lengths[name] = end
-        made.append(StepPlan(tuple(chunks)))
-    return made
+    return plans_of(schedule, NUM_BLOCKS, block_size)
 
 
 def heads_of(shape: Shape, num_tokens: int, dtype: torch.dtype, seed: int) -> tuple[list[torch.Tensor], ...]:
