@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from ts_parallel.cli.main import app, main
 from ts_parallel.cli.plan import plan
+from ts_parallel.cli.server import torchserve
 from ts_parallel.cli.server.serve import serve
 from ts_parallel.cli.server.torchserve import find_java, free_ports
 from ts_parallel.errors import ConfigError, StartupError
@@ -308,6 +309,16 @@ def test_ports_are_such_as_the_kernel_hands_to_nobody_until_the_server_has_them(
     ports = free_ports(7)
     assert len(set(ports)) == 7
     assert first_handed_out < 11000 or max(ports) < first_handed_out
+
+
+def test_port_is_given_to_one_alone_before_anybody_listens_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setattr(torchserve, "_ports_not_handed_out", lambda: iter([port] * 3))
+    with pytest.raises(StartupError, match="no 1 free ports"):
+        free_ports(1)
+    own = f"from ts_parallel.cli.server import torchserve; torchserve._claim({port})"
+    other = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True)
+    assert "Address already in use" in other.stderr
 
 
 def test_missing_java_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ _LONGEST_SOCKET_PATH = 107
 _SECONDS_OF_A_LOOK = 0.5
 _LINES_OF_A_FAILURE = 20
 _FIRST_PORT, _PORTS_TRIED = 10000, 100
+_MOST_CLAIMS = 100  # of one process: the servers of the oldest have long started
+_claims: deque[int] = deque()  # file descriptors
 _CORES_A_THREAD = 8  # of those that pass bytes on
 # 1900 years. TorchServe knows no key for ever; it takes dates up to 1,000,000,000 AD, many readers of its key_file.json
 # those with four digits for the year.
@@ -371,8 +374,9 @@ def _follow_worker(lines: Sequence[str], is_starting: bool) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on at this moment, and that the kernel hands to nobody who asks for any
-    port: until TorchServe has started, torchrun and clients do.
+    """Ports of 127.0.0.1 that nobody listens on at this moment, that the kernel hands to nobody who asks for any port,
+    and that no process which calls this is given again: until TorchServe has started, torchrun, clients and other
+    servers look for some.
 
     Raises:
         StartupError: there are not so many.
@@ -383,10 +387,25 @@ def free_ports(count: int) -> list[int]:
             probe = held.enter_context(socket.socket())
             with suppress(OSError):
                 probe.bind(("127.0.0.1", port))
-                chosen.append(probe.getsockname()[1])
+                port = probe.getsockname()[1]
+                _claim(port)
+                chosen.append(port)
             if len(chosen) == count:
                 return chosen
     raise StartupError(f"127.0.0.1 has no {count} free ports")
+
+
+def _claim(port: int) -> None:
+    """Keep it from the others who look, by a name that the kernel forgets with the process.
+
+    Raises:
+        OSError: another has it.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as claim:
+        claim.bind(f"\0ts_parallel port {port}")
+        _claims.append(claim.detach())
+    if len(_claims) > _MOST_CLAIMS:
+        os.close(_claims.popleft())
 
 
 def _ports_not_handed_out() -> Iterator[int]:
