@@ -239,6 +239,11 @@ def _as_adapter(folder: Path, tensors: Tensors) -> None:
     _in_file("adapter_model.safetensors", folder, tensors)
 
 
+def _with_adapter_beside(folder: Path, tensors: Tensors) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    _in_file("model.safetensors", folder, tensors)
+
+
 def _with_pointer(folder: Path, tensors: Tensors) -> None:
     _in_shards("model", ".safetensors", folder, tensors)
     (folder / "model-00002-of-00002.safetensors").write_text(POINTER)
@@ -285,6 +290,10 @@ STORED_REFUSED: dict[str, tuple[Writer, str]] = {
         "its folders checkpoint-500, checkpoint-1000 do: name the one to serve",
     ),
     "an adapter as the model": (_stored(_as_adapter), "is an adapter of owner/base"),
+    "an adapter beside the model": (
+        _stored(_with_adapter_beside),
+        "holds an adapter of owner/base (adapter_config.json)",
+    ),
     "git-lfs pointer": (_stored(_with_pointer), "is a git-lfs pointer to a file of 4,976,698,672 bytes"),
     "empty file": (_file(_SAFETENSORS), "is empty (0 bytes)"),
     "Meta's without config.json": (

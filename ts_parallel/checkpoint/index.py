@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ts_parallel.checkpoint.folders.authors import read_consolidated, with_names_of_transformers
-from ts_parallel.checkpoint.folders.foreign import refuse_foreign, refuse_megatron
+from ts_parallel.checkpoint.folders.foreign import refuse_adapter_beside, refuse_foreign, refuse_megatron
 from ts_parallel.checkpoint.folders.located import inner_checkpoints
 from ts_parallel.checkpoint.folders.model_names import find_model_names
 from ts_parallel.checkpoint.folders.rank_shards import rank_files, read_rank_files
@@ -50,8 +50,8 @@ def read_index(folder: Path, settings: Path | None = None) -> CheckpointIndex:
 
     Raises:
         CheckpointError: no such folder, no checkpoint in it or two of different kinds, a file that is missing, cut off
-            or of another format, tensors of which a part is missing, a pickle that holds more than tensors, or weights
-            that are quantised in a way that is not read here.
+            or of another format, tensors of which a part is missing, a pickle that holds more than tensors, weights
+            that are quantised in a way that is not read here, or an adapter beside them.
     """
     stored = with_names_of_transformers(_read_stored(folder, settings), folder, settings)
     return decode_quantized(stored, folder, settings)
@@ -70,9 +70,13 @@ def _read_stored(folder: Path, settings: Path | None) -> CheckpointIndex:
                 "move one of them to a folder of its own"
             )
         refuse_megatron(folder)
+        refuse_adapter_beside(folder)
         return _by_name(read_distributed(folder, find_model_names))
     weights = find_weight_files(folder)
-    return _otherwise(folder, settings) if weights is None else _read_files(weights, folder)
+    if weights is None:
+        return _otherwise(folder, settings)
+    refuse_adapter_beside(folder)
+    return _read_files(weights, folder)
 
 
 def _read_files(weights: WeightFiles, folder: Path) -> CheckpointIndex:

@@ -95,19 +95,35 @@ def refuse_megatron(folder: Path) -> None:
         )
 
 
+def refuse_adapter_beside(folder: Path) -> None:
+    """Told of a folder that holds a model.
+
+    Raises:
+        CheckpointError: an adapter's settings lie there too, by which transformers with PEFT would take the adapter
+            and another model.
+    """
+    if (file := folder / ADAPTER_SETTINGS).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter{_base_of(file)} ({ADAPTER_SETTINGS}) beside a model: move the adapter's files "
+            "to a folder of their own and name it (--adapter, handler key adapter_path), or take them away to serve "
+            "the model as it is"
+        )
+
+
 def _refuse_adapter(folder: Path) -> None:
-    file = folder / ADAPTER_SETTINGS
-    if not file.is_file():
-        return
+    if (file := folder / ADAPTER_SETTINGS).is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter{_base_of(file)} ({ADAPTER_SETTINGS}) and no model: serve the model that it was "
+            "trained on, and name this folder as its adapter (--adapter, handler key adapter_path)"
+        )
+
+
+def _base_of(adapter_settings: Path) -> str:
     try:
-        base = json.loads(file.read_bytes()).get("base_model_name_or_path")
+        base = json.loads(adapter_settings.read_bytes()).get("base_model_name_or_path")
     except (ValueError, AttributeError, RecursionError):
-        base = None
-    of = f" of {base}" if isinstance(base, str) and base else ""
-    raise CheckpointError(
-        f"{folder} is an adapter{of} ({ADAPTER_SETTINGS}) and no model: serve the model that it was trained on, and "
-        "name this folder as its adapter (--adapter, handler key adapter_path)"
-    )
+        return ""
+    return f" of {base}" if isinstance(base, str) and base else ""
 
 
 def _files(folder: Path, kind: _Kind) -> Iterator[Path]:
