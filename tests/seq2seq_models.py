@@ -31,6 +31,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", {**_T5, "relative_attention_num_buckets": 4, "relative_attention_max_distance": 9}),
     "gated t5": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "bart": ("bart", {**_BART, "max_position_embeddings": 40, "scale_embedding": True, "forced_eos_token_id": 1}),
+    "m2m": ("m2m_100", {**_BART, "max_position_embeddings": 40, "scale_embedding": True}),  # NLLB's too
     "whisper": (
         "whisper",
         {**_BART, "num_mel_bins": MEL_BINS, "max_source_positions": FRAMES // 2, "max_target_positions": 30},
@@ -41,6 +42,7 @@ GENERATION: dict[str, dict[str, Any]] = {
     "t5": {"no_repeat_ngram_size": 3},
     "gated t5": {"repetition_penalty": 1.5, "min_length": 4},
     "bart": {"forced_bos_token_id": 3, "no_repeat_ngram_size": 2},
+    "m2m": {"forced_bos_token_id": 5},
     "whisper": {
         **{"suppress_tokens": [5, 6, 7, 8, 9], "begin_suppress_tokens": [1, 20], "no_timestamps_token_id": 90},
         **{"lang_to_id": {"<|en|>": 80, "<|de|>": 81, "<|fr|>": 82}, "task_to_id": {"transcribe": 85, "translate": 86}},

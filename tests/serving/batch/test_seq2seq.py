@@ -44,7 +44,7 @@ assert PACKAGE is not None and PACKAGE.submodule_search_locations is not None
 MINILM = Path(PACKAGE.submodule_search_locations[0]) / "model"  # whose tokenizer is used
 NUM_REQUESTS = 5
 # One trace of a model is good for one stage and two. T5's tied weights are split in the test of TorchServe.
-SIZES = {"t5": (1,), "gated t5": (2,), "bart": (1, 2), "whisper": (1, 2)}
+SIZES = {"t5": (1,), "gated t5": (2,), "bart": (1, 2), "m2m": (2,), "whisper": (1, 2)}
 Models = dict[str, tuple[Path, list[list[int]]]]
 
 
