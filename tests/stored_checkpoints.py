@@ -234,14 +234,9 @@ def _without_configuration(store: Store, folder: Path, tensors: Tensors) -> None
     (folder / "config.json").unlink()
 
 
-def _as_adapter(folder: Path, tensors: Tensors) -> None:
+def _with_adapter_settings(file: str, folder: Path, tensors: Tensors) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
-    _in_file("adapter_model.safetensors", folder, tensors)
-
-
-def _with_adapter_beside(folder: Path, tensors: Tensors) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
-    _in_file("model.safetensors", folder, tensors)
+    _in_file(file, folder, tensors)
 
 
 def _with_pointer(folder: Path, tensors: Tensors) -> None:
@@ -289,9 +284,12 @@ STORED_REFUSED: dict[str, tuple[Writer, str]] = {
         _stored(partial(_in_trainers_folder, steps=(500, 1000))),
         "its folders checkpoint-500, checkpoint-1000 do: name the one to serve",
     ),
-    "an adapter as the model": (_stored(_as_adapter), "is an adapter of owner/base"),
+    "an adapter as the model": (
+        _stored(partial(_with_adapter_settings, "adapter_model.safetensors")),
+        "is an adapter of owner/base",
+    ),
     "an adapter beside the model": (
-        _stored(_with_adapter_beside),
+        _stored(partial(_with_adapter_settings, "model.safetensors")),
         "holds an adapter of owner/base (adapter_config.json)",
     ),
     "git-lfs pointer": (_stored(_with_pointer), "is a git-lfs pointer to a file of 4,976,698,672 bytes"),

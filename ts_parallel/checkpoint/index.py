@@ -54,6 +54,7 @@ def read_index(folder: Path, settings: Path | None = None) -> CheckpointIndex:
             that are quantised in a way that is not read here, or an adapter beside them.
     """
     stored = with_names_of_transformers(_read_stored(folder, settings), folder, settings)
+    refuse_adapter_beside(folder)
     return decode_quantized(stored, folder, settings)
 
 
@@ -70,13 +71,9 @@ def _read_stored(folder: Path, settings: Path | None) -> CheckpointIndex:
                 "move one of them to a folder of its own"
             )
         refuse_megatron(folder)
-        refuse_adapter_beside(folder)
         return _by_name(read_distributed(folder, find_model_names))
     weights = find_weight_files(folder)
-    if weights is None:
-        return _otherwise(folder, settings)
-    refuse_adapter_beside(folder)
-    return _read_files(weights, folder)
+    return _otherwise(folder, settings) if weights is None else _read_files(weights, folder)
 
 
 def _read_files(weights: WeightFiles, folder: Path) -> CheckpointIndex:
